@@ -1,0 +1,1 @@
+"""What a program is: values, text, meaning, cost.  Imports no torch."""

@@ -1,0 +1,73 @@
+"""Program: the one value that flows; cascade + mapping + target.  Its text is its identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from memcomp.ir.cascade import Cascade, Knob
+from memcomp.ir.expr import Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Einsums that run as one kernel, and how (the mapping; FuseMax/TeAAL words).
+
+    tensors:   the tensors whose writers belong to this group, in order.
+    partition: (rank, tile size) for ranks that are cut by the mapping alone (P -> P1 tiles of P0 points); the size is
+               a `Const` or a `Knob`.  A rank that the algebra cuts (M1, M0) is cut in the cascade instead.
+    space:     ranks run in parallel, outermost first; a partitioned rank is named by its outer part (`P1`).
+    loop_order: the sequential (iterative) ranks, outermost first.
+    lane:      the rank laid across vector lanes (`P0` or another tile rank); None = each tile's own last rank.
+    keep:      (tensor, level) for tensors held at a level of the target.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    partition: tuple[tuple[str, Expr | Knob], ...] = ()
+    space: tuple[str, ...] = ()
+    loop_order: tuple[str, ...] = ()
+    lane: str | None = None
+    keep: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """Groups in launch order; closed when no knob remains."""
+
+    groups: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """name, cascade, mapping, target name, and the proofs of the rewrites that made it (one line each)."""
+
+    name: str
+    cascade: Cascade
+    mapping: Mapping = field(default_factory=Mapping)
+    target: str = ""
+    proofs: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        from memcomp.ir.text import show
+
+        return show(self)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the text after canonical renaming (names, proofs and comments do not count)."""
+        from memcomp.ir.text import digest
+
+        return digest(self)
+
+
+def knobs(p: Program) -> tuple[Knob, ...]:
+    """Open knobs of the ranks and of the mapping, in order of appearance, each name once."""
+    found: dict[str, Knob] = {}
+    for r in p.cascade.ranks:
+        if isinstance(r.extent, Knob):
+            found.setdefault(r.extent.name, r.extent)
+    for g in p.mapping.groups:
+        for _, size in g.partition:
+            if isinstance(size, Knob):
+                found.setdefault(size.name, size)
+    return tuple(found.values())

@@ -1,0 +1,1 @@
+"""memcomp: a compiler for attention and memory layers."""
