@@ -149,9 +149,9 @@ class Cascade:
         if name.endswith("'") and (t := self.declared(name[:-1])) is not None:
             return t
         for e in self.einsums:
-            for o in e.outs:
+            for at, o in enumerate(e.outs):
                 if o.tensor == name and (ranks := written_ranks(o)) is not None:
-                    return Tensor(name, ranks)
+                    return Tensor(name, ranks, "i64" if at else "f32")  # the second result is an index
         raise KeyError(name)
 
     def writers(self, name: str) -> tuple[Einsum, ...]:

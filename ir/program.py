@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from memcomp.ir.cascade import Cascade, Knob
-from memcomp.ir.expr import Expr
+from memcomp.ir.errors import OptionError, nearest
+from memcomp.ir.expr import Const, Expr
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +72,24 @@ def knobs(p: Program) -> tuple[Knob, ...]:
             if isinstance(size, Knob):
                 found.setdefault(size.name, size)
     return tuple(found.values())
+
+
+def close(program: Program, choices: dict[str, int]) -> Program:
+    """The program with its knobs fixed to the chosen values; knobs that `choices` does not name stay open.
+
+    Raises OptionError for a name that is no knob of the program and for a value that is not among its choices.
+    """
+    found = {k.name: k for k in knobs(program)}
+    for name, value in choices.items():
+        if name not in found:
+            raise OptionError(f"{program.name} has no knob {name!r}", hint=nearest(name, found))
+        if value not in found[name].choices:
+            raise OptionError(f"knob {name!r} cannot be {value}", hint=nearest(str(value), found[name].choices))
+
+    def fix(x: Expr | Knob | None) -> Expr | Knob | None:
+        return Const(choices[x.name]) if isinstance(x, Knob) and x.name in choices else x
+
+    ranks = tuple(replace(r, extent=fix(r.extent)) for r in program.cascade.ranks)
+    groups = tuple(replace(g, partition=tuple((r, s if (s := fix(size)) is not None else size)
+                                              for r, size in g.partition)) for g in program.mapping.groups)
+    return replace(program, cascade=replace(program.cascade, ranks=ranks), mapping=replace(program.mapping, groups=groups))

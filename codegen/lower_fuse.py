@@ -1,0 +1,159 @@
+"""Fewer tiles: maps composed into their only reader, sums that start from another value accumulated in place, old
+values kept only where they are read after the new one is written, and buffers reused where a map's operand dies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from memcomp.codegen.lower_ops import LOOP, OLD, POST, GroupOps, Op
+from memcomp.ir.expr import Access, Call, Expr, Var, substitute
+from memcomp.ir.ops import MONOIDS, OPS
+
+
+def compose(g: GroupOps) -> None:
+    """Inline maps that one operation reads once, at the same points, and merge joined reductions into accumulations."""
+    changed = True
+    while changed:
+        changed = any(_inline(g, k) or _merge(g, k) for k in range(len(g.ops)))
+
+
+def _uses(g: GroupOps) -> Counter[str]:
+    return Counter(a.tensor for o in g.ops for a in o.accesses())
+
+
+def _private(g: GroupOps, o: Op, uses: Counter[str]) -> bool:
+    """Is the result read exactly once, by this kernel, and by nothing else?"""
+    return uses[o.target] == 1 and o.target not in g.stores and o.target not in g.carried
+
+
+def factors(e: Expr) -> list[Expr]:
+    return [f for a in e.args for f in factors(a)] if isinstance(e, Call) and e.op == "mul" else [e]
+
+
+def addends(e: Expr, op: str) -> list[Expr]:
+    return [f for a in e.args for f in addends(a, op)] if isinstance(e, Call) and e.op == op else [e]
+
+
+def is_product(o: Op) -> bool:
+    """A sum of products of elements: what becomes a `Dot`."""
+    parts = factors(o.body)
+    return o.monoid == "sum" and len(parts) > 1 and sum(isinstance(p, Access) for p in parts) >= 2
+
+
+def _inline(g: GroupOps, k: int) -> bool:
+    """The map at `k` moves into its only reader when that runs over the same points (nothing is computed twice)."""
+    o = g.ops[k]
+    if o.monoid or not _private(g, o, _uses(g)):
+        return False
+    for j in range(k + 1, len(g.ops)):
+        user = g.ops[j]
+        if o.target not in user.reads():
+            continue
+        copy = isinstance(o.body, Access)
+        if (user.phase != o.phase or not set(o.guards) <= set(user.guards) or user.accumulate
+                or set(o.dims) != set(user.dims) | set(user.over) or (is_product(user) and not copy)):
+            return False
+        read = next(a for a in user.accesses() if a.tensor == o.target)
+        g.ops[j] = replace(user, body=substitute(user.body, {read: o.body}),
+                           guards=tuple(substitute(c, {read: o.body}) for c in user.guards))
+        del g.ops[k]
+        return True
+    return False
+
+
+def _merge(g: GroupOps, k: int) -> bool:
+    """`x = r + rest` where r is a reduction of its own: write rest into x, then reduce into x.
+
+    The reduction moves down to its reader; it reads nothing that is written in between but carried tiles, whose old
+    value is kept where needed (`keep_old`).
+    """
+    o = g.ops[k]
+    if o.monoid or o.guards or not isinstance(o.body, Call):
+        return False
+    parts, uses = addends(o.body, o.body.op), _uses(g)
+    for p in parts:
+        j = next((i for i in range(k) if isinstance(p, Access) and g.ops[i].target == p.tensor), None)
+        if j is None:
+            continue
+        r = g.ops[j]
+        if (MONOIDS[r.monoid].join if r.monoid else "") != o.body.op or not _private(g, r, uses) or r.accumulate \
+                or r.phase != o.phase or set(r.dims) != set(o.dims):
+            continue
+        rest = list(parts)
+        rest.remove(p)
+        body = rest[0]
+        for q in rest[1:]:
+            body = Call(o.body.op, (body, q))
+        joined = replace(r, target=o.target, dims=o.dims, accumulate=True)
+        first = [] if body == _old(o) else [replace(o, body=body)]
+        g.ops[j:k + 1] = [*g.ops[j + 1:k], *first, joined]
+        return True
+    return False
+
+
+def _old(o: Op) -> Access:
+    return Access(o.target + OLD, tuple(Var(d) for d in o.dims))
+
+
+def keep_old(g: GroupOps) -> None:
+    """Resolve `X@old`: the carry tile itself until it is overwritten, a copy where it is read later than that."""
+    for name in g.carried:
+        old = name + OLD
+        writes = [k for k, o in enumerate(g.ops) if o.target == name and o.phase == LOOP]
+        if not writes:
+            continue
+        first = writes[0]
+        late = [k for k, o in enumerate(g.ops) if old in o.reads()
+                and (k > first or (k == first and o.monoid))]
+        copy = f"{name}_old"
+        for k, o in enumerate(g.ops):
+            if old in o.reads():
+                g.ops[k] = _rename(o, old, copy if k in late else name)
+        if late:
+            dims = g.ops[first].dims
+            body = Access(name, tuple(Var(d) for d in dims))
+            g.ops.insert(first, Op(copy, dims, body, phase=LOOP))
+
+
+def _rename(o: Op, old: str, new: str) -> Op:
+    table: dict[Expr, Expr] = {a: Access(new, a.index) for a in o.accesses() if a.tensor == old}
+    return replace(o, body=substitute(o.body, table), guards=tuple(substitute(c, table) for c in o.guards))
+
+
+def buffers(g: GroupOps, dtype: dict[str, str]) -> dict[str, str]:
+    """Which buffer holds each tile: a map takes over the buffer of an operand that it is the last to read."""
+    home = {o.target: o.target for o in g.ops}
+    for k, o in enumerate(g.ops):
+        if o.monoid or o.accumulate or o.target in g.carried or home[o.target] != o.target:
+            continue
+        if any(p.target == o.target for p in g.ops[:k]):
+            continue
+        for a in o.accesses():
+            x = a.tensor
+            made = [i for i, p in enumerate(g.ops) if p.target == x]
+            last = max((i for i, p in enumerate(g.ops) if x in p.reads()), default=-1)
+            if not made or last != k or g.ops[made[-1]].dims != o.dims or dtype[x] != dtype[o.target]:
+                continue
+            if all(g.ops[i].phase == o.phase for i in made) and x not in g.carried or (x in g.carried and o.phase == POST):
+                home[o.target] = home[x]
+                break
+    return home
+
+
+def kind(e: Expr, dtype: dict[str, str]) -> str:
+    """What a body computes: bool, int or real; "" where it rests on tiles whose kind is not known yet."""
+    if isinstance(e, Access):
+        d = dtype.get(e.tensor.removesuffix(OLD), "")
+        return "" if not d else "bool" if d == "bool" else "int" if d[0] in "iu" else "real"
+    if isinstance(e, Call):
+        result = OPS[e.op].result
+        if result != "same":
+            return result
+        kinds = {kind(a, dtype) for a in (e.args[1:] if e.op == "where" else e.args)}
+        return "real" if "real" in kinds else "" if "" in kinds else "int" if "int" in kinds else "bool"
+    value = getattr(e, "value", 0)
+    return "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "real"
+
+
+__all__ = ["addends", "buffers", "compose", "factors", "is_product", "keep_old", "kind"]

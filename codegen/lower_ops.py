@@ -1,0 +1,354 @@
+"""A mapping group as a list of tile operations: the statements of one kernel, over tile dims, before loads and masks.
+
+Grid and loop variables are scalars, every other variable is a tile dim.  An iterative tensor becomes one carry tile:
+its element at the loop variable reads `X@old`, the element after it is the tile `X` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from memcomp.ir.cascade import Cascade, Einsum, Rank
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import (
+    Access,
+    Call,
+    Const,
+    Expr,
+    Size,
+    Var,
+    call,
+    conjunction,
+    conjuncts,
+    rebuild,
+    substitute,
+    transform,
+    variables,
+    walk,
+)
+from memcomp.ir.ops import MONOIDS
+from memcomp.ir.program import Group
+from memcomp.ir.simplify import simplify
+from memcomp.ir.tile import Dim
+
+PRE, LOOP, POST = 0, 1, 2
+OLD = "@old"
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation on a tile: `target[dims] (=|join=) monoid over (body where guards)`; no monoid = a map.
+
+    body: group tensors as `Access(name, (Var(dim), ...))`, params with their full index.  empty: what points that the
+    guards exclude hold (the identity for a reduction).
+    """
+
+    target: str
+    dims: tuple[str, ...]
+    body: Expr
+    guards: tuple[Expr, ...] = ()
+    monoid: str = ""
+    over: tuple[str, ...] = ()
+    accumulate: bool = False
+    phase: int = PRE
+    empty: float = 0.0
+
+    def accesses(self) -> list[Access]:
+        return [n for e in (self.body, *self.guards) for n in walk(e) if isinstance(n, Access)]
+
+    def reads(self) -> set[str]:
+        return {a.tensor for a in self.accesses()}
+
+
+@dataclass(slots=True)
+class GroupOps:
+    """The operations of one kernel in order, and what surrounds them."""
+
+    group: Group
+    grid: tuple[tuple[str, Expr], ...]
+    loop: str                                   # loop variable, "" = none
+    steps: Expr                                 # extent of the loop
+    dims: dict[str, Dim]
+    ops: list[Op]
+    carried: dict[str, int] = field(default_factory=dict)   # iterative tensor -> position of its iterative index
+    stores: dict[str, Access] = field(default_factory=dict)  # group tensor -> element written, over dims and grid
+    each_step: set[str] = field(default_factory=set)         # carried tensors stored after every step, not once
+
+
+class Sizes:
+    """Extents of ranks as expressions over run-time symbols only."""
+
+    def __init__(self, cascade: Cascade) -> None:
+        self.cascade = cascade
+
+    def extent(self, rank: str) -> Expr:
+        """The rank's extent; a ragged rank counts as its symbol (its raggedness is a guard, see `ragged_guard`)."""
+        x = self.cascade.rank(rank).extent
+        if x is None or (not isinstance(x, Const) and any(isinstance(n, Access) for n in walk(x))):  # type: ignore[arg-type]
+            return Size(rank)
+        return self.close(x)  # type: ignore[arg-type]
+
+    def close(self, e: Expr) -> Expr:
+        return transform(e, lambda n: self.extent(n.rank) if isinstance(n, Size) else n)
+
+    def index(self, e: Expr) -> Expr:
+        return simplify(self.close(e), index=True)
+
+    def symbolic(self, rank: Rank) -> bool:
+        return self.extent(rank.name) == Size(rank.name)
+
+
+def ragged_guards(c: Cascade, e: Einsum) -> Einsum:
+    """A ragged rank in the statement's space becomes the guard that stops it: `t < len[b]`."""
+    more = []
+    for v in e.space():
+        x = c.rank(v.upper()).extent
+        if isinstance(x, (Call, Access)) and any(isinstance(n, Access) for n in walk(x)):
+            more.append(call("lt", Var(v), x))
+    return replace(e, guard=conjunction([*e.guards(), *more])) if more else e
+
+
+def stream(e: Einsum, var: str, size: int) -> tuple[list[Einsum], Rank, Rank]:
+    """A reduction over a cut rank as an iterative cascade: initialise, reduce each tile, join, take the last.
+
+    Right because the monoids of `ir.ops` that have a join are associative and commutative.
+    """
+    assert e.reduce is not None
+    monoid = MONOIDS[e.reduce.monoid]
+    if not monoid.join:
+        raise Refusal(f"{monoid.name} over rank {var.upper()} needs more than a tile", e.out.tensor,
+                      "only reductions with a joining operator can be cut into tiles")
+    outer, inner = f"{var}1", f"{var}0"
+    point = call("add", call("mul", Var(outer), size), Var(inner))
+    sub: dict[Expr, Expr] = {Var(var): point}
+    length = Size(var.upper())
+    rank1 = Rank(outer.upper(), call("ceildiv", length, size), None, True)
+    rank0 = Rank(inner.upper(), Const(size))
+    name, index = e.out.tensor, e.out.index
+    run, part = f"{name}_run", f"{name}_part"
+    over = tuple(inner if v == var else v for v in e.reduce.over)
+    guard = conjunction([call("lt", point, length), *(substitute(g, sub) for g in e.guards())])
+    plain = tuple(dict.fromkeys(v for i in index for v in sorted(variables(i))))
+    at = tuple(Var(v) for v in plain)
+    return [
+        Einsum((Access(run, (*at, Const(0))),), Const(monoid.identity)),
+        Einsum((Access(part, (*at, Var(outer))),), substitute(e.body, sub), replace(e.reduce, over=over), guard),
+        Einsum((Access(run, (*at, call("add", Var(outer), 1))),),
+               Call(monoid.join, (Access(run, (*at, Var(outer))), Access(part, (*at, Var(outer)))))),
+        Einsum(e.outs, Access(run, (*at, Size(rank1.name)))),
+    ], rank1, rank0
+
+
+def group_ops(c: Cascade, group: Group, outside: Callable[[str], list[Access]]) -> GroupOps:
+    """The group's statements as tile operations.
+
+    outside: accesses to a tensor in statements of other groups (they decide what is stored).
+    Raises Refusal with the reason where the tile form cannot say it.
+    """
+    einsums = [ragged_guards(c, e) for e in c.einsums if set(e.names) & set(group.tensors)]
+    for e in einsums:
+        if len(e.outs) > 1:
+            raise Refusal(f"{e.reduce.monoid if e.reduce else 'tuple'} has no tile form", e.out.tensor,
+                          "tile programs reduce with sum, prod, max, min, and, or")
+    cut = {r: s.value for r, s in group.partition if isinstance(s, Const) and isinstance(s.value, int)}
+    ranks = list(c.ranks)
+    for r in group.loop_order:
+        if r.endswith("1") and (base := r[:-1]) in cut and r not in {x.name for x in c.ranks}:
+            done: list[Einsum] = []
+            for e in einsums:
+                if e.reduce is not None and base.lower() in e.reduce.over:
+                    four, r1, r0 = stream(e, base.lower(), cut[base])
+                    done += four
+                    ranks += [x for x in (r1, r0) if x.name not in {y.name for y in ranks}]
+                else:
+                    done.append(e)
+            einsums = done
+            del cut[base]
+    return _Grouping(Cascade(tuple(ranks), c.tensors, tuple(einsums)), c, group, cut, outside).run()
+
+
+class _Grouping:
+    """Scratch of `group_ops`."""
+
+    def __init__(self, inner: Cascade, whole: Cascade, group: Group, cut: dict[str, int],
+                 outside: Callable[[str], list[Access]]) -> None:
+        self.c, self.whole, self.group, self.cut, self.outside = inner, whole, group, cut, outside
+        self.sizes = Sizes(inner)
+        if len(group.loop_order) > 1:
+            raise Refusal(f"group {group.name} has {len(group.loop_order)} sequential ranks", " ".join(group.loop_order),
+                          "a kernel runs one loop")
+        self.loop = group.loop_order[0].lower() if group.loop_order else ""
+        self.grid: dict[str, Expr] = {}
+        self.dims: dict[str, Dim] = {}
+        self.points: dict[Expr, Expr] = {}
+        self.writers: dict[str, Access] = {}
+        self.carried: dict[str, int] = {}
+
+    def run(self) -> GroupOps:
+        self._space()
+        for e in self.c.einsums:
+            name = e.out.tensor
+            for k, i in enumerate(e.out.index):
+                if self.loop and i == call("add", Var(self.loop), 1):
+                    self.carried[name] = k
+                    self.writers[name] = e.out
+            self.writers.setdefault(name, e.out)
+        for name, k in self.carried.items():   # the initialisation may come first
+            self.writers[name] = next(e.out for e in self.c.einsums
+                                      if e.out.tensor == name and e.out.index[k] == call("add", Var(self.loop), 1))
+        ops = [self._op(e) for e in self.c.einsums]
+        started = {o.target for o in ops if o.target in self.carried and o.phase == PRE}
+        ops[:0] = [Op(n, self.tile_dims(n), Const(self.empty(n))) for n in self.carried if n not in started]
+        steps = self.sizes.extent(self.loop.upper()) if self.loop else Const(0)
+        out = GroupOps(self.group, tuple(self.grid.items()), self.loop, steps, self.dims, _phases(ops), dict(self.carried))
+        self._stores(out)
+        return out
+
+    def empty(self, name: str) -> float:
+        t = self.c.declared(name)
+        return t.empty if t is not None else 0.0
+
+    def _space(self) -> None:
+        names = {r.name for r in self.c.ranks}
+        for r, size in self.cut.items():
+            outer, inner = f"{r}1", f"{r}0"
+            if outer in names or inner in names:
+                raise Refusal(f"cutting rank {r} needs the names {outer} and {inner}, which the cascade has taken",
+                              self.group.name)
+            start = call("mul", Var(outer.lower()), size)
+            extent = self.sizes.extent(r)
+            self.points[Var(r.lower())] = call("add", start, Var(inner.lower()))
+            self.dims[inner.lower()] = Dim(inner.lower(), size, simplify(call("min", size, extent - start), index=True),  # type: ignore[operator]
+                                           simplify(start))
+        for r in self.group.space:
+            base = r[:-1]
+            if r.endswith("1") and base in self.cut:
+                self.grid[r.lower()] = simplify(call("ceildiv", self.sizes.extent(base), self.cut[base]), index=True)
+            else:
+                self.grid[r.lower()] = self.sizes.index(self.sizes.extent(r))
+
+    def dim(self, var: str) -> str | None:
+        """The tile dim of a rank variable, None where it is a grid or loop variable."""
+        if var in self.grid or var == self.loop:
+            return None
+        if Var(var) in self.points:
+            return f"{var}0"
+        if var not in self.dims:
+            rank = self.c.rank(var.upper())
+            extent = self.sizes.index(self.sizes.extent(rank.name))
+            if isinstance(extent, Const) and isinstance(extent.value, int):
+                self.dims[var] = Dim(var, max(extent.value, 1), extent, Const(0))
+            elif rank.bound is not None:
+                self.dims[var] = Dim(var, rank.bound, extent, Const(0))
+            else:
+                raise Refusal(f"rank {rank.name} has no bound and the mapping does not cut it",
+                              f"group {self.group.name}", "cut it, or put it into space or loop-order")
+        return var
+
+    def order(self, names: list[str]) -> tuple[str, ...]:
+        """Dims of a tile: as given, the lane last."""
+        out = list(dict.fromkeys(names))
+        lane = (self.group.lane or "").lower()
+        if lane in out:
+            out.remove(lane)
+            out.append(lane)
+        return tuple(out)
+
+    def index_dims(self, index: tuple[Expr, ...]) -> tuple[str, ...]:
+        names = [self.dim(n.name) for i in index for n in walk(i) if isinstance(n, Var)]
+        return self.order([n for n in names if n is not None])
+
+    def tile_dims(self, name: str) -> tuple[str, ...]:
+        return self.index_dims(self.writers[name].index)
+
+    def point(self, e: Expr) -> Expr:
+        """Over dims: cut variables become `outer * size + inner`, sizes their extents; group tensors become tiles."""
+        def f(n: Expr) -> Expr:
+            if isinstance(n, Access) and n.tensor in self.writers:
+                return self._tile(n)
+            if isinstance(n, Var):
+                self.dim(n.name)
+                return self.points.get(n, n)
+            if isinstance(n, Size):
+                return self.sizes.extent(n.rank)
+            if isinstance(n, Access):
+                return Access(n.tensor, tuple(simplify(f_all(i), index=True) for i in n.index))
+            return rebuild(n, tuple(f_all(k) for k in n.args)) if isinstance(n, Call) else n
+
+        def f_all(n: Expr) -> Expr:
+            return f(n)
+        return f(e)
+
+    def _tile(self, a: Access) -> Access:
+        """A read of a tensor that this group writes, as a tile."""
+        out, k = self.writers[a.tensor], self.carried.get(a.tensor)
+        name = a.tensor
+        for i, (got, want) in enumerate(zip(a.index, out.index, strict=True)):
+            if i == k:
+                if got == Var(self.loop):
+                    name = a.tensor + OLD
+                elif got not in (want, Size(self.loop.upper())):
+                    raise Refusal(f"{a.tensor} is read at another step than the one before", self.group.name,
+                                  "a carry tile holds one step")
+            elif got != want:
+                raise Refusal(f"{a.tensor} is read at another point than the task writes", self.group.name,
+                              "such a tensor needs a kernel of its own")
+        return Access(name, tuple(Var(d) for d in self.tile_dims(a.tensor)))
+
+    def _op(self, e: Einsum) -> Op:
+        name = e.out.tensor
+        over = tuple(d for v in (e.reduce.over if e.reduce else ()) if (d := self.dim(v)) is not None)
+        if e.reduce and len(over) != len(e.reduce.over):
+            lost = set(e.reduce.over) & (set(self.grid) | {self.loop})
+            raise Refusal(f"{name} reduces over {', '.join(sorted(lost))}, which the mapping runs in parallel or in order",
+                          self.group.name)
+        for v in e.space():
+            self.dim(v)
+        phase = LOOP if self.loop and self.loop in e.space() else PRE
+        guards = tuple(simplify(self.point(g), index=False) if not _data(g) else self.point(g) for g in e.guards())
+        empty = MONOIDS[e.reduce.monoid].identity if e.reduce else self.empty(name)
+        return Op(name, self.tile_dims(name), self.point(e.body), tuple(dict.fromkeys(guards)),
+                  e.reduce.monoid if e.reduce else "", over, False, phase, empty)
+
+    def _stores(self, out: GroupOps) -> None:
+        """Which tiles leave the kernel, and where to."""
+        for name in dict.fromkeys(o.target for o in out.ops):
+            declared = self.whole.declared(name.removesuffix("'"))
+            role = declared.role if declared is not None else "temp"
+            readers = self.outside(name)
+            if role in ("temp", "in") and not readers:
+                continue
+            index = [self.sizes.index(self.point(i)) for i in self.writers[name].index]
+            k = self.carried.get(name)
+            if k is not None:
+                if role == "temp" and all(a.index[k] == Size(self.loop.upper()) for a in readers):
+                    del index[k]
+                else:
+                    out.each_step.add(name)
+            out.stores[name] = Access(name, tuple(index))
+
+
+def _data(e: Expr) -> bool:
+    return any(isinstance(n, Access) for n in walk(e))
+
+
+def _phases(ops: list[Op]) -> list[Op]:
+    """Operations in phase order: what needs the loop's result runs after it, and so does what only that needs."""
+    looped = {o.target for o in ops if o.phase == LOOP}
+    late: set[str] = set()
+    out: list[Op] = []
+    for o in ops:
+        if o.phase == PRE and o.target not in looped and o.reads() & (looped | late):
+            late.add(o.target)
+            o = replace(o, phase=POST)
+        out.append(o)
+    for k in reversed(range(len(out))):
+        o = out[k]
+        users = [u.phase for u in out if u is not o and o.target in {n.removesuffix(OLD) for n in u.reads()}]
+        if o.phase == PRE and o.target not in looped and looped and users and min(users) == POST:
+            out[k] = replace(o, phase=POST)
+    return sorted(out, key=lambda o: o.phase)
+
+
+__all__ = ["LOOP", "OLD", "POST", "PRE", "GroupOps", "Op", "Sizes", "conjuncts", "group_ops", "ragged_guards", "stream"]

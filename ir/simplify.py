@@ -1,0 +1,562 @@
+"""Simplify index, guard and constant expressions; decide comparisons from ranges.
+
+Sound for every integer point that the ranges allow, negative numbers included.  Integers are brought into the normal
+form of `ir.poly`; truth values are folded; real expressions are only touched where the result is the same number
+(never `x * 0.0`, never re-associated).  A divisor is taken to be non-zero: a division by zero has no meaning here.
+
+What is an integer: variables, sizes, integer constants, and tensors that an index, an extent or the caller's
+`integers` shows to be integers; any other `Access` may be real and is left alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, reads, rebuild, walk
+from memcomp.ir.ops import OPS
+from memcomp.ir.poly import (
+    Poly,
+    as_const,
+    atom_key,
+    atoms,
+    cofactor,
+    constant,
+    divide,
+    plus,
+    single,
+    term,
+    times,
+    to_expr,
+    without,
+)
+
+Bound: TypeAlias = Expr | int | None
+Ranges: TypeAlias = Mapping[str, tuple[Bound, Bound]]
+_Frozen: TypeAlias = tuple[tuple[str, Bound, Bound], ...]
+NOTHING: Ranges = MappingProxyType({})
+TRUE, FALSE = Const(True), Const(False)
+_SWAP = {"gt": "lt", "ge": "le"}
+_NEGATION = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
+_INT_FOLD: dict[str, Callable[..., int | bool]] = {
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "neg": lambda a: -a,
+    "max": max, "min": min, "abs": abs, "square": lambda a: a * a, "relu": lambda a: max(a, 0),
+    "floordiv": lambda a, b: a // b, "mod": lambda a, b: a % b, "ceildiv": lambda a, b: -(-a // b),
+    "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
+    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "int": lambda a: a,
+}
+
+
+def simplify(expr: Expr, ranges: Ranges = NOTHING, *, integers: Collection[str] = (), index: bool = False) -> Expr:
+    """The same value at every point, in normal form.
+
+    ranges:   variable (or size, by its upper-case name) -> half-open range; None = unbounded.  A size is >= 0.
+    integers: names of tensors known to hold integers.  index: every tensor read holds integers (an index or extent).
+    """
+    return _context(expr, ranges, integers, index).simplify(expr)
+
+
+def bounds(expr: Expr, ranges: Ranges = NOTHING, *, integers: Collection[str] = ()) -> tuple[Bound, Bound]:
+    """Least and greatest value (both inclusive) over the ranges, as numbers or expressions over sizes.
+
+    None where no bound is found.  Safe, not always tight.
+    """
+    ctx = _context(expr, ranges, integers, False)
+    p = ctx.poly(ctx.simplify(expr))
+    if p is None:
+        return None, None
+    low, high = ctx.extreme(p), ctx.extreme(plus({}, p, -1))
+
+    def out(q: Poly | None) -> Bound:
+        if q is None:
+            return None
+        c = as_const(q)
+        return c if c is not None else to_expr(q)
+
+    return out(low), out(None if high is None else plus({}, high, -1))
+
+
+def linear(expr: Expr, *, integers: Collection[str] = ()) -> dict[Expr | None, int] | None:
+    """`expr` as a sum of coefficient * term (products of atoms are one term), None -> the constant.
+
+    None where the expression is not known to be an integer.  `linear(m1*64 + m0 + 3) == {m1: 64, m0: 1, None: 3}`.
+    """
+    ctx = _context(expr, NOTHING, integers, False)
+    p = ctx.poly(ctx.simplify(expr))
+    return None if p is None else {(term(m, 1) if m else None): c for m, c in p.items()}
+
+
+def proves(cond: Expr, ranges: Ranges = NOTHING, *, integers: Collection[str] = ()) -> bool:
+    """Is the condition true at every point of the ranges?  False means: not proved."""
+    return simplify(cond, ranges, integers=integers) == TRUE
+
+
+def _context(expr: Expr, ranges: Ranges, integers: Collection[str], index: bool) -> _Context:
+    names = set(integers) | (reads(expr) if index else set())
+    for n in walk(expr):
+        if isinstance(n, Access):
+            for i in n.index:
+                names |= reads(i)
+    for pair in ranges.values():
+        for b in pair:
+            if b is not None and not isinstance(b, int):
+                names |= reads(b)
+    return _shared(tuple((k, *v) for k, v in sorted(ranges.items())), frozenset(names))
+
+
+@lru_cache(maxsize=512)
+def _shared(ranges: _Frozen, integers: frozenset[str]) -> _Context:
+    return _Context(ranges, integers)
+
+
+class _Context:
+    """One set of ranges with everything already simplified under it."""
+
+    def __init__(self, ranges: _Frozen, integers: frozenset[str]) -> None:
+        self.integers = integers
+        self.seen: dict[Expr, Expr] = {}
+        self.decided: dict[frozenset[tuple[tuple[Expr, ...], int]], bool] = {}
+        self.ranges: dict[Expr, tuple[Poly | None, Poly | None]] = {}
+        for name, lo, hi in ranges:
+            key: Expr = Size(name) if name == name.upper() and name != name.lower() else Var(name)
+            low, high = self._bound(lo), self._bound(hi)
+            if isinstance(key, Size) and low is None:
+                low = {}
+            self.ranges[key] = low, None if high is None else plus(high, constant(1), -1)
+
+    def _bound(self, b: Bound) -> Poly | None:
+        if b is None:
+            return None
+        return constant(b) if isinstance(b, int) else self.poly(self.simplify(b))
+
+    def kind(self, e: Expr) -> str:
+        """int, bool, real, or any where only the tensor's dtype would tell."""
+        if isinstance(e, Const):
+            return "bool" if isinstance(e.value, bool) else "int" if isinstance(e.value, int) else "real"
+        if isinstance(e, (Var, Size)):
+            return "int"
+        if isinstance(e, Access):
+            return "int" if e.tensor in self.integers else "any"
+        result = OPS[e.op].result if e.op in OPS else "real"
+        if result in ("bool", "real") or e.op == "int":
+            return result
+        kinds = {self.kind(a) for a in (e.args[1:] if e.op == "where" else e.args)}
+        if "real" in kinds:
+            return "real"
+        return "int" if kinds == {"int"} else "any"
+
+    def poly(self, e: Expr) -> Poly | None:
+        """Polynomial of a simplified integer expression; None for any other kind."""
+        return self._poly(e) if self.kind(e) == "int" else None
+
+    def _poly(self, e: Expr) -> Poly:
+        if isinstance(e, Const):
+            return constant(int(e.value))
+        if isinstance(e, Call):
+            if e.op == "neg":
+                return plus({}, self._poly(e.args[0]), -1)
+            if e.op in ("add", "sub"):
+                return plus(self._poly(e.args[0]), self._poly(e.args[1]), 1 if e.op == "add" else -1)
+            if e.op in ("mul", "square"):
+                a, b = self._poly(e.args[0]), self._poly(e.args[-1])
+                if min(len(a), len(b)) <= 1 or len(a) * len(b) <= 16:
+                    return times(a, b)
+        return single(e)
+
+    # -- what the ranges say --------------------------------------------------------------------------------------
+
+    def range_of(self, a: Expr) -> tuple[Poly | None, Poly | None]:
+        """Inclusive bounds of an atom."""
+        if isinstance(a, (Var, Size)):
+            return self.ranges.get(a, ({} if isinstance(a, Size) else None, None))
+        if not isinstance(a, Call):
+            return None, None
+        parts = [self.poly(x) for x in a.args]
+        if any(p is None for p in parts):
+            return None, None
+        ps = [p for p in parts if p is not None]
+        nums = [as_const(p) for p in ps]
+        if a.op == "mod" and self.nonneg(ps[1]):
+            return {}, plus(ps[1], constant(1), -1)
+        if a.op in ("floordiv", "ceildiv", "shr") and self.nonneg(ps[1]):
+            low, high = self.extreme(ps[0]), self.extreme(plus({}, ps[0], -1))
+            k = nums[1] if a.op != "shr" else None if nums[1] is None else 1 << nums[1]
+            up = k - 1 if k and a.op == "ceildiv" else 0
+            lo = None if low is None else as_const(low)
+            hi = None if high is None else as_const(high)
+            lo_p = None if lo is None else constant((lo + up) // k) if k else {} if lo >= 0 else None
+            hi_p = constant((-hi + up) // k) if hi is not None and k else None
+            if lo_p is None and self.nonneg(ps[0]):
+                lo_p = {}
+            if hi_p is None and high is not None and a.op == "floordiv":
+                cut = divide(plus(plus({}, high, -1), constant(1)), ps[1])  # x < q*n  =>  x // n < q
+                if cut is not None and not cut[1]:
+                    hi_p = plus(cut[0], constant(1), -1)
+            return lo_p, hi_p
+        if a.op == "max":
+            return next((constant(n) for n in nums if n is not None), None), None
+        if a.op == "min":
+            return ({} if all(self.nonneg(p) for p in ps) else None,
+                    next((constant(n) for n in nums if n is not None), None))
+        if a.op == "bitand" and any(n is not None and n >= 0 for n in nums):
+            return {}, constant(max(n for n in nums if n is not None))
+        if a.op in ("abs", "relu", "square"):
+            return {}, None
+        return None, None
+
+    def extreme(self, p: Poly) -> Poly | None:
+        """A lower bound of p free of everything but sizes; None where there is none."""
+        for _ in range(32):
+            todo = [a for a in atoms(p) if not isinstance(a, Size)]
+            if not todo:
+                return p
+            q = self._eliminate(p, todo)
+            if q is None:
+                return None
+            p = q
+        return None
+
+    def _eliminate(self, p: Poly, todo: Sequence[Expr]) -> Poly | None:
+        """Replace one atom by the end of its range that makes p least; triangular ranges (m < p + 1) first."""
+        options = []
+        for a in todo:
+            low, high = self.range_of(a)
+            inner = any(not isinstance(x, Size) for b in (low, high) if b is not None for x in atoms(b))
+            options.append((not inner, atom_key(a), a, low, high))
+        for _, _, a, low, high in sorted(options, key=lambda o: o[:2]):
+            parts = cofactor(p, a)
+            if parts is None:
+                continue
+            c, rest = parts
+            if low is not None and self.nonneg(c):
+                return plus(rest, times(c, low))
+            if high is not None and self.nonneg(plus({}, c, -1)):
+                return plus(rest, times(c, high))
+        return None
+
+    def nonneg(self, p: Poly) -> bool:
+        """Is p >= 0 at every point?  False: not proved."""
+        c = as_const(p)
+        if c is not None:
+            return c >= 0
+        key = frozenset(p.items())
+        known = self.decided.get(key)
+        if known is None:
+            self.decided[key] = False  # a question that leads back to itself is not proved
+            known = self.decided[key] = self._nonneg(p)
+        return known
+
+    def _nonneg(self, p: Poly) -> bool:
+        # A variable that takes a value has a non-empty range, so the sizes that bound it are at least 1.
+        least: dict[Expr, int] = {}
+        for a in atoms(p):
+            if isinstance(a, Var) and a in self.ranges:
+                low, high = self.ranges[a]
+                if low is not None and high is not None:
+                    width = plus(plus(high, constant(1)), low, -1)
+                    if len(width) == 1:
+                        least.update((s, 1) for m in width for s in m if isinstance(s, Size))
+        for _ in range(32):
+            if self._plainly(p, least):
+                return True
+            todo = [a for a in atoms(p) if not isinstance(a, Size)]
+            q = self._eliminate(p, todo) if todo else None
+            if q is None:
+                break
+            p = q
+        sizes = [a for a in atoms(p) if isinstance(a, Size) and a in self.ranges]
+        while sizes:
+            q = self._eliminate(p, sizes)
+            if q is None:
+                return False
+            p = q
+            if self._plainly(p, least):
+                return True
+            sizes = [a for a in atoms(p) if isinstance(a, Size) and a in self.ranges]
+        return False
+
+    def _plainly(self, p: Poly, least: Mapping[Expr, int]) -> bool:
+        """No negative term once every size is written as its least value plus something."""
+        for s, k in least.items():
+            while any(s in m for m in p):
+                shifted: Poly = {}
+                for m, c in p.items():
+                    if s in m:
+                        rest = without(m, (s,))
+                        assert rest is not None
+                        more = Call("sub", (s, Const(k)))  # stands for the part above the least value
+                        shifted = plus(shifted, times({rest: c}, {(): k, (more,): 1}))
+                    else:
+                        shifted = plus(shifted, {m: c})
+                p = shifted
+        return all(c > 0 and all(self._atom_nonneg(a) for a in m) for m, c in p.items())
+
+    def _atom_nonneg(self, a: Expr) -> bool:
+        if isinstance(a, Size):
+            return True
+        if isinstance(a, Call) and a.op == "sub":  # made by `_plainly`
+            return True
+        low = self.range_of(a)[0]
+        return low is not None and (not low or self.nonneg(low))
+
+    # -- rewriting ------------------------------------------------------------------------------------------------
+
+    def simplify(self, e: Expr) -> Expr:
+        known = self.seen.get(e)
+        if known is None:
+            kids = children(e)
+            known = self._rule(rebuild(e, tuple(self.simplify(k) for k in kids))) if kids else e
+            if len(self.seen) > 1 << 16:
+                self.seen.clear()
+            self.seen[e] = self.seen[known] = known
+        return known
+
+    def _rule(self, e: Expr) -> Expr:
+        if not isinstance(e, Call) or e.op not in OPS:
+            return e
+        if all(isinstance(a, Const) for a in e.args):
+            return _fold(e)
+        op = e.op
+        if op in ("and", "or"):
+            return self._logic(op, e.args)
+        if op in _NEGATION:
+            return self._compare(op, e.args[0], e.args[1])
+        if op == "not":
+            inner = e.args[0]
+            if isinstance(inner, Call) and inner.op == "not":
+                return inner.args[0] if self.kind(inner.args[0]) == "bool" else e
+            # not (a < b) is b <= a only where nothing can be NaN; == and != are complements even then
+            if isinstance(inner, Call) and inner.op in _NEGATION and (
+                    inner.op in ("eq", "ne") or all(self.kind(a) == "int" for a in inner.args)):
+                return self._compare(_NEGATION[inner.op], inner.args[0], inner.args[1])
+            return e
+        if op == "where":
+            c, a, b = e.args
+            if isinstance(c, Const):
+                return a if c.value else b
+            return a if a == b else e
+        if self.kind(e) == "int":
+            return self._integer(e)
+        return _real(e, self.kind)
+
+    def _integer(self, e: Call) -> Expr:
+        op, args = e.op, e.args
+        if op in ("floordiv", "mod", "ceildiv"):
+            return self._division(op, args[0], args[1])
+        if op in ("max", "min"):
+            a, b = (self._poly(x) for x in args)
+            if op == "min":
+                a, b = b, a
+            if self.nonneg(plus(a, b, -1)):
+                return args[0]
+            if self.nonneg(plus(b, a, -1)):
+                return args[1]
+            return Call(op, tuple(sorted(args, key=lambda x: (isinstance(x, Const), *atom_key(x)))))
+        if op == "int":
+            return args[0] if self.kind(args[0]) == "int" else e
+        if op in ("abs", "relu"):
+            p = self._poly(args[0])
+            if self.nonneg(p):
+                return args[0]
+            if self.nonneg(plus({}, p, -1)):
+                return to_expr(plus({}, p, -1)) if op == "abs" else Const(0)
+            return e
+        return to_expr(self._rejoin(self._poly(e)))
+
+    def _rejoin(self, p: Poly) -> Poly:
+        """(x // n)*n + x % n = x."""
+        for m, c in list(p.items()):
+            for a in m:
+                if not (isinstance(a, Call) and a.op == "mod" and m in p):
+                    continue
+                n = self._poly(a.args[1])
+                rest = without(m, (a,))
+                assert rest is not None
+                pair = times({rest: c}, times(n, single(Call("floordiv", a.args))))
+                if pair and all(p.get(k) == v for k, v in pair.items()):
+                    p = plus(plus(plus(p, {m: c}, -1), pair, -1), times({rest: c}, self._poly(a.args[0])))
+                    return self._rejoin(p)
+        return p
+
+    def _division(self, op: str, x: Expr, n: Expr) -> Expr:
+        p, d = self._poly(x), self._poly(n)
+        plain = Call(op, (x, n))
+        if not d or not self.nonneg(d):
+            return plain
+        cut = divide(p, d)
+        if cut is None:
+            cut = (constant(1), constant(0)) if p == d else (constant(0), p)
+        q, r = cut
+        below = plus(plus(d, constant(1), -1), r, -1)  # d - 1 - r
+        if not r:
+            return to_expr({} if op == "mod" else q)
+        if op == "mod":
+            if self.nonneg(r) and self.nonneg(below):
+                return to_expr(r)
+            inner = to_expr(r)
+            if isinstance(inner, Call) and inner.op == "mod":  # (y % (a*n)) % n = y % n
+                outer = divide(self._poly(inner.args[1]), d)
+                if outer is not None and not outer[1]:
+                    return self._division("mod", inner.args[0], n)
+            return Call("mod", (inner, n))
+        if op == "ceildiv":
+            r = plus(r, plus(d, constant(1), -1))  # ceil(r / d) = floor((r + d - 1) / d)
+            if not self.nonneg(r):
+                return self._offset(q, Call("ceildiv", (to_expr(plus(r, plus(d, constant(1), -1), -1)), n)))
+            if self.nonneg(plus(plus(d, constant(1), -1), r, -1)):
+                return to_expr(q)
+            if self.nonneg(plus(r, d, -1)) and self.nonneg(plus(plus(times(d, constant(2)), constant(1), -1), r, -1)):
+                return to_expr(plus(q, constant(1)))
+            return self._offset(q, Call("ceildiv", (to_expr(plus(r, plus(d, constant(1), -1), -1)), n)))
+        if self.nonneg(r) and self.nonneg(below):
+            return to_expr(q)
+        inner = to_expr(r)
+        if isinstance(inner, Call) and inner.op == "floordiv":  # (y // a) // n = y // (a*n)
+            a = self._poly(inner.args[1])
+            if self.nonneg(a):
+                flat = self._division("floordiv", inner.args[0], to_expr(times(a, d)))
+                return self._offset(q, flat)
+        if isinstance(inner, Call) and inner.op == "mod":  # (y % (a*n)) // n = (y // n) % a
+            outer = divide(self._poly(inner.args[1]), d)
+            if outer is not None and not outer[1] and self.nonneg(outer[0]):
+                low = self._division("floordiv", inner.args[0], n)
+                return self._offset(q, self._division("mod", low, to_expr(outer[0])))
+        return self._offset(q, Call("floordiv", (inner, n)))
+
+    def _offset(self, q: Poly, e: Expr) -> Expr:
+        return to_expr(self._rejoin(plus(q, self._poly(e))))
+
+    def _compare(self, op: str, a: Expr, b: Expr) -> Expr:
+        if op in _SWAP:
+            op, a, b = _SWAP[op], b, a
+        if self.kind(a) != "int" or self.kind(b) != "int":
+            if op in ("eq", "ne") and atom_key(b) < atom_key(a) and not isinstance(b, Const):
+                a, b = b, a
+            return Call(op, (a, b))
+        d = plus(self._poly(b), self._poly(a), -1)  # the comparison is d > 0, d >= 0, d == 0, d != 0
+        one = constant(1)
+        above, below = self.nonneg(plus(d, one, -1)), self.nonneg(plus(plus({}, d, -1), one, -1))
+        if op == "lt":
+            if above or self.nonneg(plus({}, d, -1)):
+                return Const(above)
+        elif op == "le":
+            if below or self.nonneg(d):
+                return Const(not below)
+        elif above or below or not d:
+            return Const((op == "ne") if d else (op == "eq"))
+        return _balanced(op, d)
+
+    def _logic(self, op: str, args: tuple[Expr, ...]) -> Expr:
+        absorbing = op == "or"
+        parts: dict[Expr, None] = {}
+        todo = list(reversed(args))
+        while todo:
+            a = todo.pop()
+            if isinstance(a, Call) and a.op == op:
+                todo.extend(reversed(a.args))
+            elif isinstance(a, Const):
+                if bool(a.value) == absorbing:
+                    return Const(absorbing)
+            else:
+                parts[a] = None
+        for a in parts:
+            if self._rule(Call("not", (a,))) in parts:
+                return Const(absorbing)
+        out: Expr | None = None
+        for a in parts:
+            out = a if out is None else Call(op, (out, a))
+        if out is None:
+            return Const(not absorbing)
+        if len(parts) == 1 and self.kind(out) != "bool":  # `x and true` is the truth of x, not x
+            return Call(op, (out, Const(not absorbing)))
+        return out
+
+
+def _balanced(op: str, d: Poly) -> Expr:
+    """d > 0 (lt), d >= 0 (le), d == 0, d != 0 with every term on the side where it is positive: `m <= p + 2`."""
+    k = d.get((), 0)
+    rest = {m: c for m, c in d.items() if m}
+    g = math.gcd(*rest.values())
+    if g > 1:
+        if op in ("eq", "ne"):
+            if k % g:
+                return Const(op == "ne")
+            k //= g
+        elif op == "le":
+            k //= g  # g*x + k >= 0  <=>  x >= ceil(-k/g)  <=>  x + floor(k/g) >= 0
+        else:
+            k = -(-k // g)  # g*x + k > 0  <=>  x + ceil(k/g) > 0
+        rest = {m: c // g for m, c in rest.items()}
+    right: Poly = {m: c for m, c in rest.items() if c > 0}
+    left: Poly = {m: -c for m, c in rest.items() if c < 0}
+    if op in ("eq", "ne"):
+        if not left or (right and min(map(atom_key, atoms(right))) < min(map(atom_key, atoms(left)))):
+            left, right, k = right, left, -k
+        sides = plus(left, constant(max(-k, 0)) if right else {}), plus(right, constant(k if not right else max(k, 0)))
+        return Call(op, (to_expr(sides[0]), to_expr(sides[1])))
+    if not right:  # a bound by a number: m < 64
+        if op == "le":
+            op, k = "lt", k + 1
+        return Call("lt", (to_expr(left), Const(k)))
+    if not left:  # 3 <= m
+        if op == "lt":
+            op, k = "le", k - 1
+        return Call("le", (Const(-k), to_expr(right)))
+    if op == "lt" and k >= 1:
+        op, k = "le", k - 1
+    elif op == "le" and k <= -1:
+        op, k = "lt", k + 1
+    return Call(op, (to_expr(plus(left, constant(max(-k, 0)))), to_expr(plus(right, constant(max(k, 0))))))
+
+
+def _fold(e: Call) -> Expr:
+    """The value of an operator on constants; int stays int, real stays real."""
+    values: list[Any] = [a.value for a in e.args if isinstance(a, Const)]
+    row = OPS[e.op]
+    if e.op == "where":
+        return e.args[1] if values[0] else e.args[2]
+    if e.op in ("floordiv", "mod", "ceildiv") and values[1] == 0:
+        return e
+    if e.op in _INT_FOLD and all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        return Const(_INT_FOLD[e.op](*values))
+    if row.result == "real":
+        values = [float(v) for v in values]
+    with np.errstate(all="ignore"):
+        try:
+            out = row.numpy(*values)
+        except (TypeError, OverflowError, ValueError):  # e.g. a shift of a real: left for verify to name
+            return e
+    return Const(np.asarray(out).item())
+
+
+def _is(e: Expr, value: float) -> bool:
+    return isinstance(e, Const) and not isinstance(e.value, bool) and e.value == value
+
+
+def _real(e: Call, kind: Callable[[Expr], str]) -> Expr:
+    """Identities that hold exactly for every real, infinity and NaN (x + 0 is x for -0.0 too, up to its sign)."""
+    op, args = e.op, e.args
+
+    def keeps(kept: Expr, dropped: Expr) -> bool:
+        """Dropping the neutral constant must not turn a real into an integer."""
+        return kind(kept) == "real" or (kind(kept) == "any") or kind(dropped) == "int" == kind(kept)
+
+    if len(args) == 2:
+        a, b = args
+        right = {"add": 0, "sub": 0, "mul": 1, "div": 1, "pow": 1, "max": -math.inf, "min": math.inf}.get(op)
+        if right is not None and _is(b, right) and keeps(a, b):
+            return a
+        if op in ("add", "mul", "max", "min") and right is not None and _is(a, right) and keeps(b, a):
+            return b
+        if op in ("max", "min") and a == b:
+            return a
+    if op == "neg" and isinstance(args[0], Call) and args[0].op == "neg":
+        return args[0].args[0]
+    if op == "real" and kind(args[0]) == "real":
+        return args[0]
+    return e

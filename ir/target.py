@@ -1,0 +1,123 @@
+"""Machines: levels of memory, units of arithmetic, features.  Read from `ir/targets/*.toml`; the CPU is detected."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+from memcomp.ir.errors import OptionError, nearest
+
+BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1,
+         "bool": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A level of memory.  bytes: of one instance (0 = unknown); bandwidth: bytes/s of all instances together;
+    count: instances; addressed: placed by the program (registers, shared memory), else a cache."""
+
+    name: str
+    bytes: int
+    bandwidth: float
+    count: int = 1
+    addressed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A kind of arithmetic unit, all instances together.  peaks: (dtype of the operands, operations/s); a
+    multiply-add counts as two.  `special` does exp, log, tanh and the like, one operation each."""
+
+    name: str
+    peaks: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A machine.  backend: the codegen folder that writes for it; levels: nearest first, memory last;
+    threads: cores or multiprocessors; lanes: f32 values in a vector register; source: where the figures come from."""
+
+    name: str
+    backend: str
+    levels: tuple[Level, ...]
+    units: tuple[Unit, ...]
+    features: tuple[str, ...] = ()
+    threads: int = 1
+    lanes: int = 32
+    source: str = ""
+
+    def level(self, name: str) -> Level:
+        for level in self.levels:
+            if level.name == name:
+                return level
+        raise OptionError(f"target {self.name} has no level {name!r}", hint=nearest(name, [x.name for x in self.levels]))
+
+    @property
+    def memory(self) -> Level:
+        """The farthest level, where arguments lie."""
+        return self.levels[-1]
+
+    def peak(self, dtype: str) -> float:
+        """Operations/s of products of this dtype on the fastest unit; a dtype no unit multiplies runs as f32."""
+        best = [p for u in self.units if u.name != "special" for d, p in u.peaks if d == dtype]
+        return max(best) if best else self.peak("f32")
+
+    @property
+    def special(self) -> float:
+        """Transcendental functions per second."""
+        return max(p for u in self.units if u.name == "special" for _, p in u.peaks)
+
+    def has(self, feature: str) -> bool:
+        return feature in self.features
+
+
+def targets() -> tuple[str, ...]:
+    """Names of the known machines."""
+    folder = files("memcomp.ir") / "targets"
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+@lru_cache(maxsize=64)
+def target(name: str) -> Target:
+    """The machine of that name; OptionError lists what is known."""
+    if name not in targets():
+        raise OptionError(f"unknown target {name!r}", hint=nearest(name, targets()))
+    data = tomllib.loads((files("memcomp.ir") / "targets" / f"{name}.toml").read_text(encoding="utf-8"))
+    return _detected(name, data) if data.get("detect") else _read(name, data)
+
+
+def _read(name: str, data: dict[str, Any]) -> Target:
+    levels = tuple(Level(x["name"], int(x["bytes"]), float(x["bandwidth"]), int(x.get("count", 1)),
+                         bool(x.get("addressed", False))) for x in data["levels"])
+    units = tuple(Unit(u["name"], tuple((d, float(p)) for d, p in u["peaks"].items())) for u in data["units"])
+    return Target(name, data["backend"], levels, units, tuple(data.get("features", ())), int(data.get("threads", 1)),
+                  int(data.get("lanes", 32)), data.get("source", ""))
+
+
+def _detected(name: str, data: dict[str, Any]) -> Target:
+    from memcomp.ir.detect import cpu
+
+    found = cpu()
+    clock = found.clock or float(data["clock"])
+    lanes = found.lanes
+    levels = []
+    for x in data["levels"]:
+        size, count = found.caches.get(x["name"], (int(x["bytes"]), 1 if x["name"] in ("l3", "dram") else found.cores))
+        if x["name"] == "reg":
+            size = lanes * 4 * (32 if lanes >= 16 or "neon" in found.features else 16)
+        elif x["name"] == "dram":
+            size = found.memory
+        elif x["name"] in ("l2", "l3") and found.caches and x["name"] not in found.caches:
+            continue  # this machine has no such cache
+        bandwidth = float(x["bandwidth"]) if "bandwidth" in x else x["rate"] * clock * count
+        levels.append(Level(x["name"], size, bandwidth, count, x["name"] == "reg"))
+    base = found.cores * clock * int(data["pipes"]) * 2 * lanes
+    units = [Unit(u["name"], tuple((d, base * k) for d, k in u["peaks"].items())) for u in data["units"]]
+    if "amx_bf16" in found.features:  # 16 x 16 x 32 multiply-adds in 16 cycles
+        units.append(Unit("tile", (("bf16", found.cores * clock * 1024.0),)))
+    elif "avx512_bf16" in found.features:
+        units.append(Unit("dot", (("bf16", 2 * base),)))
+    return Target(name, data["backend"], tuple(levels), tuple(units), found.features, found.cores, lanes, data["source"])

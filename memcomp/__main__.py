@@ -1,0 +1,239 @@
+"""The command line: `memcomp show | explain | opt | cost | emit | check | models | targets | demo`.
+
+Results go to stdout (or, whole or not at all, to --output), all else to stderr.  Errors: three lines, exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memcomp.inputs import FORMS, read
+from memcomp.ir.errors import InputError, MemcompError, OptionError, nearest
+from memcomp.ir.program import Program
+
+if TYPE_CHECKING:
+    from memcomp.ir.target import Target
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (`check` found an error in the result) or 2 (bad input)."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except MemcompError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="memcomp", description="A compiler for attention and memory layers.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, *, takes_input: bool = True,
+                machine: bool = True, target: bool = True) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=text, description=text)
+        p.set_defaults(run=run)
+        if takes_input:
+            p.add_argument("input", help=FORMS)
+            p.add_argument("-o", "--output", type=Path, help="write here instead of stdout")
+        if machine:
+            p.add_argument("--json", action="store_true", help="print JSON")
+        if target:
+            p.add_argument("--target", default="cpu", help="a name of `memcomp targets`")
+        return p
+
+    command("show", _show, "Print the programs that are read out of the input.")
+    command("explain", _explain, "Passes, kernels and traffic of each region, before and after.")
+    opt = command("opt", _opt, "Print the rewritten programs.")
+    opt.add_argument("--dump-after", metavar="STATION", action="append", default=[],
+                     help="also print after this station (repeatable; `all`)")
+    cost = command("cost", _cost, "Operations, traffic and time by the cost model.")
+    cost.add_argument("--size", metavar="RANK=N", action="append", default=[], help="extent of a symbolic rank")
+    emit = command("emit", _emit, "Print the kernels' source.")
+    emit.add_argument("--backend", default="", help="a folder of codegen; default: the target's own")
+    command("check", _check, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.")
+    command("models", _models, "List the workloads that come with memcomp.", takes_input=False, target=False)
+    command("targets", _targets, "List the machines that can be compiled for.", takes_input=False, target=False)
+    command("demo", _demo, "A real language model, compiled, run and explained.", takes_input=False, machine=False,
+            target=False)
+    return parser
+
+
+def _show(args: argparse.Namespace) -> int:
+    return _programs(args, _read_programs(args))
+
+
+def _opt(args: argparse.Namespace) -> int:
+    from memcomp.config import config
+    from memcomp.pipeline import STATIONS, compile_program, text_of
+
+    wanted = set(args.dump_after)
+    if unknown := wanted - {*STATIONS, "all"}:
+        raise OptionError(f"unknown station {min(unknown)!r}", hint=nearest(min(unknown), STATIONS))
+
+    def observe(station: str, value: object) -> None:
+        if wanted & {station, "all"}:
+            print(f"# after {station}\n{text_of(value)}", file=sys.stderr)
+
+    settings = config({"target": args.target})
+    programs = [compile_program(p, config=settings, observe=observe).program for p in _read_programs(args)]
+    return _programs(args, programs)
+
+
+def _programs(args: argparse.Namespace, programs: Sequence[Program]) -> int:
+    if args.json:
+        rows = [{"name": p.name, "digest": p.digest, "text": str(p)} for p in programs]
+        return _write(args, json.dumps(rows, indent=2))
+    return _write(args, "\n".join(str(p).rstrip() + "\n" for p in programs).rstrip())
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from memcomp.report import explain
+
+    given = read(args.input)
+    found = (explain(given, target=args.target) if isinstance(given, Program)
+             else explain(given.fn, *given.inputs, target=args.target))
+    return _write(args, json.dumps(found.json(), indent=2) if args.json else str(found))
+
+
+def _cost(args: argparse.Namespace) -> int:
+    from memcomp.config import config
+    from memcomp.ir.cost import cost
+    from memcomp.ir.target import target
+    from memcomp.pipeline import compile_program, shape_sizes
+
+    settings = config({"target": args.target})
+    known = dict(_assignment(s) for s in args.size)
+    rows = []
+    for p in _read_programs(args):
+        if unknown := known.keys() - {r.name for r in p.cascade.ranks}:
+            raise OptionError(f"{p.name} has no rank {min(unknown)!r}",
+                              hint=nearest(min(unknown), [r.name for r in p.cascade.ranks]))
+        program = compile_program(p, config=settings, sizes=known).program
+        sizes = shape_sizes(p, program, known)
+        rows.append((program, sizes, cost(program, sizes, target(args.target))))
+    if args.json:
+        from dataclasses import asdict
+
+        return _write(args, json.dumps([{"name": p.name, "sizes": s, **asdict(c)} for p, s, c in rows], indent=2))
+    return _write(args, "\n\n".join(
+        f"{p.name} at {', '.join(f'{n}={x}' for n, x in sorted(s.items())) or 'fixed sizes'}\n{c}" for p, s, c in rows))
+
+
+def _emit(args: argparse.Namespace) -> int:
+    from memcomp.config import config
+    from memcomp.pipeline import compile_program
+
+    settings = config({"target": args.target})
+    kernels = [compile_program(p, config=settings, backend=args.backend).kernel for p in _read_programs(args)]
+    distinct = {k.source: k for k in kernels}.values()
+    if args.json:
+        return _write(args, json.dumps([{"name": k.name, "backend": k.backend, "entry": k.entry, "source": k.source}
+                                        for k in distinct], indent=2))
+    return _write(args, "\n".join(k.source.rstrip() + "\n" for k in distinct).rstrip())
+
+
+def _check(args: argparse.Namespace) -> int:
+    from memcomp.oracle import check, check_program
+
+    given = read(args.input)
+    report = (check_program(given, target=args.target) if isinstance(given, Program)
+              else check(given.fn, *given.inputs, target=args.target))
+    if args.json:
+        rows = [{"name": r.name, "ok": r.ok, "max_error": r.error.max, "tolerance": r.tolerance.max}
+                for r in report.rows]
+        _write(args, json.dumps({"ok": report.ok, "outputs": rows}, indent=2))
+    else:
+        _write(args, str(report))
+    return 0 if report.ok else 1
+
+
+def _models(args: argparse.Namespace) -> int:
+    from memcomp.inputs import workloads
+
+    return _table(args, ("name", "what it is"), workloads())
+
+
+def _targets(args: argparse.Namespace) -> int:
+    from memcomp.ir.target import target, targets
+
+    return _table(args, ("name", "backend", "threads", "peak f32", "memory", "figures from"),
+                  [_machine(target(n)) for n in targets()])
+
+
+def _machine(t: Target) -> tuple[str, ...]:
+    memory = f"{t.memory.bytes / 2**30:.0f} GiB, " if t.memory.bytes else ""
+    return (t.name, t.backend, str(t.threads), f"{t.peak('f32') / 1e9:.0f} GFLOP/s",
+            f"{memory}{t.memory.bandwidth / 1e9:.0f} GB/s", t.source)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from memcomp.demo import main as demo
+
+    return int(demo() or 0)
+
+
+def _read_programs(args: argparse.Namespace) -> list[Program]:
+    """The program given, or those of the regions of the function given, each distinct one once."""
+    given = read(args.input)
+    if isinstance(given, Program):
+        return [given]
+    from memcomp.report import explain
+
+    found = explain(given.fn, *given.inputs, target=args.target)
+    for r in found.refusals:
+        print(f"left to torch: {r.where}: {r.why}", file=sys.stderr)
+    if not found.regions:
+        raise InputError(f"nothing in {args.input} is an attention or memory layer that memcomp can express",
+                         hint="`memcomp explain` says what was left to torch and why")
+    return list({r.read.digest: r.read for r in found.regions}.values())
+
+
+def _assignment(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    if not name or not value.isdigit():
+        raise OptionError(f"--size {text!r} is not RANK=N", hint="e.g. --size M=4096")
+    return name, int(value)
+
+
+def _table(args: argparse.Namespace, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> int:
+    if args.json:
+        print(json.dumps([dict(zip(columns, r, strict=True)) for r in rows], indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False)
+    for r in rows:
+        table.add_row(*r)
+    Console().print(table)
+    return 0
+
+
+def _write(args: argparse.Namespace, text: str) -> int:
+    """To stdout, or to the file as a whole: a reader never sees half of it."""
+    if args.output is None:
+        print(text)
+        return 0
+    target: Path = args.output
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False) as f:
+            f.write(text + "\n")
+        os.replace(f.name, target)
+    except OSError as error:
+        raise InputError(f"cannot write {target}", str(error)) from error
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

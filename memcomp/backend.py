@@ -1,0 +1,181 @@
+"""The torch.compile backend: regions of a Dynamo graph become calls of compiled kernels, the rest goes to Inductor.
+
+`torch.compile(model, backend="memcomp", options={...})` arrives at `memcomp`; `compile` is the same by another door.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import fx
+
+from memcomp import runtime
+from memcomp.binding import make_entry
+from memcomp.config import Config, config
+from memcomp.ir.errors import MemcompError, Refusal
+from memcomp.pipeline import ABI, Compiled, compile_program
+from memcomp.sizes import solve
+from memcomp.surgery import autocast_at, hint, original, replace_region
+
+if TYPE_CHECKING:
+    from memcomp.capture.region import Refused, Region
+
+_LOCK = threading.RLock()
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def memcomp(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
+            mode: str | None = None) -> Callable[..., Any]:
+    """A torch.compile backend.
+
+    options: `Config`'s fields by name; mode: handed to Inductor.  Raises OptionError for a wrong option; with
+    `strict`, also the Refusal of a region that cannot be compiled.
+    """
+    settings = config(options)
+    _count()
+    with _LOCK:
+        install(gm, settings)
+    return _rest(gm, list(example_inputs), settings, mode)
+
+
+memcomp.reset = runtime.reset  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+
+
+def compile(fn: Callable[P, R], *example_inputs: Any, dynamic: bool | None = None, **options: Any) -> Callable[P, R]:
+    """`fn` (a function or nn.Module), compiled.
+
+    example_inputs: when given, `fn` runs on them once, here, so that the first call is already fast; lengths (the
+    last dimension of integer tensors, the last but one of others) are compiled as symbols.  Without them compilation
+    happens at the first call, and a dimension becomes a symbol when it is first seen to change.
+    dynamic: as for torch.compile; False fixes all shapes.
+    options: the fields of `Config`.  Raises OptionError for a wrong option.
+    """
+    config(options)
+    compiled = torch.compile(fn, backend=functools.partial(memcomp, options=options), dynamic=dynamic)
+    if example_inputs:
+        compiled(*(example_inputs if dynamic is False else map(_with_symbolic_length, example_inputs)))  # type: ignore[call-arg]
+    return compiled
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A region of a graph and what its kernel is."""
+
+    region: Region
+    compiled: Compiled
+
+
+def install(gm: fx.GraphModule, settings: Config) -> tuple[list[Installed], list[Refused]]:
+    """Replace in `gm` every region that compiles by one call of its kernel; others stay, counted and warned of.
+
+    Returns what was installed and what was not, and why.
+    """
+    from memcomp.capture.find import find_regions
+    from memcomp.capture.region import Refused
+
+    regions: Sequence[Region] = ()
+    installed: list[Installed] = []
+    failed: list[Refused] = []
+
+    def failure(where: str) -> Callable[[str], None]:
+        return lambda why: failed.append(Refused(where, why))
+
+    with boundary("the graph", settings, failure("the graph")):
+        regions, refused = find_regions(gm)
+        for r in refused:
+            with boundary(r.where, settings):
+                raise Refusal(r.why, r.where)
+        failed += refused
+    for region in regions:
+        where = f"{region.name} ({region.source})"
+        with boundary(where, settings, failure(where)):
+            installed.append(Installed(region, _install_region(gm, region, settings)))
+    gm.recompile()
+    return installed, failed
+
+
+@contextmanager
+def boundary(where: str, settings: Config, failed: Callable[[str], None] = lambda why: None) -> Iterator[None]:
+    """The one place where memcomp's own failure is caught: the part named `where` stays with torch, counted and
+    warned of; with `strict` the error goes on.  Errors that Dynamo steers itself with always go on."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    try:
+        yield
+    except (RestartAnalysis, SkipFrame):
+        raise
+    except Exception as error:
+        if settings.strict:
+            raise
+        what = error.what if isinstance(error, MemcompError) else f"{type(error).__name__}: {error}"
+        why = next(iter(what.splitlines()), "")
+        failed(why)
+        runtime.fall_back(where, why)
+
+
+def _install_region(gm: fx.GraphModule, region: Region, settings: Config) -> Compiled:
+    symbols = [name for name, _ in region.sizes]
+    compiled = compile_program(region.program, config=settings, sizes=region_sizes(region))
+    kept = original(region) if _differentiated(region) else None
+    recompute = runtime.Recompute(kept.module, autocast_at(gm, region.outputs[0])) if kept else None
+    # all that a call's result depends on: Inductor keeps graphs on disk, and they hold only this key
+    key = hashlib.sha256("\n".join((
+        str(ABI), torch.__version__, compiled.kernel.source, region.program.digest, str(region.out_order), *symbols,
+        f"{kept.text}\n{recompute.autocast}" if kept and recompute else "",
+    )).encode()).hexdigest()
+    if not runtime.registered(key):
+        runtime.register(make_entry(key, region.program, compiled.tiles, compiled.entry, region.out_order, symbols,
+                                    recompute))
+    replace_region(gm, region, key, kept)
+    runtime.count_region(compiled.digest)
+    return compiled
+
+
+def region_sizes(region: Region) -> dict[str, int]:
+    """The extents the region had when it was traced, by symbolic rank of its program."""
+    shapes = [[hint(d) for d in n.meta["example_value"].shape] for n in region.inputs]
+    return solve(region.program.cascade, shapes) | {name: hint(x) for name, x in region.sizes}
+
+
+def _differentiated(region: Region) -> bool:
+    return any(getattr(n.meta.get("example_value"), "requires_grad", False) for n in region.outputs)
+
+
+def _count() -> None:
+    from torch._guards import CompileContext
+
+    here = CompileContext.current_compile_id()
+    runtime.count_graph(bool(here and here.frame_compile_id))
+
+
+def _rest(gm: fx.GraphModule, example_inputs: list[Any], settings: Config, mode: str | None) -> Callable[..., Any]:
+    """What memcomp does not compile: Inductor, or eager where it is asked for or Inductor cannot build."""
+    if settings.rest == "eager":
+        return gm.forward
+    kept = fx.Graph()  # Inductor may rewrite the graph it is given
+    kept.output(kept.graph_copy(gm.graph, {}))
+    eager = fx.GraphModule(gm, kept)
+    with boundary("everything but the compiled regions", settings):
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(list_mode_options(mode) if mode else {}), **dict(settings.rest_options)}
+        return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=patches or None))
+    return eager.forward
+
+
+def _with_symbolic_length(x: Any) -> Any:
+    if not isinstance(x, torch.Tensor) or x.dim() < (2 if x.is_floating_point() else 1):
+        return x
+    dim = x.dim() - (2 if x.is_floating_point() else 1)
+    alias = x.detach().requires_grad_(x.requires_grad) if x.is_leaf else x.view_as(x)
+    torch._dynamo.maybe_mark_dynamic(alias, dim)
+    return alias

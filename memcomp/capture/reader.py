@@ -1,0 +1,285 @@
+"""Reading nodes into statements: leaves become in-tensors, reductions become Einsums, the rest stays pointful."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+from memcomp.capture import table
+from memcomp.capture.extent import Extent, expression, extent, same, tidy
+from memcomp.capture.masks import Reading, Written, make
+from memcomp.capture.value import Factor, Index, Value, constant, plain
+from memcomp.ir.cascade import Einsum, Reduce
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, reads, variables, walk
+
+DTYPE = {
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int64: "i64", torch.int32: "i32",
+    torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
+}
+Read: TypeAlias = "Value | tuple[Value, ...]"
+CHEAP = frozenset(("add", "sub", "mul", "div", "neg", "max", "min", "where", "real", "abs"))
+COMPARE = frozenset(("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"))
+
+
+def meta(node: fx.Node) -> Any:
+    """The example value that Dynamo or export stored: FakeTensor, SymInt, number, tuple or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def shape_of(t: torch.Tensor) -> tuple[Extent, ...]:
+    return tuple(extent(s) for s in t.shape)
+
+
+class Reader(Reading):
+    """One region being read.
+
+    core: nodes that must be read.  Every other node is read through when that costs no memory traffic (views, index
+    arithmetic, masks) and is an in-tensor otherwise.  whole: allow reading through at all.
+    """
+
+    def __init__(self, gm: fx.GraphModule, core: Iterable[fx.Node], whole: bool = True) -> None:
+        super().__init__()
+        self.gm, self.core, self.whole = gm, frozenset(core), whole
+        self.memo: dict[fx.Node, Read] = {}
+        self.leaves: dict[fx.Node, str] = {}
+        self.leaf_of: dict[str, fx.Node] = {}
+        self.through: dict[fx.Node, None] = {}
+        self.ranks: dict[str, Extent] = {}
+        self.statements: list[Einsum] = []
+        self.names: set[str] = set()
+
+    # -- nodes ----------------------------------------------------------------------------------------------------
+
+    def read(self, node: fx.Node) -> Read:
+        """The symbolic value of a node."""
+        if node not in self.memo:
+            self.memo[node] = self._core(node) if node in self.core else self._outer(node)
+        return self.memo[node]
+
+    def _core(self, node: fx.Node) -> Read:
+        rule = table.rule(node)
+        if rule is None:
+            raise Refusal(f"{table.base_name(node)} has no rule", where=str(node))
+        out = self.apply(rule, node)
+        if isinstance(out, Value) and rule.kind == "map" and len(node.users) > 1 and not self._is_plain(out):
+            return self.materialise(out)
+        return out
+
+    def _outer(self, node: fx.Node) -> Read:
+        rule = table.rule(node) if self.whole else None
+        if rule is not None and rule.kind not in ("reduce", "contract") and not self._constant_attr(node):
+            size = len(self.statements)
+            try:
+                out = self.apply(rule, node)
+                if len(self.statements) == size and self._may_read_through(rule.kind, out):
+                    self.through[node] = None
+                    return out
+            except Refusal:
+                pass
+        return self.leaf(node)
+
+    def _may_read_through(self, kind: str, out: Read) -> bool:
+        if not isinstance(out, Value):
+            return all(self._may_read_through(kind, v) for v in out)
+        probe = tuple(self.probe(f.extent) for f in out.factors)
+        e = self.simplify(out.at(probe))
+        nodes = list(walk(e))
+        accesses = [n for n in nodes if isinstance(n, Access)]
+        if len(nodes) > 400 or any(a.tensor not in self.leaf_of for a in accesses):
+            return False
+        real = [a for a in accesses if self._leaf_real(a.tensor)]
+        if out.is_real and len(real) == 1:
+            clean = all(self._clean(i) for i in real[0].index)
+            return clean and all(n.op in CHEAP | COMPARE or not self._over_real(n) for n in nodes if isinstance(n, Call))
+        return not real and len(accesses) <= 6
+
+    def _over_real(self, e: Expr) -> bool:
+        return any(self._leaf_real(t) for t in reads(e))
+
+    def _clean(self, i: Expr) -> bool:
+        return isinstance(i, (Var, Const)) or (isinstance(i, Call) and i.op == "floordiv" and isinstance(i.args[0], Var))
+
+    def _leaf_real(self, tensor: str) -> bool:
+        return bool(meta(self.leaf_of[tensor]).dtype.is_floating_point) if tensor in self.leaf_of else True
+
+    def probe(self, e: Extent) -> Expr:
+        """A variable that ranges over an extent, for looking at expressions."""
+        name = f"probe{len(self.ranges)}"
+        self.ranges[name] = (0, e if isinstance(e, int) else expression(e))
+        return Var(name)
+
+    def _constant_attr(self, node: fx.Node) -> bool:
+        return node.op in ("placeholder", "get_attr")
+
+    def leaf(self, node: fx.Node) -> Value:
+        """An in-tensor of the region (a 0-dimensional constant of the graph is its number)."""
+        t = meta(node)
+        if node.op == "get_attr":
+            held = table.attribute(self.gm, str(node.target))
+            if isinstance(held, torch.Tensor) and t is None:
+                t = held
+            if isinstance(held, torch.Tensor) and held.numel() == 1 and not held.requires_grad \
+                    and not isinstance(held, torch.nn.Parameter) and "constant" in str(node.target) + "constant" * (
+                        str(node.target).startswith("lifted_tensor")):
+                return constant(held.item(), held.dtype, shape_of(held))
+        if not isinstance(t, torch.Tensor):
+            raise Refusal(f"{node} is not one tensor", where=str(node))
+        if t.dtype not in DTYPE or t.layout != torch.strided:
+            raise Refusal(f"{node} holds {t.dtype}, {t.layout}", where=str(node), hint=f"known: {', '.join(DTYPE.values())}")
+        name = self.fresh(str(node.name))
+        self.leaves[node], self.leaf_of[name] = name, node
+        if not t.dtype.is_floating_point and t.dtype != torch.bool:
+            self.integers.add(name)
+        return plain(shape_of(t), t.dtype, lambda ix: Access(name, ix))
+
+    def apply(self, rule: table.Rule, node: fx.Node) -> Read:
+        """Run a rule on the values of the node's arguments."""
+        args, kwargs = table.normal(rule, node)
+        out = rule.read(self, node, *(self.argument(a) for a in args), **{k: self.argument(a) for k, a in kwargs.items()})
+        m = meta(node)
+        if isinstance(out, Value) and isinstance(m, torch.Tensor):
+            if len(out.dims) != m.ndim or not all(same(a, b) for a, b in zip(out.shape, shape_of(m), strict=True)):
+                raise Refusal(f"{table.base_name(node)} was read with shape {out.shape}, torch says {tuple(m.shape)}",
+                              where=str(node))
+            out = replace(out, dtype=m.dtype)
+        return out
+
+    def argument(self, a: Any) -> Any:
+        """A node's argument: values for tensors, expressions for run-time integers, Python data as it is."""
+        if isinstance(a, fx.Node):
+            m = meta(a)
+            if isinstance(m, torch.SymInt):
+                e = extent(m)
+                return e if isinstance(e, int) else expression(e)
+            if isinstance(m, torch.SymFloat):
+                return self._symbolic_float(a)
+            if m is None or isinstance(m, (torch.Tensor, tuple, list)):
+                return self.read(a)
+            return m
+        if isinstance(a, (tuple, list)):
+            return tuple(self.argument(x) for x in a)
+        if isinstance(a, slice):
+            return slice(self.argument(a.start), self.argument(a.stop), self.argument(a.step))
+        if isinstance(a, torch.SymInt):
+            e = extent(a)
+            return e if isinstance(e, int) else expression(e)
+        return a
+
+    def _symbolic_float(self, node: fx.Node) -> Value:
+        """A float that Dynamo keeps symbolic: the 0-dimensional tensor it was taken from."""
+        source = node.args[0] if table.base_name(node) == "item" and node.args else None
+        if isinstance(source, fx.Node) and isinstance(meta(source), torch.Tensor) and meta(source).ndim == 0:
+            read = self.read(source)
+            assert isinstance(read, Value)
+            return read
+        raise Refusal(f"the run-time number {node} comes from no tensor", where=str(node))
+
+    def value(self, x: Value | bool | int | float | Expr, dtype: torch.dtype) -> Value:
+        """A rule's operand as a value."""
+        if isinstance(x, Value):
+            return x
+        if isinstance(x, (bool, int, float)):
+            return constant(x, dtype)
+        e = x
+        return plain((), torch.int64, lambda _: e)
+
+    # -- statements -----------------------------------------------------------------------------------------------
+
+    def fresh(self, hint: str) -> str:
+        name, k = hint, 2
+        while name in self.names:
+            name, k = f"{hint}{k}", k + 1
+        self.names.add(name)
+        return name
+
+    def rank(self, hint: str, e: Extent) -> str:
+        """A new rank of extent `e`, called `hint` where that is free."""
+        pool = [hint, *(c for c in "XYZUWCDGILNRSTVK" if c != hint), *(a + b for a in string.ascii_uppercase
+                                                                        for b in string.ascii_uppercase)]
+        name = next(n for n in pool if n not in self.ranks)
+        self.ranks[name] = e
+        self.ranges[name.lower()] = (0, e if isinstance(e, int) else expression(e))
+        return name
+
+    def axes(self, factors: Sequence[Factor], hints: Sequence[str], used: set[str]) -> list[Factor]:
+        """The factors with a rank each: their own where this statement does not use it yet, else a new one."""
+        out = []
+        for f, hint in zip(factors, hints, strict=True):
+            name = f.rank if f.rank is not None and f.rank not in used else None
+            if name is None:
+                shared = [r for r, e in self.ranks.items() if f.rank is None and r == hint and same(e, f.extent) and r not in used]
+                name = shared[0] if shared else self.rank(hint, f.extent)
+            used.add(name)
+            out.append(Factor(f.extent, name))
+        return out
+
+    def write(self, hint: str, axes: Sequence[Factor], body: Expr, *, reduce: Reduce | None = None,
+              guard: Expr | None = None, empty: float = 0.0, finite: bool = True, positive: bool = False) -> str:
+        """Append a statement that writes a new temporary with one rank per axis."""
+        name = self.fresh(hint)
+        index = tuple(Var(str(f.rank).lower()) for f in axes)
+        self.statements.append(Einsum((Access(name, index),), body, reduce, guard))
+        self.written[name] = Written(tuple(v.name for v in index), None if reduce else guard, empty, finite, positive)
+        return name
+
+    def materialise(self, v: Value, hint: str = "T") -> Value:
+        """A value as (a view of) a temporary."""
+        axes = self.axes(v.factors, [_hint(k, len(v.factors)) for k in range(len(v.factors))], set())
+        ix = tuple(Var(str(f.rank).lower()) for f in axes)
+        p = self.parts(self.simplify(v.at(ix)))
+        if p.guard is None or p.outside is None or abs(float(p.outside.value)) > 1e30 and p.outside.value != -float("inf"):
+            e = self.simplify(v.at(ix))
+            name = self.write(hint, axes, e, finite=self.tame(e), positive=self.positive(e))
+        else:
+            name = self.write(hint, axes, p.inside, guard=p.guard, empty=float(p.outside.value),
+                              finite=self.tame(p.inside), positive=self.positive(p.inside))
+        return self.view(v, axes, name)
+
+    def view(self, like: Value, axes: Sequence[Factor], name: str) -> Value:
+        """The temporary `name` in the shape of `like`."""
+        dims, k = [], 0
+        for d in like.dims:
+            dims.append(tuple(axes[k:k + len(d)]))
+            k += len(d)
+        return Value(tuple(dims), like.dtype, lambda ix: Access(name, ix))
+
+    def _is_plain(self, v: Value) -> bool:
+        e = self.simplify(v.at(tuple(self.probe(f.extent) for f in v.factors)))
+        return isinstance(e, (Access, Const)) or not any(t in self.written for t in reads(e))
+
+    def named(self, v: Value, hint: str) -> Value:
+        """`v` itself where it is one element of one tensor, else materialised."""
+        e = self.simplify(v.at(tuple(self.probe(f.extent) for f in v.factors)))
+        return v if isinstance(e, Access) else self.materialise(v, hint)
+
+
+def _hint(k: int, n: int) -> str:
+    return ("B", "H", "P", "M")[max(0, k + 4 - max(n, 4)) if n >= 4 else k + 4 - n if n <= 2 else (0, 2, 3)[k]]
+
+
+def real(v: Value) -> Value:
+    """The value as real numbers (a truth value is 1 or 0)."""
+    if v.is_real:
+        return v
+    if v.dtype == torch.bool:
+        return Value(v.dims, torch.float32, lambda ix: make("where", v.at(ix), Const(1.0), Const(0.0)))
+    return Value(v.dims, torch.float32, lambda ix: make("real", v.at(ix)))
+
+
+def whole(v: Value) -> Value:
+    """The value as integers (a truth value is 1 or 0)."""
+    if v.dtype == torch.bool:
+        return Value(v.dims, torch.int64, lambda ix: make("where", v.at(ix), Const(1), Const(0)))
+    return v
+
+
+__all__ = ["DTYPE", "Call", "Callable", "Index", "Read", "Reader", "meta", "real", "shape_of", "sympy", "tidy",
+           "variables", "whole"]

@@ -1,0 +1,254 @@
+"""Views: rearrangements of the same elements.  Shapes come from the node's own example value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from memcomp.capture.extent import Extent, expression, extent, product, same
+from memcomp.capture.masks import make
+from memcomp.capture.reader import Reader, meta, shape_of
+from memcomp.capture.table import Rule, base_name
+from memcomp.capture.value import UNIT, ZERO, Factor, Index, Value, align, coarse, constant, expand, permute, reshape, shift, wrap
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Call, Const, Expr, lift
+
+
+def out_shape(node: fx.Node) -> tuple[Extent, ...]:
+    return shape_of(meta(node))
+
+
+def _view(r: Reader, node: fx.Node, x: Value, *args: Any, **_: Any) -> Value:
+    if args and isinstance(args[0], torch.dtype):
+        raise Refusal("view as another dtype")
+    return reshape(x, out_shape(node))
+
+
+def _expand(r: Reader, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+    return expand(x, out_shape(node))
+
+
+def _permute(r: Reader, node: fx.Node, x: Value, *dims: Any, **kw: Any) -> Value:
+    order = kw.get("dims", dims[0] if len(dims) == 1 and isinstance(dims[0], tuple) else dims)
+    return permute(x, [wrap(d, len(x.dims)) for d in order])
+
+
+def _transpose(r: Reader, node: fx.Node, x: Value, dim0: int, dim1: int) -> Value:
+    n = len(x.dims)
+    order = list(range(n))
+    a, b = wrap(dim0, n), wrap(dim1, n)
+    order[a], order[b] = b, a
+    return permute(x, order)
+
+
+def _t(r: Reader, node: fx.Node, x: Value) -> Value:
+    return permute(x, list(range(len(x.dims)))[::-1])
+
+
+def _m_t(r: Reader, node: fx.Node, x: Value) -> Value:
+    n = len(x.dims)
+    return permute(x, [*range(n - 2), n - 1, n - 2])
+
+
+def _getattr(r: Reader, node: fx.Node, x: Value, name: str) -> Value:
+    if name in ("mT", "mH", "T"):
+        return _t(r, node, x) if name == "T" else _m_t(r, node, x)
+    raise Refusal(f"attribute {name} of a tensor")
+
+
+def _same(r: Reader, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+    return x
+
+
+def clip(r: Reader, i: Any, n: Extent) -> Expr:
+    """A slice's start as torch means it: negative counts from the end, clipped to 0..n."""
+    if i is None:
+        return ZERO
+    size = expression(n)
+    if isinstance(i, int):
+        if isinstance(n, int):
+            return Const(max(0, min(i + n if i < 0 else i, n)))
+        return lift(i) if i >= 0 else Call("add", (size, Const(i)))
+    start = lift(i)
+    if r.proves(Call("le", (ZERO, start))):
+        return start
+    if r.proves(Call("lt", (start, ZERO))):
+        return Call("add", (size, start))
+    raise Refusal("a slice that may start at either end")
+
+
+def slice_dim(r: Reader, x: Value, dim: int, start: Any, step: Any, length: Extent) -> Value:
+    """x[start::step] of known length."""
+    if step not in (None, 1) and not (isinstance(step, int) and step > 0):
+        raise Refusal(f"slice with step {step}")
+    first = clip(r, start, x.shape[dim])
+    stride = Const(step or 1)
+
+    def source(i: Expr) -> Expr:
+        j = i if stride.value == 1 else make("mul", i, stride)
+        return j if first == ZERO else make("add", j, first)
+
+    if first == ZERO and stride.value == 1 and same(length, x.shape[dim]):
+        return x
+    return shift(x, dim, length, source)
+
+
+def _slice(r: Reader, node: fx.Node, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> Value:
+    d = wrap(dim, len(x.dims))
+    return slice_dim(r, x, d, start, step, out_shape(node)[d])
+
+
+def _narrow(r: Reader, node: fx.Node, x: Value, dim: int, start: Any, length: Any) -> Value:
+    d = wrap(dim, len(x.dims))
+    return slice_dim(r, x, d, start, 1, out_shape(node)[d])
+
+
+def select(x: Value, dim: int, at: Any) -> Value:
+    n = expression(x.shape[dim])
+    i = lift(at) if not isinstance(at, int) or at >= 0 else Call("add", (n, Const(at)))
+    w = shift(x, dim, 1, lambda _: i)
+    dims = [*w.dims[:dim], *w.dims[dim + 1:]]
+    first = sum(len(d) for d in w.dims[:dim])
+    return Value(tuple(dims), x.dtype, lambda ix: w.at((*ix[:first], ZERO, *ix[first:])))
+
+
+def _select(r: Reader, node: fx.Node, x: Value, dim: int, index: Any) -> Value:
+    if isinstance(index, Value):
+        raise Refusal("select by a tensor")
+    return select(x, wrap(dim, len(x.dims)), index)
+
+
+def _pieces(r: Reader, node: fx.Node, x: Value, dim: int) -> tuple[Value, ...]:
+    out = []
+    at: Expr = Const(0)
+    d = wrap(dim, len(x.dims))
+    for piece in meta(node):
+        length = extent(piece.shape[d])
+        out.append(slice_dim(r, x, d, at, 1, length))
+        at = r.simplify(Call("add", (at, expression(length))))
+    return tuple(out)
+
+
+def _split(r: Reader, node: fx.Node, x: Value, split_size_or_sections: Any = None, dim: int = 0, **_: Any) -> tuple[Value, ...]:
+    return _pieces(r, node, x, dim)
+
+
+def _unbind(r: Reader, node: fx.Node, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    d = wrap(dim, len(x.dims))
+    return tuple(select(x, d, k) for k in range(len(meta(node))))
+
+
+def cat(r: Reader, pieces: list[Value], dim: int) -> Value:
+    """Pieces one after the other.  A first piece of one element that the next piece's formula already gives is merged."""
+    pieces = [p for p in pieces if not any(same(e, 0) for e in p.shape)] or pieces[:1]
+    out = coarse(pieces[0], dim)
+    length = out.shape[dim]
+    for p in pieces[1:]:
+        out, length = _append(r, out, length, coarse(p, dim), dim)
+    return out
+
+
+def _append(r: Reader, a: Value, na: Extent, b: Value, dim: int) -> tuple[Value, Extent]:
+    total = product(1, na + b.shape[dim])
+    dims, maps = [], []
+    for k in range(len(a.dims)):
+        if k == dim:
+            continue
+        d, m = align((a.dims[k], b.dims[k]))
+        dims.append(d)
+        maps.append(m)
+    size = expression(na)
+    flat = tuple((*dims[:dim], (Factor(total),), *dims[dim:]))
+
+    def read(v: Value, which: int, ix: Index, i: Expr) -> Expr:
+        out: list[Expr] = []
+        k = 0
+        for n, d in enumerate(flat):
+            part = ix[k:k + len(d)]
+            k += len(d)
+            out += [i] if n == dim else maps[n if n < dim else n - 1][which](part)
+        return v.at(tuple(out))
+
+    position = sum(len(d) for d in flat[:dim])
+
+    def at(ix: Index) -> Expr:
+        i = ix[position]
+        later = read(b, 1, ix, r.simplify(Call("sub", (i, size))))
+        if same(na, 1) and not a.is_real and r.simplify(
+                Call("sub", (read(b, 1, ix, Const(-1)), read(a, 0, ix, ZERO)))) == ZERO:
+            return later
+        return make("where", Call("lt", (i, size)), read(a, 0, ix, i), later)
+
+    return Value(flat, a.dtype, at), total
+
+
+def _cat(r: Reader, node: fx.Node, tensors: tuple[Value, ...], dim: int = 0, **kw: Any) -> Value:
+    dim = kw.get("axis", dim)
+    return cat(r, list(tensors), wrap(dim, len(out_shape(node))))
+
+
+def _stack(r: Reader, node: fx.Node, tensors: tuple[Value, ...], dim: int = 0) -> Value:
+    d = wrap(dim, len(out_shape(node)))
+    widened = [reshape(t, (*t.shape[:d], 1, *t.shape[d:])) for t in tensors]
+    return cat(r, widened, d)
+
+
+def _repeat(r: Reader, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+    shape = out_shape(node)
+    out = reshape(x, (*(1,) * (len(shape) - len(x.dims)), *x.shape))
+    for d, (old, new) in enumerate(zip(out.shape, shape, strict=True)):
+        if not same(old, new):
+            n = expression(old)
+            out = shift(out, d, new, (lambda _: ZERO) if old == 1 else (lambda i, n=n: Call("mod", (i, n))))  # type: ignore[misc]
+    return out
+
+
+def _repeat_interleave(r: Reader, node: fx.Node, x: Value, repeats: Any, dim: int | None = None, **_: Any) -> Value:
+    if isinstance(repeats, Value):
+        raise Refusal("repeat_interleave with a tensor of counts")
+    if dim is None:
+        x, dim = reshape(x, (product(*x.shape),)), 0
+    d = wrap(dim, len(x.dims))
+    n = lift(repeats)
+    return shift(x, d, out_shape(node)[d], lambda i: Call("floordiv", (i, n)))
+
+
+def _flip(r: Reader, node: fx.Node, x: Value, *dims: Any) -> Value:
+    for d in dims[0] if isinstance(dims[0], tuple) else dims:
+        k = wrap(d, len(x.dims))
+        last = Call("sub", (expression(x.shape[k]), Const(1)))
+        x = shift(x, k, x.shape[k], lambda i, last=last: Call("sub", (last, i)))  # type: ignore[misc]
+    return x
+
+
+def insert_unit(x: Value, dim: int) -> Value:
+    first = sum(len(d) for d in x.dims[:dim])
+    return Value((*x.dims[:dim], (UNIT,), *x.dims[dim:]), x.dtype, lambda ix: x.at((*ix[:first], *ix[first + 1:])))
+
+
+def _dropout(r: Reader, node: fx.Node, x: Value, p: float = 0.5, training: bool = True, inplace: bool = False,
+             train: bool | None = None) -> Value:
+    if (training if train is None else train) and p > 0:
+        raise Refusal("dropout is active", hint="eval() or p=0: random masks are not expressible")
+    return x
+
+
+def _native_dropout(r: Reader, node: fx.Node, x: Value, p: float, train: bool) -> tuple[Value, ...]:
+    return _dropout(r, node, x, p, train), constant(True, torch.bool, x.shape)
+
+
+RULES: dict[str, Rule] = {
+    "view": Rule("view", _view), "expand": Rule("view", _expand), "permute": Rule("view", _permute),
+    "transpose": Rule("view", _transpose), "t": Rule("view", _t), "numpy_T": Rule("view", _t),
+    "getattr": Rule("view", _getattr), "same": Rule("view", _same), "slice": Rule("view", _slice),
+    "narrow": Rule("view", _narrow), "select": Rule("view", _select), "split": Rule("view", _split),
+    "chunk": Rule("view", lambda r, node, x, chunks, dim=0: _pieces(r, node, x, dim)),
+    "split_with_sizes": Rule("view", _split), "tensor_split": Rule("view", _split), "unbind": Rule("view", _unbind),
+    "cat": Rule("view", _cat), "stack": Rule("view", _stack), "repeat": Rule("view", _repeat), "tile": Rule("view", _repeat),
+    "repeat_interleave": Rule("view", _repeat_interleave), "flip": Rule("view", _flip),
+    "dropout": Rule("view", _dropout), "native_dropout": Rule("view", _native_dropout),
+}
+
+__all__ = ["RULES", "base_name", "cat", "insert_unit", "out_shape", "select", "slice_dim"]

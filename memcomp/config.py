@@ -1,0 +1,81 @@
+"""Options: one frozen value, and the only reader of MEMCOMP_* variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from memcomp.ir.errors import OptionError, nearest
+
+RESTS = ("inductor", "eager")
+TUNES = ("off",)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How to compile.
+
+    target:       a name of `memcomp targets`; kernels are emitted for it.
+    rest:         who runs what memcomp does not: "inductor" or "eager".
+    rest_options: handed to Inductor as its config patches.
+    strict:       an own failure or a refused region is an error instead of a fallback with a warning.
+    tune:         "off" closes knobs by the cost model.
+    dump:         stations whose program is printed to stderr (MEMCOMP_DUMP=capture,reduce_passes,tvm).
+    """
+
+    target: str = "cpu"
+    rest: str = "inductor"
+    rest_options: tuple[tuple[str, Any], ...] = ()
+    strict: bool = False
+    tune: str = "off"
+    dump: tuple[str, ...] = ()
+
+
+def config(options: Mapping[str, Any] | None = None) -> Config:
+    """The `Config` of user options (names and values as the user wrote them) and the environment.
+
+    Variables: MEMCOMP_DUMP, MEMCOMP_TARGET, MEMCOMP_REST, MEMCOMP_STRICT (1 or 0), MEMCOMP_TUNE; an explicit option
+    wins.  Raises OptionError for an unknown name or an illegal value.
+    """
+    given = {**_environment(), **dict(options or {})}
+    known = {f.name for f in fields(Config)} - {"dump"}
+    for name in given:
+        if name not in known | {"dump"}:
+            raise OptionError(f"unknown option {name!r}", f"options = {dict(options or {})!r}", nearest(name, known))
+    _choice(given, "rest", RESTS)
+    _choice(given, "tune", TUNES)
+    if not isinstance(given.get("strict", False), bool):
+        raise OptionError(f"option strict={given['strict']!r} is not a truth value", hint="use True or False")
+    rest = given.get("rest_options", {})
+    if not isinstance(rest, Mapping):
+        raise OptionError(f"option rest_options={rest!r} is not a mapping", hint='e.g. {"max_autotune": True}')
+    given["rest_options"] = tuple(sorted(rest.items()))
+    if "target" in given:
+        if not isinstance(given["target"], str):
+            raise OptionError(f"option target={given['target']!r} is not a name", hint="see `memcomp targets`")
+        from memcomp.ir.target import target
+
+        target(given["target"])  # raises OptionError listing what is known
+    given["dump"] = tuple(given.get("dump", ()))
+    return Config(**given)
+
+
+def _choice(given: Mapping[str, Any], name: str, legal: tuple[str, ...]) -> None:
+    if name in given and given[name] not in legal:
+        raise OptionError(f"option {name}={given[name]!r} is not legal", hint=nearest(str(given[name]), legal))
+
+
+def _environment() -> dict[str, Any]:
+    env: dict[str, Any] = {}
+    for name in ("target", "rest", "tune"):
+        if value := os.environ.get(f"MEMCOMP_{name.upper()}"):
+            env[name] = value
+    if value := os.environ.get("MEMCOMP_STRICT"):
+        if value not in ("0", "1"):
+            raise OptionError(f"MEMCOMP_STRICT={value!r} is not 0 or 1", hint="unset it for the default (0)")
+        env["strict"] = value == "1"
+    if value := os.environ.get("MEMCOMP_DUMP"):
+        env["dump"] = tuple(s.strip() for s in value.split(",") if s.strip())
+    return env

@@ -1,0 +1,134 @@
+"""What a user may name on the command line: `module:factory`, a .pt2 file, a Hugging Face config, a .mc file, `-`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from memcomp.ir.errors import InputError, nearest
+from memcomp.ir.program import Program
+
+FORMS = "module:factory, model.pt2, config.json or its directory, program.mc, or - for a .mc program on stdin"
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A callable and the inputs to call it with."""
+
+    fn: Callable[..., Any]
+    inputs: tuple[Any, ...]
+
+
+def read(spec: str) -> Program | Function:
+    """The program or function that `spec` names.
+
+    `module:factory` imports and runs code, and a .pt2 file holds pickled inputs: both must be trusted.
+    A Hugging Face config gets random weights; a directory with weights is loaded from disk only.
+    Raises InputError (or ParseError for a malformed .mc).
+    """
+    if spec == "-":
+        return _program(sys.stdin.read(), "standard input")
+    path = Path(spec)
+    if ":" in spec and not path.exists():
+        return _factory(spec)
+    if not path.exists():
+        raise InputError(f"no such file: {spec}", hint=f"an input is {FORMS}")
+    try:
+        if path.suffix == ".mc":
+            return _program(path.read_text(), spec)
+        if path.suffix == ".pt2":
+            return _exported(path)
+        if path.is_dir() or path.suffix == ".json":
+            return _hugging_face(path)
+    except OSError as error:
+        raise InputError(f"cannot read {spec}", str(error), f"an input is {FORMS}") from error
+    raise InputError(f"cannot tell what {spec} is", hint=f"an input is {FORMS}")
+
+
+def _program(text: str, name: str) -> Program:
+    from memcomp.ir.text import parse
+    from memcomp.ir.verify import verify
+
+    program = parse(text)
+    verify(program)
+    return program
+
+
+def _factory(spec: str) -> Function:
+    module_name, _, name = spec.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"cannot import {module_name}", str(error), "run where the module can be imported") from error
+    if not hasattr(module, name):
+        raise InputError(f"{module_name} has no {name!r}", hint=nearest(name, [n for n in vars(module) if n[0] != "_"]))
+    made = getattr(module, name)()
+    if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
+        raise InputError(f"{spec} did not return (callable, example inputs)", f"it returned {type(made).__name__}",
+                         "e.g. return model, (tokens,)")
+    return Function(made[0], tuple(made[1]))
+
+
+def _exported(path: Path) -> Function:
+    import torch
+
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # torch raises anything at all for a file of another version
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"torch {torch.__version__} cannot load {path}", why, "export it again with it") from error
+    if program.example_inputs is None:
+        raise InputError(f"{path} holds no example inputs", hint="export with example inputs")
+    args, kwargs = program.example_inputs
+    if kwargs:
+        raise InputError(f"{path} takes keyword inputs: {', '.join(kwargs)}", hint="export with positional inputs")
+    return Function(program.module(), tuple(args))
+
+
+def _hugging_face(path: Path) -> Function:
+    import torch
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(f"{path} needs transformers", str(error), "pip install memcomp[hf]") from error
+    folder = path if path.is_dir() else path.parent
+    file = folder / "config.json" if path.is_dir() else path
+    if not file.exists():
+        raise InputError(f"no config.json in {folder}", hint=f"an input is {FORMS}")
+    try:
+        fields = json.loads(file.read_text())
+        config = transformers.AutoConfig.for_model(**fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is not a Hugging Face config", str(error).splitlines()[0]) from error
+    if path.is_dir() and any(folder.glob("*.safetensors")):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    else:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    length = min(64, getattr(config, "max_position_embeddings", 64))
+    tokens = torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    return Function(model.eval(), (tokens,))
+
+
+def workloads() -> list[tuple[str, str]]:
+    """(name, first line of its docstring) of every file of `memcomp.models`; the folder is the registry.
+
+    Each has `build(**kw) -> (nn.Module, inputs)`; it is an input as `memcomp.models.<name>:build`.
+    """
+    import ast
+    from importlib.resources import files
+
+    found = []
+    for entry in sorted(files("memcomp.models").iterdir(), key=lambda f: f.name):
+        if entry.name.endswith(".py") and not entry.name.startswith("_"):
+            text = ast.get_docstring(ast.parse(entry.read_text())) or ""
+            found.append((f"memcomp.models.{entry.name[:-3]}:build", text.partition("\n")[0]))
+    return found

@@ -1,0 +1,255 @@
+"""The oracle: a float64 reference, a tolerance derived from the formats, a comparison.  It stands beside the line.
+
+Errors are relative to a scale: the sum of the absolute terms that make an element (so that cancellation is not
+charged to the kernel), or, where that is not known, the RMS of the reference.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memcomp.ir.cascade import Einsum
+from memcomp.ir.errors import InputError
+from memcomp.ir.expr import Call, Expr
+from memcomp.ir.program import Program
+
+EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "e4m3": 2.0**-3, "e5m2": 2.0**-2}
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Root mean square and maximum of |actual - reference| / scale; infinite where NaNs or infinities differ."""
+
+    rms: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Bounds of an `Error`."""
+
+    rms: float
+    max: float
+
+    def admits(self, error: Error) -> bool:
+        return error.rms <= self.rms and error.max <= self.max
+
+
+def tolerance(inputs: Iterable[str], output: str, *, elements: int, length: int | None, torch_error: Error | None,
+              accumulator: str = "f32") -> Tolerance:
+    """How far a right answer may be from float64.
+
+    inputs, output, accumulator: dtypes.  Inputs and output are rounded once (a format epsilon each); the accumulator's
+    roundings over `length` terms add up like a random walk (its epsilon times sqrt(length); None: not known, then only
+    torch's error bounds).  The largest of n errors is about 1 + sqrt(2 ln n) times their RMS (n = `elements`).
+    torch_error: torch's own error on the same values; a result may have at most twice that, but never less than the
+    rounding of the output is asked for.  At least one of `length` and `torch_error` must be known.
+    """
+    if length is None and torch_error is None:
+        raise ValueError("a tolerance needs a reduction length or torch's own error")
+    peak = 1.0 + math.sqrt(2.0 * math.log(max(elements, 2)))
+    rms = math.inf
+    if length is not None:
+        rms = (max((EPSILON.get(d, 0.0) for d in inputs), default=0.0) + EPSILON.get(output, 0.0)
+               + EPSILON[accumulator] * math.sqrt(max(length, 1)))
+    bound = Tolerance(rms, rms * peak)
+    if torch_error is None:
+        return bound
+    rounding = max(EPSILON.get(output, 0.0), EPSILON[accumulator])
+    return Tolerance(min(bound.rms, max(2.0 * torch_error.rms, rounding / 2.0)),
+                     min(bound.max, max(2.0 * torch_error.max, rounding)))
+
+
+def measure(actual: Array, reference: Array, scale: Array | float | None = None) -> Error:
+    """The error of `actual` against a float64 `reference` of the same shape."""
+    if actual.shape != reference.shape:
+        return Error(math.inf, math.inf)
+    actual, reference = np.asarray(actual, np.float64), np.asarray(reference, np.float64)
+    finite = np.isfinite(reference)
+    if not np.array_equal(actual[~finite], reference[~finite], equal_nan=True) or not np.isfinite(actual[finite]).all():
+        return Error(math.inf, math.inf)
+    if not finite.any():
+        return Error(0.0, 0.0)
+    difference = np.abs(actual[finite] - reference[finite])
+    if scale is None:
+        scale = float(np.sqrt(np.mean(reference[finite] ** 2)))
+    divisor = np.broadcast_to(np.asarray(scale, np.float64), reference.shape)[finite]
+    if not difference.any():
+        return Error(0.0, 0.0)
+    relative = np.divide(difference, divisor, out=np.where(difference > 0, math.inf, 0.0), where=divisor > 0)
+    size = float(np.sqrt(np.mean(divisor**2)))
+    return Error(float(np.sqrt(np.mean(difference**2))) / size if size else math.inf, float(relative.max()))
+
+
+def absolute_terms(program: Program, inputs: Mapping[str, Array],
+                   sizes: Mapping[str, int] | None = None) -> dict[str, Array]:
+    """Per output element, the sum of the absolute values of the terms that make it: the scale of its error."""
+    from memcomp.ir.interpret import interpret
+
+    outs = {t.name for t in program.cascade.outputs()} | {t.name + "'" for t in program.cascade.outputs()}
+
+    def terms(e: Einsum) -> Einsum:
+        added = e.reduce is None or e.reduce.monoid == "sum"
+        return replace(e, body=_absolute(e.body)) if added and outs & set(e.names) else e
+
+    absolute = replace(program, cascade=replace(program.cascade, einsums=tuple(map(terms, program.cascade.einsums))))
+    return {k: np.abs(v) for k, v in interpret(absolute, dict(inputs), dict(sizes or {})).items()}
+
+
+def _absolute(e: Expr) -> Expr:
+    if isinstance(e, Call) and e.op in ("add", "sub"):
+        return Call("add", tuple(map(_absolute, e.args)))
+    return Call("abs", (e,))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One output compared."""
+
+    name: str
+    error: Error
+    tolerance: Tolerance
+
+    @property
+    def ok(self) -> bool:
+        return self.tolerance.admits(self.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The comparison of a compiled function with float64, output by output."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(r.ok for r in self.rows)
+
+    @property
+    def worst(self) -> Row:
+        """The row nearest to, or furthest over, its bound; a wrong one if there is any."""
+        return max(self.rows, key=lambda r: (not r.ok, r.error.max / r.tolerance.max if r.tolerance.max else 0.0))
+
+    @property
+    def max_error(self) -> float:
+        return self.worst.error.max
+
+    @property
+    def tolerance(self) -> float:
+        return self.worst.tolerance.max
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{r.name}: {'ok' if r.ok else 'WRONG'}  max {r.error.max:.2e} (bound {r.tolerance.max:.2e})  "
+            f"rms {r.error.rms:.2e} (bound {r.tolerance.rms:.2e})" for r in self.rows)
+
+
+def check(fn: Callable[..., Any], *example_inputs: Any, **options: Any) -> Report:
+    """Run `fn` compiled, by eager torch, and in float64, and compare.
+
+    fn: a function, or an nn.Module (its float64 twin is a copy).  Every run gets its own copy of the inputs.  Errors
+    are relative to the RMS of each output; the bound is twice eager torch's own error.  Integer outputs must be equal.
+    """
+    import torch
+
+    from memcomp.backend import compile
+
+    compiled = compile(fn, **options)
+    with torch.no_grad():
+        actual = _leaves(compiled(*_copied(example_inputs)))
+        eager = _leaves(fn(*_copied(example_inputs)))
+        double = copy.deepcopy(fn).double() if isinstance(fn, torch.nn.Module) else fn
+        exact = _leaves(double(*_copied(example_inputs, torch.float64)))
+    if not actual or not len(actual) == len(eager) == len(exact):
+        raise InputError("the function returns no tensors, or not the same number each time", repr(fn))
+    triples = enumerate(zip(actual, eager, exact, strict=True))
+    return Report(tuple(_row(f"output {i}", a, e, x) for i, (a, e, x) in triples))
+
+
+def check_program(program: Program, *, sizes: Mapping[str, int] | None = None, seed: int = 0, **options: Any) -> Report:
+    """Run the kernel of a program on random inputs and compare with its meaning in float64.
+
+    sizes: extents of symbolic ranks (default: their bound, or `pipeline.EXAMPLE_EXTENT`).  Real inputs are standard
+    normal; integers lie below the smallest extent, so that they may index any rank.  Errors are relative to the sum of
+    absolute terms.
+    """
+    import torch
+
+    from memcomp.binding import DTYPES, make_entry
+    from memcomp.config import config
+    from memcomp.ir.interpret import interpret
+    from memcomp.pipeline import compile_program, fixed, shape_sizes
+    from memcomp.runtime import run
+    from memcomp.sizes import evaluate, input_shapes
+
+    known = {**fixed(program), **shape_sizes(program, program, sizes or {})}
+    compiled = compile_program(program, config=config(options), sizes=known)
+    random = torch.Generator().manual_seed(seed)
+    tensors = []
+    for t, shape in zip(program.cascade.inputs(), input_shapes(program.cascade), strict=True):
+        extents, dtype = [evaluate(x, known) for x in shape], DTYPES[t.dtype]
+        if t.dtype in EPSILON:
+            tensors.append(torch.randn(extents, generator=random).to(dtype))
+        else:
+            high = 2 if t.dtype == "bool" else max(1, min(known.values(), default=1))
+            tensors.append(torch.randint(0, high, extents, generator=random).to(dtype))
+    symbols = [r.name for r in program.cascade.ranks if r.extent is None]
+    entry = make_entry(program.digest, program, compiled.tiles, compiled.entry, (), symbols, None)
+    outs = run(entry, tensors, [known[s] for s in symbols])
+    arrays = {t.name: x.double().numpy() if t.dtype in EPSILON else x.numpy()
+              for t, x in zip(program.cascade.inputs(), tensors, strict=True)}
+    exact, scale = interpret(program, arrays, known), absolute_terms(program, arrays, known)
+    length = math.prod([1, *(known.get(v.upper(), 1) for v in
+                             {v for e in program.cascade.einsums if e.reduce for v in e.reduce.over})])
+    rows = []
+    for t, out in zip(program.cascade.outputs(), outs, strict=True):
+        bound = tolerance([i.dtype for i in program.cascade.inputs()], t.dtype, elements=out.numel(), length=length,
+                          torch_error=None)
+        rows.append(Row(t.name, measure(out.double().numpy(), exact[t.name], scale[t.name]), bound))
+    return Report(tuple(rows))
+
+
+def _row(name: str, actual: Any, eager: Any, exact: Any) -> Row:
+    from memcomp.binding import DTYPES
+
+    dtype = next(n for n, d in DTYPES.items() if d == actual.dtype)
+    got, own, want = (t.detach().cpu().double().numpy() for t in (actual, eager, exact))
+    if dtype not in EPSILON:
+        wrong = 0.0 if np.array_equal(got, own) else math.inf
+        return Row(name, Error(wrong, wrong), Tolerance(0.0, 0.0))
+    own_error = measure(own, want)
+    return Row(name, measure(got, want),
+               tolerance([dtype], dtype, elements=want.size, length=None, torch_error=own_error))
+
+
+def _leaves(value: Any) -> list[Any]:
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    if not isinstance(value, (torch.Tensor, tuple, list, dict)) and hasattr(value, "to_tuple"):
+        value = value.to_tuple()
+    return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
+def _copied(inputs: tuple[Any, ...], dtype: Any = None) -> tuple[Any, ...]:
+    import torch
+    from torch.utils._pytree import tree_map
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return copy.deepcopy(x)
+        if dtype is not None:
+            return x.detach().to(dtype, copy=True) if x.is_floating_point() else x.clone()
+        # the same strides and offset, which a clone would tidy away
+        storage = x.untyped_storage().clone()  # type: ignore[no-untyped-call]
+        return x.detach().new_empty(0).set_(storage, x.storage_offset(), x.shape, x.stride())
+
+    return tuple(tree_map(one, inputs))

@@ -1,0 +1,157 @@
+"""One way, no way back: a program that was read becomes a closed program, tiles, text, a callable.
+
+Imports no torch; `memcomp.backend` and the command line both go through here.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, TypeAlias
+
+from memcomp.config import Config
+from memcomp.ir.cascade import extent_of
+from memcomp.ir.program import Program
+from memcomp.ir.tile import Kernel, TileProgram
+from memcomp.ir.verify import verify
+from memcomp.sizes import evaluate, input_shapes, solve
+from memcomp.tune import close_knobs
+
+REWRITES = ("canonicalize", "generalize", "reduce_passes", "fuse", "partition")
+STATIONS = ("capture", *REWRITES, "tune", "lower", "emit")
+ABI = 1  # of a built kernel's call: tensors in the order of its params, then sizes
+EXAMPLE_EXTENT = 1024  # stands for a symbolic extent without a bound where candidates are only ranked
+
+Observer: TypeAlias = Callable[[str, object], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What the stations made of one program.
+
+    digest:  of the generalised program: everything after it depends on nothing else but target and options.
+    before:  the canonical program; its passes are what the user's form costs.
+    program: closed and mapped.
+    """
+
+    digest: str
+    before: Program
+    program: Program
+    tiles: TileProgram
+    kernel: Kernel
+    entry: Callable[..., Any]
+
+
+_LOCK = threading.RLock()
+_BUILT: dict[tuple[str, str, str, str, int], Compiled] = {}
+
+
+def observers(config: Config, observe: Observer | None = None) -> Observer:
+    """`observe`, after the stations that MEMCOMP_DUMP asks for were printed to stderr.
+
+    A backend's name (`tvm`) means the emitted text.
+    """
+
+    def seen(station: str, value: object) -> None:
+        names = {station, value.backend} if isinstance(value, Kernel) else {station}
+        if names & set(config.dump):
+            print(f"# {station}\n{text_of(value)}", file=sys.stderr, flush=True)
+        if observe is not None:
+            observe(station, value)
+
+    return seen
+
+
+def text_of(value: object) -> str:
+    """The text of what a station made: a program, tiles or a kernel."""
+    return value.source if isinstance(value, Kernel) else str(value)
+
+
+def rewrite(program: Program, *, config: Config, observe: Observer, names: tuple[str, ...] = REWRITES) -> Program:
+    """Run the rewrites of `names` in order, verified after each."""
+    for name in names:
+        step = getattr(import_module(f"memcomp.passes.{name}"), name)
+        rewritten = step(program)
+        if rewritten is not program:
+            verify(rewritten)
+        program = rewritten
+        observe(name, program)
+    return program
+
+
+def backend_of(target_name: str) -> str:
+    """The codegen backend that a target's kernels are written for."""
+    from memcomp.ir.target import target
+
+    return target(target_name).backend
+
+
+def emit(program: Program, *, config: Config, observe: Observer, backend: str = "") -> tuple[TileProgram, Kernel]:
+    """Tiles and kernel text of a closed program."""
+    from memcomp.codegen.lower import lower
+    from memcomp.ir.target import target
+
+    tiles = lower(program)
+    observe("lower", tiles)
+    name = backend or backend_of(config.target)
+    kernel: Kernel = import_module(f"memcomp.codegen.{name}").emit(tiles, target(config.target))
+    observe("emit", kernel)
+    return tiles, kernel
+
+
+def build(kernel: Kernel) -> Callable[..., Any]:
+    """A callable(*tensors, *sizes) of the emitted text."""
+    return import_module(f"memcomp.codegen.{kernel.backend}").build(kernel)  # type: ignore[no-any-return]
+
+
+def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] | None = None,
+                    observe: Observer | None = None, backend: str = "") -> Compiled:
+    """From the program as read to a callable; equal general programs share one kernel.
+
+    sizes: extents that candidates are ranked with, by rank name of `read`; others come from `read`, from a bound, or
+    are `EXAMPLE_EXTENT`.  Raises Refusal where a station cannot go on.
+    """
+    see = observers(config, observe)
+    read = replace(read, target=config.target)
+    verify(read)
+    see("capture", read)
+    before = rewrite(read, config=config, observe=see, names=REWRITES[:1])
+    general = rewrite(before, config=config, observe=see, names=REWRITES[1:2])
+    key = (general.digest, config.target, backend or backend_of(config.target), config.tune, ABI)
+    with _LOCK:
+        if key in _BUILT and observe is None:
+            return _BUILT[key]
+        mapped = rewrite(general, config=config, observe=see, names=REWRITES[2:])
+        closed = close_knobs(mapped, shape_sizes(read, mapped, sizes or {}), tune=config.tune)
+        see("tune", closed)
+        tiles, kernel = emit(closed, config=config, observe=see, backend=backend)
+        if key not in _BUILT:
+            _BUILT[key] = Compiled(general.digest, before, closed, tiles, kernel, build(kernel))
+        return _BUILT[key]
+
+
+def fixed(program: Program) -> dict[str, int]:
+    """Ranks whose extent is a number."""
+    extents = ((r.name, extent_of(program.cascade, r.name)) for r in program.cascade.ranks)
+    return {name: x for name, x in extents if x is not None}
+
+
+def shape_sizes(read: Program, program: Program, known: Mapping[str, int]) -> dict[str, int]:
+    """An extent for every symbolic rank of `program`, a rewritten form of `read`, which stands for the same tensors.
+
+    known: extents of symbolic ranks of `read`; one that is not known is its bound or `EXAMPLE_EXTENT`.
+    """
+    given = fixed(read) | {r.name: known.get(r.name, r.bound or EXAMPLE_EXTENT)
+                           for r in read.cascade.ranks if r.extent is None}
+    shapes = [[evaluate(x, given) for x in shape] for shape in input_shapes(read.cascade)]
+    found = given | solve(program.cascade, shapes)
+    return {r.name: found.get(r.name, r.bound or EXAMPLE_EXTENT) for r in program.cascade.ranks if r.extent is None}
+
+
+def forget() -> None:
+    """Drop the kernels built so far (running ones stay alive with who uses them)."""
+    with _LOCK:
+        _BUILT.clear()

@@ -1,0 +1,196 @@
+"""explain: what was read, what became of it, what it costs; as values and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from memcomp.config import config
+from memcomp.ir.program import Program
+from memcomp.pipeline import Compiled, compile_program, shape_sizes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Something that stays with torch: where, why, and the proved lower bound on its passes or traffic, if any."""
+
+    where: str
+    why: str
+    bound: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}" + (f" (bound: {self.bound})" if self.bound else "")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelText:
+    """One emitted kernel."""
+
+    name: str
+    source: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Passes over each (tensor, rank): of the form that was read, and of the form that runs."""
+
+    before: Mapping[tuple[str, str], int]
+    after: Mapping[tuple[str, str], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes between the kernels and memory per call; compulsory: each input read once, each output written once."""
+
+    bytes: float
+    compulsory: float
+
+
+@dataclass(frozen=True, slots=True)
+class RegionReport:
+    """One region: as read, as run, and what that costs at `sizes`."""
+
+    source: str
+    read: Program
+    program: Program
+    kernels: tuple[KernelText, ...]
+    passes: Passes
+    traffic: Traffic
+    sizes: Mapping[str, int]
+    refusals: tuple[Refused, ...] = ()
+
+    def __str__(self) -> str:
+        return _plain(_render((self,), ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """All regions of a function, in graph order, and what was refused."""
+
+    regions: tuple[RegionReport, ...]
+    refusals: tuple[Refused, ...] = ()
+
+    def __str__(self) -> str:
+        return _plain(_render(self.regions, self.refusals))
+
+    def __rich__(self) -> RenderableType:
+        return _render(self.regions, self.refusals)
+
+    def json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {
+            "regions": [{
+                "source": r.source, "program": str(r.program), "digest": r.program.digest,
+                "kernels": [{"name": k.name, "source": k.source} for k in r.kernels],
+                "passes": {"before": _pairs(r.passes.before), "after": _pairs(r.passes.after)},
+                "traffic": {"bytes": r.traffic.bytes, "compulsory": r.traffic.compulsory},
+                "sizes": dict(r.sizes), "refusals": [_refusal(x) for x in r.refusals],
+            } for r in self.regions],
+            "refusals": [_refusal(x) for x in self.refusals],
+        }
+
+
+def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: Any) -> Explanation:
+    """What memcomp makes of `fn` on these inputs: it runs once, eagerly around the kernels.
+
+    fn: a function, an nn.Module, or a `Program` (then without inputs).  options: as for `compile`.
+    """
+    settings = config({**options, "rest": "eager"})
+    if isinstance(fn, Program):
+        compiled = compile_program(fn, config=settings)
+        return Explanation((describe(fn.name, fn, compiled, {}),))
+    import torch
+
+    from memcomp.backend import install, region_sizes
+
+    regions: list[RegionReport] = []
+    refusals: list[Refused] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        installed, failed = install(gm, settings)
+        regions.extend(describe(i.region.source, i.region.program, i.compiled, region_sizes(i.region))
+                       for i in installed)
+        refusals.extend(Refused(f.where, f.why, f.bound) for f in failed)
+        return gm.forward
+
+    torch.compile(fn, backend=backend)(*example_inputs)
+    return Explanation(tuple(regions), tuple(refusals))
+
+
+def describe(source: str, read: Program, compiled: Compiled, known: Mapping[str, int]) -> RegionReport:
+    """The report of one program; `known`: extents of its symbolic ranks, others are taken from their bounds."""
+    from memcomp.ir.cost import cost
+    from memcomp.ir.target import target
+    from memcomp.ir.traversal import passes
+
+    sizes = shape_sizes(read, compiled.program, known)
+    spent = cost(compiled.program, sizes, target(compiled.program.target))
+    return RegionReport(
+        source, read, compiled.program, (KernelText(compiled.kernel.name, compiled.kernel.source),),
+        Passes(passes(compiled.before), passes(compiled.program)), Traffic(spent.traffic, spent.compulsory), sizes)
+
+
+def _render(regions: Sequence[RegionReport], refusals: Sequence[Refused]) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for same in _by_kernel(regions):
+        first = same[0]
+        more = f" and {len(same) - 1} more like it" if len(same) > 1 else ""
+        parts.append(Text(f"{first.source}{more}", style="bold"))
+        table = Table("tensor", "rank", "passes as read", "passes now", box=None, pad_edge=False)
+        after, before = first.passes.after, first.passes.before
+        for key in sorted({*before, *after}):
+            if max(before.get(key, 0), after.get(key, 0)) > 1 or (key in before and key in after):
+                table.add_row(*key, str(before.get(key, "-")), str(after.get(key, "-")))
+        parts.append(table)
+        parts.append(Text("kernel: " + ", ".join(k.name for k in first.kernels)))
+        ratio = first.traffic.bytes / first.traffic.compulsory if first.traffic.compulsory else 1.0
+        at = ", ".join(f"{n}={x}" for n, x in sorted(first.sizes.items()))
+        parts.append(Text(f"traffic: {_bytes(first.traffic.bytes)}, compulsory {_bytes(first.traffic.compulsory)} "
+                          f"({ratio:.2f}x)" + (f" at {at}" if at else "")))
+        parts += [Text(f"refused: {r}") for r in first.refusals]
+        parts.append(Text(""))
+    parts += [Text(f"left to torch: {r}") for r in refusals]
+    if not regions:
+        parts.append(Text("no regions: nothing here is an attention or memory layer that memcomp can express"))
+    return Group(*parts)
+
+
+def _by_kernel(regions: Sequence[RegionReport]) -> list[list[RegionReport]]:
+    groups: dict[tuple[str, tuple[tuple[str, int], ...]], list[RegionReport]] = {}
+    for r in regions:
+        groups.setdefault((r.program.digest, tuple(sorted(r.sizes.items()))), []).append(r)
+    return list(groups.values())
+
+
+def _plain(value: RenderableType) -> str:
+    from io import StringIO
+
+    from rich.console import Console
+
+    text = StringIO()
+    Console(file=text, width=120, color_system=None).print(value)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} GiB"
+
+
+def _pairs(passes: Mapping[tuple[str, str], int]) -> list[dict[str, Any]]:
+    return [{"tensor": t, "rank": r, "passes": n} for (t, r), n in sorted(passes.items())]
+
+
+def _refusal(r: Refused) -> dict[str, str]:
+    return {"where": r.where, "why": r.why, "bound": r.bound}

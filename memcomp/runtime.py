@@ -1,0 +1,245 @@
+"""The torch op that runs a compiled region, its registry, and the counts of what happened.
+
+`memcomp::call(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]` runs the region registered under `key`.  The key
+is a digest of everything the result depends on: a graph that Inductor stored on disk can never bind another kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from memcomp.ir.errors import Refusal
+
+Tensors: TypeAlias = Sequence[torch.Tensor]
+Extents: TypeAlias = Callable[[Tensors, Sequence[Any]], Any]
+
+
+class Fallback(UserWarning):
+    """A region (or the rest) runs through torch; the text names it and says why."""
+
+
+class _Counts:
+    """What happened since the last `reset`, safe from several threads and after a fork."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        self.regions = self.launches = self.graphs = self.recompilations = 0
+        self.kernels: set[str] = set()
+        self.fallbacks: Counter[str] = Counter()
+
+
+_COUNTS = _Counts()
+
+
+def _after_fork() -> None:
+    _COUNTS.lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def stats() -> dict[str, Any]:
+    """Counts since the last `reset`.
+
+    regions: regions handed to kernels; kernels: distinct kernels they use; launches: kernel launches;
+    fallbacks: {reason: count}, empty when none; graphs: graphs torch handed over; recompilations: those of them that
+    are another version of a function compiled before.
+    """
+    with _COUNTS.lock:
+        return {"regions": _COUNTS.regions, "kernels": len(_COUNTS.kernels), "launches": _COUNTS.launches,
+                "fallbacks": dict(_COUNTS.fallbacks), "graphs": _COUNTS.graphs,
+                "recompilations": _COUNTS.recompilations}
+
+
+def reset() -> None:
+    """Zero the counts and drop in-process caches; functions compiled before keep running."""
+    from memcomp.pipeline import forget
+
+    forget()
+    with _COUNTS.lock:
+        _COUNTS.clear()
+
+
+def count_graph(again: bool) -> None:
+    """torch handed over a graph; `again`: of code that was compiled before."""
+    with _COUNTS.lock:
+        _COUNTS.graphs += 1
+        _COUNTS.recompilations += again
+
+
+def count_region(kernel: str) -> None:
+    with _COUNTS.lock:
+        _COUNTS.regions += 1
+        _COUNTS.kernels.add(kernel)
+
+
+def fall_back(where: str, reason: str) -> None:
+    """Count a fallback, and warn once per reason: which part stays with torch and why."""
+    with _COUNTS.lock:
+        first = reason not in _COUNTS.fallbacks
+        _COUNTS.fallbacks[reason] += 1
+    if first:
+        warnings.warn(f"memcomp: {where} stays with torch: {reason}", Fallback, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """A region's original torch computation, for its gradients.
+
+    module(*inputs, *sizes) returns the region's outputs; autocast: the arguments of the `torch.autocast` it was in.
+    """
+
+    module: torch.fx.GraphModule
+    autocast: tuple[tuple[Any, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered region: how to allocate its outputs, which integers the kernel takes, and the kernel.
+
+    dims:    number of dimensions of each kernel input; inputs past these serve only the gradient.
+    shapes:  extents of each output, from (inputs, sizes); the fake and the real result both use it.
+    order:   per output, its dims from slowest to fastest in memory; () = row-major.
+    ints:    the integers that follow the tensors, from (inputs, sizes).
+    work:    (extents, dtype) of each workspace tensor.
+    """
+
+    key: str
+    kernel: Callable[..., Any]
+    launches: int
+    dims: tuple[int, ...]
+    shapes: tuple[Extents, ...]
+    dtypes: tuple[torch.dtype, ...]
+    order: tuple[tuple[int, ...], ...]
+    ints: Extents
+    work: tuple[tuple[Extents, torch.dtype], ...] = ()
+    recompute: Recompute | None = field(default=None, compare=False)
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(entry: Entry) -> None:
+    """Make `memcomp::call(..., key)` run this entry."""
+    _ENTRIES[entry.key] = entry
+
+
+def registered(key: str) -> bool:
+    return key in _ENTRIES
+
+
+def allocate(entry: Entry, inputs: Tensors, sizes: Sequence[Any]) -> list[torch.Tensor]:
+    """Uninitialised outputs with exactly the strides of the real result; works on fake tensors too."""
+    like, outs = inputs[0], []
+    for shape, dtype, order in zip(entry.shapes, entry.dtypes, entry.order, strict=True):
+        extents = shape(inputs, sizes)
+        if order:
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            outs.append(like.new_empty([extents[d] for d in order], dtype=dtype).permute(inverse))
+        else:
+            outs.append(like.new_empty(extents, dtype=dtype))
+    return outs
+
+
+def run(entry: Entry, inputs: Tensors, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Allocate the outputs and launch the kernel; without a launch where no output has an element."""
+    outs = allocate(entry, inputs, sizes)
+    for out in outs:
+        if out.numel():
+            break
+    else:
+        return outs
+    args = [t if n == 0 or t.stride(n - 1) == 1 else t.contiguous() for t, n in zip(inputs, entry.dims, strict=False)]
+    args += outs
+    for extents, dtype in entry.work:
+        args.append(inputs[0].new_empty(extents(inputs, sizes), dtype=dtype))
+    entry.kernel(*args, *entry.ints(inputs, sizes))
+    with _COUNTS.lock:
+        _COUNTS.launches += entry.launches
+    return outs
+
+
+def _call(inputs: list[torch.Tensor], sizes: list[int], key: str) -> list[torch.Tensor]:
+    return run(_ENTRIES[key], inputs, sizes)
+
+
+def _call_fake(inputs: list[torch.Tensor], sizes: list[Any], key: str) -> list[torch.Tensor]:
+    return allocate(_ENTRIES[key], inputs, sizes)
+
+
+def _backward(grads: list[torch.Tensor], inputs: list[torch.Tensor], sizes: list[int], key: str,
+              needs: list[bool]) -> list[torch.Tensor]:
+    """Gradients for the inputs marked in `needs`, by recomputing the region through torch."""
+    recompute = _ENTRIES[key].recompute
+    if recompute is None:
+        raise Refusal("a region compiled without gradients was asked for them",
+                      hint="compile under torch.enable_grad() with inputs that require grad")
+    with _above_autograd(), torch.enable_grad():
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
+        with _autocast(recompute.autocast):
+            outs = recompute.module(*leaves, *sizes)
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
+        found = torch.autograd.grad([o for o, _ in pairs], [t for t in leaves if t.requires_grad],
+                                    [g.to(o.dtype) for o, g in pairs], allow_unused=True)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    # copies: gradients may be views of one another or of `grads`, and the fake result is row-major
+    return [torch.zeros_like(t, memory_format=torch.contiguous_format) if g is None
+            else g.clone(memory_format=torch.contiguous_format) for t, g in zip(wanted, found, strict=True)]
+
+
+def _backward_fake(grads: list[torch.Tensor], inputs: list[torch.Tensor], sizes: list[Any], key: str,
+                   needs: list[bool]) -> list[torch.Tensor]:
+    return [t.new_empty(t.shape) for t, need in zip(inputs, needs, strict=True) if need]
+
+
+def _above_autograd() -> Any:
+    """Autograd's dispatch keys are masked inside an op; recomputing needs them back."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude - keys)
+
+
+def _autocast(states: tuple[tuple[Any, ...], ...]) -> Any:
+    if not states:
+        return nullcontext()
+    device, dtype, enabled, cache = states[0]
+    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors, ctx.sizes, ctx.key = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[0])
+    found = iter(torch.ops.memcomp.backward(list(grads), list(ctx.saved_tensors), ctx.sizes, ctx.key, needs))
+    # torch flattens an empty list of sizes as if it held tensors: the answer has to match
+    return [next(found) if need else None for need in needs], None if ctx.sizes else [], None
+
+
+def _differentiate_twice(ctx: Any, *grads: Any) -> Any:
+    raise Refusal("second derivatives of a compiled region", hint="leave the function that needs them to torch")
+
+
+_LIBRARY = torch.library.Library("memcomp", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("call(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]")  # type: ignore[no-untyped-call]
+_LIBRARY.define("backward(Tensor[] grads, Tensor[] inputs, SymInt[] sizes, str key, bool[] needs) -> Tensor[]")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("call", _call, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("backward", _backward, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("memcomp::call", _call_fake, lib=_LIBRARY)
+torch.library.register_fake("memcomp::backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("memcomp::call", _differentiate, setup_context=_remember, lib=_LIBRARY)
+torch.library.register_autograd("memcomp::backward", _differentiate_twice, lib=_LIBRARY)

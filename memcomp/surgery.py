@@ -1,0 +1,175 @@
+"""Graph surgery: take a region out of an fx graph, put a call of its kernel in, keep the original for gradients."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from memcomp.binding import DTYPES
+from memcomp.ir.errors import Refusal
+
+if TYPE_CHECKING:
+    from memcomp.capture.region import Region
+
+_INPLACE = {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+            "ilshift", "irshift"}
+
+
+@dataclass(frozen=True)
+class Original:
+    """A region's torch computation as a module of its own.
+
+    module(*inputs, *extras, *sizes, *symbols) -> tuple of the outputs.
+    extras: tensors it reads that the kernel does not; symbols: integers it reads, other than the kernel's.
+    text: the same for equal computations, whatever their names.
+    """
+
+    module: fx.GraphModule
+    extras: tuple[fx.Node, ...]
+    symbols: tuple[fx.Node, ...]
+    text: str
+
+
+def original(region: Region) -> Original:
+    """Copy what computes the region's outputs from its inputs (and from other graph inputs, where it reads them)."""
+    tensors, sizes = list(region.inputs), [n for _, n in region.sizes]
+    needed = _ancestors(region)
+    extras = tuple(n for n in needed if n.op in ("placeholder", "get_attr") and _is_tensor(n))
+    symbols = tuple(n for n in needed if n.op in ("placeholder", "get_attr") and not _is_tensor(n))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate([*tensors, *extras, *sizes, *symbols]):
+        placeholder = graph.placeholder(f"a{i}")
+        if isinstance(node, fx.Node):
+            copies.setdefault(node, placeholder)
+    for i, node in enumerate(n for n in needed if n.op not in ("placeholder", "get_attr")):
+        if node.op == "call_module":
+            raise Refusal(f"gradient through the module call {node.target}", hint="inline it")
+        copies[node] = graph.create_node(node.op, node.target, fx.map_arg(node.args, copies.__getitem__),
+                                         fx.map_arg(node.kwargs, copies.__getitem__), name=f"n{i}")
+    graph.output(tuple(copies[n] for n in region.outputs))
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    return Original(module, extras, symbols, f"{len(tensors)} {len(sizes)}\n{graph}")
+
+
+def _ancestors(region: Region) -> list[fx.Node]:
+    """Nodes between the region's inputs and its outputs, in graph order; the inputs themselves excluded."""
+    stop = {*region.inputs, *(n for _, n in region.sizes if isinstance(n, fx.Node))}
+    found: set[fx.Node] = set()
+    todo = [n for n in region.outputs if n not in stop]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [n for n in node.all_input_nodes if n not in stop]
+    return [n for n in region.outputs[0].graph.nodes if n in found]
+
+
+def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original | None) -> None:
+    """Call the kernel registered under `key` before the region's anchor, and drop the nodes that are dead then.
+
+    Raises Refusal, with the graph unchanged, where the anchor is no such place: an input comes later, or something that
+    the region reads is overwritten in between.
+    """
+    graph = gm.graph
+    extras = [*(extra.extras if extra else ())]
+    sizes = [*(n for _, n in region.sizes), *(extra.symbols if extra else ())]
+    _check_place(region, [n for n in [*region.inputs, *extras, *sizes] if isinstance(n, fx.Node)])
+    dtypes = [DTYPES[t.dtype] for t in region.program.cascade.inputs()]
+    results = [DTYPES[t.dtype] for t in region.program.cascade.outputs()]
+    with graph.inserting_before(region.anchor):
+        tensors = [_cast(graph, n, d) for n, d in zip(region.inputs, dtypes, strict=True)] + extras
+        call = graph.call_function(torch.ops.memcomp.call.default, (tensors, sizes, key))
+        call.meta["example_value"] = [n.meta.get("example_value") for n in region.outputs]
+        for i, (node, dtype) in enumerate(zip(region.outputs, results, strict=True)):
+            out = graph.call_function(operator.getitem, (call, i))
+            if example(node).dtype != dtype:
+                out = graph.call_method("to", (out, example(node).dtype))
+            out.meta = dict(node.meta)
+            node.replace_all_uses_with(out)
+    inside = set(region.nodes)
+    outside = {_storage(n) for n in graph.nodes if n not in inside}
+    for node in reversed([n for n in graph.nodes if n in inside and n.op not in ("placeholder", "output")]):
+        if not node.users and not (_writes(node) and _storage(node.all_input_nodes[0]) in outside):
+            graph.erase_node(node)
+
+
+def example(node: fx.Node) -> Any:
+    """The fake tensor (Dynamo: example_value, export: val) or SymInt that a node had when it was traced."""
+    return node.meta["example_value"] if "example_value" in node.meta else node.meta["val"]
+
+
+def hint(x: Any) -> int:
+    """The number that a size (int, SymInt, or node of one) had when it was traced."""
+    value = example(x) if isinstance(x, fx.Node) else x
+    return value if isinstance(value, int) else int(value.node.hint)
+
+
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Autocast converts the operands of torch's own ops only."""
+    if example(node).dtype == dtype:
+        return node
+    made = graph.call_method("to", (node, dtype))
+    made.meta = {**node.meta, "example_value": example(node).to(dtype)}
+    return made
+
+
+def _check_place(region: Region, needed: list[fx.Node]) -> None:
+    """The call goes before the anchor: is all it needs there, and is it still what the region read?"""
+    nodes = list(region.anchor.graph.nodes)
+    order = {n: i for i, n in enumerate(nodes)}
+    place, inside = order[region.anchor], set(region.nodes)
+    if any(order[n] >= place for n in needed):
+        raise Refusal(f"{region.name} needs a value that comes too late", region.source)
+    for i, writer in enumerate(nodes[:place]):
+        if writer in inside or not _writes(writer) or not writer.all_input_nodes:
+            continue
+        written = _storage(writer.all_input_nodes[0])
+        if any(order[n] < i and written in map(_storage, n.all_input_nodes) for n in inside):
+            raise Refusal(f"{writer} overwrites what {region.name} has read", region.source)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return node.op == "get_attr" or isinstance(example(node), torch.Tensor)
+
+
+def _storage(node: fx.Node) -> Any:
+    """Equal for tensors that share memory."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node
+
+
+def _writes(node: fx.Node) -> bool:
+    """Does the node change its first argument?"""
+    name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+    if node.op not in ("call_method", "call_function"):
+        return False
+    if (schema := getattr(node.target, "_schema", None)) is not None:
+        return bool(schema.is_mutable)
+    if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+        return name == "setitem" or name in _INPLACE  # and_, or_, not_ end in "_" only because of the keywords
+    return name.strip("_") in {"setitem", *_INPLACE} or (name.endswith("_") and not name.endswith("__"))
+
+
+def autocast_at(gm: fx.GraphModule, node: fx.Node) -> tuple[tuple[Any, ...], ...]:
+    """The autocast that holds at a node: one (device, dtype, enabled, cache) or none."""
+    device = example(node).device.type
+    stack: list[tuple[Any, ...]] = []
+    if torch.is_autocast_enabled(device):
+        stack.append((device, torch.get_autocast_dtype(device), True, torch.is_autocast_cache_enabled()))
+    for n in gm.graph.nodes:
+        name = getattr(n.target, "__name__", "")
+        if n is node:
+            break
+        if name == "_enter_autocast":
+            stack.append(tuple(n.args))
+        elif name == "_exit_autocast":
+            stack.pop()
+    return tuple(s for s in stack[-1:] if s[0] == device)
+
+
+

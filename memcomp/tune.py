@@ -1,0 +1,69 @@
+"""Closes knobs: every open knob of a program gets one of its choices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+
+from memcomp.ir.cascade import Knob, Rank
+from memcomp.ir.errors import OptionError, Refusal
+from memcomp.ir.expr import Const, Expr
+from memcomp.ir.program import Group, Program, knobs
+
+CANDIDATES = 256
+
+
+def assign(program: Program, values: Mapping[str, int]) -> Program:
+    """The program with the knobs named in `values` closed; the others stay open.
+
+    Raises OptionError for a value that is not among a knob's choices.
+    """
+    known = {k.name: k for k in knobs(program)}
+    for name, value in values.items():
+        if name in known and value not in known[name].choices:
+            raise OptionError(f"knob {name} has no choice {value}",
+                              hint=f"choices: {', '.join(map(str, known[name].choices))}")
+
+    def close(size: Expr | Knob | None) -> Expr | Knob | None:
+        return Const(values[size.name]) if isinstance(size, Knob) and size.name in values else size
+
+    def rank(r: Rank) -> Rank:
+        return replace(r, extent=close(r.extent))
+
+    def group(g: Group) -> Group:
+        return replace(g, partition=tuple((n, close(s)) for n, s in g.partition))  # type: ignore[misc]
+
+    cascade = replace(program.cascade, ranks=tuple(map(rank, program.cascade.ranks)))
+    return replace(program, cascade=cascade,
+                   mapping=replace(program.mapping, groups=tuple(map(group, program.mapping.groups))))
+
+
+def close_knobs(program: Program, sizes: Mapping[str, int], *, tune: str = "off") -> Program:
+    """Close every knob; "off" takes the candidate that the cost model says is fastest.
+
+    sizes: an extent for each symbolic rank; it only ranks the candidates, the result holds for all extents.
+    Ties (the model sees no difference) take the middle choice of each knob: the ends of a list are its extremes.
+    """
+    from memcomp.ir.cost import cost
+    from memcomp.ir.target import target
+
+    open_knobs = knobs(program)
+    if not open_knobs:
+        return program
+    count = math.prod(len(k.choices) for k in open_knobs)
+    if count == 0 or count > CANDIDATES:
+        raise Refusal(f"{count} candidates for the knobs of {program.name}",
+                      hint=f"between 1 and {CANDIDATES} are searched")
+    if tune != "off":
+        raise OptionError(f"tune={tune!r} is not known", hint="known: off")
+    machine = target(program.target)
+
+    def rating(choice: tuple[int, ...]) -> tuple[float, int]:
+        closed = assign(program, dict(zip((k.name for k in open_knobs), choice, strict=True)))
+        off_middle = sum(abs(k.choices.index(c) - len(k.choices) // 2) for k, c in zip(open_knobs, choice, strict=True))
+        return cost(closed, dict(sizes), machine).seconds, off_middle
+
+    best = min(product(*(k.choices for k in open_knobs)), key=rating)
+    return assign(program, dict(zip((k.name for k in open_knobs), best, strict=True)))

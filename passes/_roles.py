@@ -1,0 +1,78 @@
+"""What ranks are to a statement and to a group of statements: common, streamed, private.  Shared by the rewrites that map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from memcomp.ir.cascade import Cascade, Einsum, Knob
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, transform, variables, walk
+
+WHOLE = 256    # a rank of at most so many points may be a tile dim as it is
+
+
+def largest(c: Cascade, rank: str) -> int | None:
+    """The greatest extent a rank can have where that is a number: fixed, a knob's largest choice, or derived from such."""
+    x = c.rank(rank).extent
+    if isinstance(x, Knob):
+        return max(x.choices)
+    if isinstance(x, Const) and isinstance(x.value, int):
+        return x.value
+    return None
+
+
+def whole(c: Cascade, var: str) -> bool:
+    """May the variable's rank be a tile dim without being cut?"""
+    n = largest(c, var.upper())
+    return n is not None and n <= WHOLE
+
+
+def out_vars(e: Einsum) -> tuple[str, ...]:
+    """Variables of the result in the order of its index."""
+    return tuple(dict.fromkeys(n.name for o in e.outs for i in o.index for n in walk(i) if isinstance(n, Var)))
+
+
+def common(statements: Iterable[Einsum]) -> tuple[str, ...]:
+    """Variables that every statement's result carries, in the order of the first."""
+    each = [out_vars(e) for e in statements]
+    return tuple(v for v in each[0] if all(v in o for o in each)) if each else ()
+
+
+def factors(e: Expr) -> list[Expr]:
+    return [f for a in e.args for f in factors(a)] if isinstance(e, Call) and e.op == "mul" else [e]
+
+
+def product_operands(e: Einsum) -> list[Access]:
+    """The factors of a sum of products that carry a summed variable; none where the statement is not one."""
+    if e.reduce is None or e.reduce.monoid != "sum":
+        return []
+    found = [f for f in factors(e.body) if isinstance(f, Access) and variables(f) & set(e.reduce.over)]
+    return found if len(found) > 1 else []
+
+
+def accesses(e: Einsum) -> list[Access]:
+    """Every access in body, guard and output index (not the outputs themselves)."""
+    roots = (e.body, *e.guards(), *(i for o in e.outs for i in o.index))
+    return [n for r in roots for n in walk(r) if isinstance(n, Access)]
+
+
+def carried(c: Cascade) -> dict[str, tuple[str, Einsum, int]]:
+    """Tensors written one step ahead: name -> (iterative variable, the writer, position of that index)."""
+    out: dict[str, tuple[str, Einsum, int]] = {}
+    for e in c.einsums:
+        for o in e.outs:
+            for k, i in enumerate(o.index):
+                for v in variables(i):
+                    if c.rank(v.upper()).iterative and i == call("add", Var(v), 1):
+                        out[o.tensor] = v, e, k
+    return out
+
+
+def closed(c: Cascade, e: Expr) -> Expr:
+    """Sizes of derived and fixed ranks replaced by what they are; only run-time symbols remain."""
+    def f(n: Expr) -> Expr:
+        if isinstance(n, Size) and not isinstance(x := c.rank(n.rank).extent, Knob) and x is not None \
+                and not any(isinstance(a, Access) for a in walk(x)):
+            return closed(c, x)
+        return n
+
+    return transform(e, f)

@@ -1,0 +1,235 @@
+"""Proved facts about values: intervals and signs through a cascade, and when a reduction has a live point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from memcomp.ir.cascade import Cascade, Einsum, Knob
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjunction, reads, variables
+from memcomp.ir.ops import OPS
+from memcomp.ir.simplify import linear, simplify
+
+INF = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """lo <= value <= hi; `positive` says value > 0 (a sum's or product's: over a non-empty set)."""
+
+    lo: float = -INF
+    hi: float = INF
+    positive: bool = False
+
+    @property
+    def nonneg(self) -> bool:
+        return self.lo >= 0
+
+
+REAL = Interval()
+TRUTH = Interval(0.0, 1.0)
+
+
+def _add(a: Interval, b: Interval) -> Interval:
+    lo, hi = a.lo + b.lo, a.hi + b.hi
+    return Interval(-INF if lo != lo else lo, INF if hi != hi else hi,
+                    (a.positive and b.nonneg) or (b.positive and a.nonneg) or lo > 0)
+
+
+def _neg(a: Interval) -> Interval:
+    return Interval(-a.hi, -a.lo, a.hi < 0)
+
+
+def _mul(a: Interval, b: Interval) -> Interval:
+    ends = [0.0 if 0 in (x, y) else x * y for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
+    return Interval(min(ends), max(ends), (a.positive and b.positive) or min(ends) > 0)
+
+
+def _recip(a: Interval) -> Interval:
+    if a.positive or a.lo > 0:
+        return Interval(0.0 if a.hi == INF else 1 / a.hi, 1 / a.lo if a.lo > 0 else INF, True)
+    return REAL
+
+
+def _even(a: Interval) -> Interval:
+    low = 0.0 if a.lo <= 0 <= a.hi else min(abs(a.lo), abs(a.hi))
+    return Interval(low, max(abs(a.lo), abs(a.hi)), a.positive or low > 0)
+
+
+def _image(op: str, a: Interval) -> Interval:
+    """Image of an increasing function: its values at the ends, clipped to its range."""
+    row = OPS[op]
+    with_limits = dict(row.limits)
+
+    def at(x: float, default: float) -> float:
+        if x in with_limits:
+            return with_limits[x]
+        if not math.isfinite(x):
+            return default
+        try:
+            y = float(row.numpy(x))
+        except (OverflowError, ValueError):
+            return default
+        return y if y == y else default
+
+    lo, hi = at(a.lo, row.range[0]), at(a.hi, row.range[1])
+    return Interval(max(lo, row.range[0]), min(hi, row.range[1]), op in _POSITIVE or lo > 0)
+
+
+_POSITIVE = frozenset(name for name, row in OPS.items() if row.hom == ("add", "mul") or name == "sigmoid")
+
+
+@dataclass(slots=True)
+class Facts:
+    """Facts over one cascade.  Intervals assume that reductions run over at least one point (see `alive`)."""
+
+    cascade: Cascade
+    _tensors: dict[str, Interval] = field(default_factory=dict)
+
+    def interval(self, e: Expr) -> Interval:
+        if isinstance(e, Const):
+            v = float(e.value)
+            return Interval(v, v, v > 0) if v == v else REAL
+        if isinstance(e, (Var, Size)):
+            return Interval(0.0)
+        if isinstance(e, Access):
+            return self.tensor(e.tensor)
+        return self._call(e)
+
+    def nonneg(self, e: Expr) -> bool:
+        return self.interval(e).nonneg
+
+    def positive(self, e: Expr) -> bool:
+        return self.interval(e).positive
+
+    def learn(self, name: str, fact: Interval) -> None:
+        """A fact about a tensor that is not (yet) written in the cascade."""
+        self._tensors[name] = fact
+
+    def tensor(self, name: str) -> Interval:
+        if name not in self._tensors:
+            self._tensors[name] = REAL  # a tensor that reads itself is not proved
+            declared = self.cascade.declared(name)
+            writers = self.cascade.writers(name)
+            if declared is not None and declared.role in ("in", "state"):
+                self._tensors[name] = (TRUTH if declared.dtype == "bool" else Interval(0.0, 255.0)
+                                       if declared.dtype == "u8" else REAL)
+            elif len(writers) == 1:
+                self._tensors[name] = self._written(writers[0], name)
+        return self._tensors[name]
+
+    def _written(self, s: Einsum, name: str) -> Interval:
+        body = self.interval(s.body)
+        if s.reduce is None:
+            declared = self.cascade.declared(name)
+            empty = 0.0 if declared is None else declared.empty
+            return body if s.guard is None else Interval(min(body.lo, empty), max(body.hi, empty))
+        if s.names[0] != name or s.reduce.monoid in ("argmax", "argmin"):
+            return Interval(0.0)  # an index
+        if s.reduce.monoid in ("max", "min", "topk"):
+            return body
+        if s.reduce.monoid in ("sum", "prod"):
+            return Interval(0.0 if body.nonneg else -INF, INF, body.positive)
+        return TRUTH
+
+    def _call(self, e: Call) -> Interval:
+        args = [self.interval(a) for a in e.args]
+        match e.op:
+            case "add":
+                return _add(args[0], args[1])
+            case "sub":
+                return _add(args[0], _neg(args[1]))
+            case "neg":
+                return _neg(args[0])
+            case "mul" if e.args[0] == e.args[1]:
+                return _even(args[0])
+            case "mul":
+                return _mul(args[0], args[1])
+            case "div":
+                return _mul(args[0], _recip(args[1]))
+            case "recip":
+                return _recip(args[0])
+            case "max":
+                return Interval(max(args[0].lo, args[1].lo), max(args[0].hi, args[1].hi),
+                                args[0].positive or args[1].positive)
+            case "min":
+                return Interval(min(args[0].lo, args[1].lo), min(args[0].hi, args[1].hi),
+                                args[0].positive and args[1].positive)
+            case "where":
+                return Interval(min(args[1].lo, args[2].lo), max(args[1].hi, args[2].hi),
+                                args[1].positive and args[2].positive)
+            case "square" | "abs":
+                even = _even(args[0])
+                return even if e.op == "abs" else _mul(even, even)
+            case "sqrt":
+                return Interval(0.0, INF, args[0].positive)
+            case "rsqrt":
+                return Interval(0.0, INF, True)
+            case "real" | "int":
+                return args[0]
+        row = OPS[e.op]
+        if row.result == "bool":
+            return TRUTH
+        if row.monotone == ("inc",):
+            return _image(e.op, args[0])
+        return Interval(row.range[0], row.range[1])
+
+    # -- liveness -------------------------------------------------------------------------------------------------
+
+    def ranges(self) -> dict[str, tuple[Expr | int | None, Expr | int | None]]:
+        """Variable -> half-open range, for the index simplifier."""
+        out: dict[str, tuple[Expr | int | None, Expr | int | None]] = {}
+        for r in self.cascade.ranks:
+            out[r.var] = (0, Size(r.name) if r.extent is None or isinstance(r.extent, Knob) else r.extent)
+            if r.extent is not None and isinstance(r.extent, Const):
+                out[r.var] = (0, int(r.extent.value))
+        return out
+
+    def extent(self, rank: str) -> Expr:
+        x = self.cascade.rank(rank).extent
+        return Size(rank) if x is None or isinstance(x, Knob) else x
+
+    def alive(self, over: Iterable[str], guard: Iterable[Expr]) -> tuple[Expr | None, tuple[Expr, ...]]:
+        """Is there a point with all of `guard` true?  Returns (condition, rest).
+
+        condition: closed form over what does not vary along `over` (None = always true).  rest: conjuncts that have no
+        closed form; where it is not empty a count has to be kept.
+        """
+        over = tuple(over)
+        low: dict[str, list[Expr]] = {v: [Const(0)] for v in over}
+        high: dict[str, list[Expr]] = {v: [self.extent(v.upper())] for v in over}
+        need: list[Expr] = []
+        rest: list[Expr] = []
+        for g in guard:
+            mine = variables(g) & set(over)
+            if not mine:
+                need.append(g)
+            elif len(mine) == 1 and (cut := bound(g, next(iter(mine)))) is not None:
+                (low if cut[0] == "low" else high)[next(iter(mine))].append(cut[1])
+            else:
+                rest.append(g)
+        need += [Call("lt", (a, b)) for v in over for a in low[v] for b in high[v]]
+        ranges = self.ranges()
+        left = [s for n in need if (s := simplify(n, ranges, index=True)) != Const(True)]
+        return conjunction(left), tuple(rest)
+
+
+def bound(cond: Expr, v: str) -> tuple[str, Expr] | None:
+    """("low", a) for `a <= v`, ("high", b) for `v < b`, when the condition says just that; a, b free of v."""
+    if not isinstance(cond, Call) or cond.op not in ("lt", "le", "gt", "ge"):
+        return None
+    a, b = cond.args if cond.op in ("lt", "le") else cond.args[::-1]  # a < b or a <= b
+    diff = linear(Call("sub", (b, a)), integers=reads(cond))
+    if diff is None:
+        return None
+    slope = diff.pop(Var(v), 0)
+    if slope not in (1, -1) or any(e is not None and v in variables(e) for e in diff):
+        return None
+    strict = 1 if cond.op in ("lt", "gt") else 0
+    rest: Expr = Const(0)
+    for e, c in diff.items():
+        rest = Call("add", (rest, Const(c) if e is None else Call("mul", (e, Const(c)))))
+    if slope == 1:  # v + rest > 0 or >= 0:  -rest + strict <= v
+        return "low", simplify(Call("sub", (Const(strict), rest)), index=True)
+    return "high", simplify(Call("add", (rest, Const(1 - strict))), index=True)  # -v + rest > 0: v < rest

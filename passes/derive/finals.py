@@ -1,0 +1,203 @@
+"""Finalise maps: what a reduction's value is in terms of finished states.
+
+Values are kept as (mantissa, exponent) where they are one term and substituted through, so that `N e^rho / (D e^rho)`
+cancels by symbol and exponents meet before exp is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from memcomp.ir.cascade import Einsum
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, substitute, walk
+from memcomp.passes.derive.facts import Facts
+from memcomp.passes.derive.linear import ONE, Linear, accumulate, added, flatten, number, scaled, to_expr
+from memcomp.passes.derive.separate import BASE, LOGS, Term, product
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A finished value over its variables: as one term, as a linear form, or only by name (both None)."""
+
+    vars: tuple[str, ...]
+    term: Term | None = None
+    lin: tuple[tuple[Expr, float], ...] | None = None
+
+
+@dataclass(slots=True)
+class Finals:
+    """rho: the finished reference behind a gauge symbol, or None."""
+
+    facts: Facts
+    rho: Callable[[str], Expr | None]
+    values: dict[str, Value] = field(default_factory=dict)
+
+    # -- normal forms ---------------------------------------------------------------------------------------------
+
+    def _value(self, e: Access) -> tuple[Value, dict[Expr, Expr]] | None:
+        v = self.values.get(e.tensor)
+        return None if v is None else (v, {Var(x): i for x, i in zip(v.vars, e.index, strict=True)})
+
+    def term(self, e: Expr) -> Term:
+        if (n := number(e)) is not None:
+            return Term(coef=n) if math.isfinite(n) else Term(c=((e, 1),))
+        if isinstance(e, Access):
+            if (rho := self.rho(e.tensor)) is not None:
+                return Term(c=((rho, 1),))
+            hit = self._value(e)
+            return Term(c=((self._indexed(e), 1),)) if hit is None or hit[0].term is None else _moved(hit[0].term, hit[1])
+        if not isinstance(e, Call):
+            return Term(c=((e, 1),))
+        a = e.args
+        match e.op:
+            case "mul":
+                return self.term(a[0]).times(self.term(a[1]))
+            case "div" | "recip":
+                below = self.term(a[-1])
+                if below.coef == 0 or below.if_:
+                    below = Term(c=((self.build(below), 1),))
+                return below.power(-1) if e.op == "recip" else self.term(a[0]).times(below.power(-1))
+            case "neg":
+                return self.term(a[0]).scaled(-1)
+            case "square":
+                return self.term(a[0]).power(2)
+            case "exp" | "exp2":
+                return self.exponential(scaled(self.linear(a[0]), BASE[e.op]))
+            case "where" if number(a[2]) == 0:
+                return self._chosen(self.expr(a[0]), self.term(a[1]))
+            case "where" if number(a[1]) == 0:
+                return self._chosen(Call("not", (self.expr(a[0]),)), self.term(a[2]))
+            case "add" | "sub":
+                return self._summed(self.linear(e))
+            case "log" | "log2":
+                return self._summed(self.linear(e))
+        return Term(c=((Call(e.op, tuple(self.expr(x) for x in a)), 1),))
+
+    def _chosen(self, cond: Expr, t: Term) -> Term:
+        return replace(t, if_=tuple(dict.fromkeys((cond, *t.if_))))
+
+    def _summed(self, lin: Linear) -> Term:
+        if not lin:
+            return Term(coef=0.0)
+        if len(lin) == 1:
+            (e, k), = lin.items()
+            return Term(coef=k) if e == ONE else Term(coef=k, c=((e, 1),))
+        return Term(c=((to_expr(lin.items()), 1),))
+
+    def exponential(self, lin: Linear) -> Term:
+        """exp of a linear form; k * log(x) becomes x**k."""
+        c: list[tuple[Expr, float]] = []
+        ec: Linear = {}
+        for e, k in lin.items():
+            if isinstance(e, Call) and e.op in LOGS and abs(k * LOGS[e.op]) in (1, 2):
+                c.append((e.args[0], k * LOGS[e.op]))
+            else:
+                accumulate(ec, e, k)
+        if set(ec) == {ONE}:
+            return Term(coef=math.exp(ec[ONE]), c=tuple(c))
+        return Term(c=tuple(c), ec=tuple(ec.items()))
+
+    def linear(self, e: Expr) -> Linear:
+        """Addends, finished values substituted."""
+        out: Linear = {}
+        for k, x in flatten(e):
+            for y, c in self._addend(x).items():
+                accumulate(out, y, c * k)
+        return out
+
+    def _addend(self, x: Expr) -> Linear:
+        if isinstance(x, Access):
+            if (rho := self.rho(x.tensor)) is not None:
+                return {rho: 1}
+            hit = self._value(x)
+            if hit is not None and hit[0].lin is not None:
+                return added(*({substitute(y, hit[1]): c} for y, c in hit[0].lin))
+        if isinstance(x, Call) and x.op in LOGS:
+            t = self.term(x.args[0])
+            if t.coef > 0 and not t.if_ and (t.ec or len(t.c) == 1) and all(self.facts.nonneg(y) for y, _ in t.c):
+                out = added(scaled(dict(t.ec), LOGS[x.op]), {Call(x.op, (y,)): p for y, p in t.c})
+                if t.coef != 1:
+                    accumulate(out, ONE, math.log(t.coef) * LOGS[x.op])
+                return out
+            return {Call(x.op, (self.build(t),)): 1}
+        t = self.term(x) if not (isinstance(x, Call) and x.op in ("add", "sub")) else None
+        if t is None:
+            return self.linear(x)
+        if t.coef == 0:
+            return {}
+        if not t.c and not t.ec and not t.if_:
+            return {ONE: t.coef}
+        return {self.build(replace(t, coef=1.0)): t.coef}
+
+    def _indexed(self, e: Access) -> Expr:
+        return Access(e.tensor, tuple(self.expr(i) if any(isinstance(n, Access) for n in walk(i)) else i
+                                      for i in e.index))
+
+    # -- back to expressions --------------------------------------------------------------------------------------
+
+    def expr(self, e: Expr) -> Expr:
+        """The same value in terms of finished states, exponents merged."""
+        if isinstance(e, Call):
+            if e.op in ("add", "sub", "log", "log2"):
+                return to_expr(self.linear(e).items())
+            if e.op in ("mul", "div", "recip", "neg", "square", "where", *BASE):
+                t = self.term(e) if e.op != "where" else None
+                return self.build(t) if t is not None else Call("where", tuple(self.expr(a) for a in e.args))
+            return Call(e.op, tuple(self.expr(a) for a in e.args))
+        return self.build(self.term(e)) if isinstance(e, Access) else e
+
+    def build(self, t: Term) -> Expr:
+        factors = list(t.c)
+        if t.ec:
+            grows = to_expr(t.ec)
+            factors.append((Call("exp", (grows,)), 1))
+        out = product(factors, t.coef)
+        for cond in reversed(t.if_):
+            out = Call("where", (cond, out, Const(0.0)))
+        return out
+
+    def normal(self, t: Term) -> Term:
+        """A term with raw c-side expressions, with every finished value substituted."""
+        out = Term(coef=t.coef, if_=tuple(self.expr(c) for c in t.if_))
+        for e, p in t.c:
+            x = self.term(e)
+            if p < 0 and (x.coef == 0 or x.if_):
+                x = Term(c=((self.build(x), 1),))
+            out = out.times(x if p == 1 else x.power(p) if p == int(p) or not x.if_ else Term(c=((self.build(x), p),)))
+        ec: Linear = {}
+        for e, k in t.ec:
+            for y, c in self._addend(e).items():
+                accumulate(ec, y, c * k)
+        return out.times(self.exponential(ec))
+
+    # -- recording ------------------------------------------------------------------------------------------------
+
+    def learn(self, s: Einsum, e: Expr | None, t: Term | None) -> None:
+        """Remember the value of a tensor written over plain variables, where substituting it is no larger than naming
+        it: products of elements with exponents, or sums of elements and their logarithms."""
+        if len(s.outs) != 1 or s.guard is not None and s.reduce is None:
+            return
+        vs = tuple(i.name for i in s.out.index if isinstance(i, Var))
+        if len(vs) != len(s.out.index):
+            return
+        if t is not None and (t.if_ or not all(isinstance(x, Access) for x, _ in t.c)):
+            t = None
+        lin = None
+        if e is not None:
+            form = self.linear(e)
+            if all(isinstance(x, Access) or x == ONE or _log_of_element(x) for x in form):
+                lin = tuple(form.items())
+        self.values[s.names[0]] = Value(vs, t, lin)
+
+
+def _log_of_element(e: Expr) -> bool:
+    return isinstance(e, Call) and e.op in LOGS and isinstance(e.args[0], Access)
+
+
+def _moved(t: Term, table: dict[Expr, Expr]) -> Term:
+    def sub(x: tuple[tuple[Expr, float], ...]) -> tuple[tuple[Expr, float], ...]:
+        return tuple((substitute(e, table), p) for e, p in x)
+
+    return replace(t, c=sub(t.c), ec=sub(t.ec))

@@ -1,0 +1,310 @@
+"""States of one streaming stage: what is accumulated along the rank, and in which frame.
+
+A sum state is `sum a-factors * prod d**j * exp(lambda d + bounded)` over the points of its guard; moving its frame from
+rho to rho' with delta = rho - rho' is T'_j = e^(lambda delta) sum_l binom(j, l) delta^(j-l) T_l, so states are closed
+downward in every j of a gauge that moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from memcomp.ir.cascade import Einsum
+from memcomp.ir.expr import Access, Const, Expr, Var, variables
+from memcomp.ir.ops import MONOIDS
+from memcomp.passes.derive.facts import Facts, Interval
+from memcomp.passes.derive.linear import flatten, keyed, number, ratio, to_expr
+from memcomp.passes.derive.order import Lifted, lift
+from memcomp.passes.derive.separate import Gauge, Powers, Separator, Term, _mask, product
+from memcomp.passes.derive.sides import NoLaw, Sides
+
+BOUNDED = 60.0  # |exponent| up to which exp and its sums stay inside f32 without a gauge
+
+
+@dataclass(frozen=True, slots=True)
+class OrderState:
+    """A reduction by any monoid but sum of a carried body."""
+
+    name: str
+    monoid: str
+    body: Expr
+    guard: tuple[Expr, ...]
+    over: tuple[str, ...]
+    vars: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SumState:
+    """sum of a-factors, gauge differences to powers, exponentials of gauge differences, bounded exponentials."""
+
+    name: str
+    a: Powers
+    ds: tuple[tuple[str, int], ...]
+    es: tuple[tuple[str, float], ...]
+    bounded: Powers
+    guard: tuple[Expr, ...]
+    over: tuple[str, ...]
+    vars: tuple[str, ...]
+
+    def tag(self) -> object:
+        return (frozenset(self.a), frozenset(self.ds), frozenset(self.es), frozenset(self.bounded),
+                frozenset(self.guard), frozenset(self.over))
+
+
+State = OrderState | SumState
+
+
+@dataclass(slots=True)
+class Stage:
+    """Accepts reductions over the stream variable and collects their states.
+
+    final: state -> how its finished value is read.  fresh: a free tensor name.
+    frame: "first" or "running", the reference of polynomial states.
+    """
+
+    carried: str
+    facts: Facts
+    late: Callable[[str], bool]
+    final: Callable[[State], Access]
+    fresh: Callable[[str], str]
+    frame: str = "first"
+    merged: bool = False
+    orders: list[OrderState] = field(default_factory=list)
+    gauges: dict[str, Gauge] = field(default_factory=dict)
+    sums: list[SumState] = field(default_factory=list)
+    gauge_vars: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gauge_over: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def sides(self, over: tuple[str, ...]) -> Sides:
+        return Sides(frozenset(over), lambda t: t.startswith("$rho") or self.late(t))
+
+    # -- order reductions -----------------------------------------------------------------------------------------
+
+    def order(self, s: Einsum, body: Expr, guard: tuple[Expr, ...]) -> tuple[Expr, Lifted]:
+        """Accept a reduction by max, min, prod, and, or; returns its final value and how it was lifted."""
+        assert s.reduce is not None
+        monoid, over = s.reduce.monoid, s.reduce.over
+        sides = self.sides(over)
+        if monoid not in MONOIDS or MONOIDS[monoid].outs != 1:
+            raise NoLaw(monoid, body, f"{monoid} keeps more than one value per point")
+        if monoid in ("max", "min"):
+            lifted = lift(body, sides, self.facts)
+            if lifted.flip:
+                monoid = "min" if monoid == "max" else "max"
+        elif sides(body) == "carried":
+            lifted = Lifted(body, lambda x: x)
+        else:
+            raise NoLaw(monoid, body, f"{monoid} moves through carried bodies only")
+        inner, extra = _unmasked(lifted.inner, monoid, sides)
+        state = self._order(s, monoid, inner, tuple(dict.fromkeys(guard + extra)), over)
+        return lifted.rebuild(self.final(state)), lifted
+
+    def _order(self, s: Einsum, monoid: str, body: Expr, guard: tuple[Expr, ...], over: tuple[str, ...]) -> OrderState:
+        for o in self.orders:
+            if (o.monoid, o.body, set(o.guard), set(o.over)) == (monoid, body, set(guard), set(over)):
+                return o
+        state = OrderState(self.fresh("R" + s.names[0]), monoid, body, guard, over,
+                           self._vars(s, body, *guard))
+        self.orders.append(state)
+        return state
+
+    def _vars(self, s: Einsum, *exprs: Expr) -> tuple[str, ...]:
+        assert s.reduce is not None
+        used = set().union(*(variables(e) for e in exprs)) if exprs else set()
+        return tuple(v for v in s.space() if v in used and v not in s.reduce.over)
+
+    # -- sums -----------------------------------------------------------------------------------------------------
+
+    def sum(self, s: Einsum, body: Expr, guard: tuple[Expr, ...]) -> tuple[list[Term], tuple[str, ...]]:
+        """Accept a sum; returns the terms of its finalise map (c-side only) and the laws used.  Raises NoLaw."""
+        assert s.reduce is not None
+        over = s.reduce.over
+        sides = self.sides(over)
+        plain = Separator(sides, self.facts)
+        terms = plain.terms(body)
+        laws = dict(plain.laws)
+        needed = self._growth(s, terms, guard)
+        centre = self._cancelling(s, terms, guard)
+        for gauges in ([*needed, *centre], needed) if centre else (needed,):
+            again = Separator(self.sides(over), self.facts, gauges)
+            try:
+                terms = again.terms(body) if gauges else terms
+            except NoLaw:
+                if gauges is needed:
+                    raise
+                continue
+            break
+        laws.update(again.laws)
+        for g in gauges:
+            self._adopt(s, g)
+            laws.setdefault(f"{g.kind} gauge {g.name} on {_brief(g.body)}")
+        return [self._placed(s, t, guard) for t in terms], tuple(laws)
+
+    def _adopt(self, s: Einsum, g: Gauge) -> None:
+        if g.name in self.gauges:
+            return
+        assert s.reduce is not None
+        self.gauges[g.name] = g
+        self.gauge_vars[g.name] = self._vars(s, g.body, *g.guard)
+        self.gauge_over[g.name] = s.reduce.over
+        if g.kind in ("max", "min") and all(o.name != g.name for o in self.orders):
+            self.orders.append(OrderState(g.name, g.kind, g.body, g.guard, s.reduce.over, self.gauge_vars[g.name]))
+        if g.kind in ("first", "running"):
+            self._state(s, (), (), (), (), g.guard)  # the count
+
+    def _growth(self, s: Einsum, terms: list[Term], guard: tuple[Expr, ...]) -> list[Gauge]:
+        """A max (or min) gauge for every exponent without a proved bound."""
+        out: list[Gauge] = []
+        for t in terms:
+            if not t.ea:
+                continue
+            span = self.facts.interval(to_expr(t.ea))
+            if -BOUNDED <= span.lo and span.hi <= BOUNDED:
+                continue
+            points = tuple(dict.fromkeys(guard + t.when))
+            if not any(_fits(g, t.ea, points) for g in out):
+                out.append(self._found(t.ea, points, s) or self._made(s, "max", dict(t.ea), points))
+        return out
+
+    def _found(self, ea: Powers, points: tuple[Expr, ...], s: Einsum) -> Gauge | None:
+        assert s.reduce is not None
+        known = list(self.gauges.values())
+        for o in self.orders:
+            if o.monoid in ("max", "min") and set(o.over) == set(s.reduce.over):
+                known.append(self._gauge(o.name, o.monoid, o.body, o.guard, o.over))
+        return next((g for g in known if _fits(g, ea, points)), None)
+
+    def _gauge(self, name: str, kind: str, body: Expr, guard: tuple[Expr, ...], over: tuple[str, ...]) -> Gauge:
+        sides = self.sides(over)
+        parts = flatten(body)
+        level = [(x, k) for k, x in parts if not sides.free(x)]
+        offset = [(x, k) for k, x in parts if sides.free(x)]
+        return Gauge(name, kind, body, guard, _linear(level), _linear(offset), self.carried)
+
+    def _made(self, s: Einsum, kind: str, ea: dict[Expr, float], points: tuple[Expr, ...]) -> Gauge:
+        assert s.reduce is not None
+        name = self.fresh({"max": "RMAX", "min": "RMIN"}.get(kind, "RREF"))
+        return self._gauge(name, kind, to_expr(ea.items()), points, s.reduce.over)
+
+    def _cancelling(self, s: Einsum, terms: list[Term], guard: tuple[Expr, ...]) -> list[Gauge]:
+        """A mean gauge for an atom that appears in two terms with equal cofactors and different powers."""
+        assert s.reduce is not None
+        out: list[Gauge] = []
+        seen: dict[object, dict[Expr, set[float]]] = {}
+        atoms = dict.fromkeys(x for t in terms for x, p in t.a if p > 0 and p == int(p))
+        for x in atoms:
+            rests: dict[object, set[float]] = {}
+            for t in terms:
+                rest = (frozenset((y, p) for y, p in t.a if y != x), frozenset(t.ea), frozenset(t.when))
+                rests.setdefault(rest, set()).add(dict(t.a).get(x, 0))
+            if any(len(powers) > 1 for powers in rests.values()) and not _occurs(x, terms):
+                known = [g for g in self.gauges.values() if g.kind == self.frame]
+                hit = next((g for g in known if ratio(keyed({x: 1}), keyed(dict(g.level))) == 1
+                            and set(g.guard) == set(guard)), None)
+                out.append(hit or self._made(s, self.frame, _as_linear(x), guard))
+        del seen
+        return out
+
+    def _placed(self, s: Einsum, t: Term, guard: tuple[Expr, ...]) -> Term:
+        """The term with its carried part replaced by a state."""
+        shifts = {g.shift: g.name for g in self.gauges.values()}
+        a, ds, es, bounded = [], [], [], []
+        for x, p in t.a:
+            if x in shifts:
+                if p != int(p) or p < 0:
+                    raise NoLaw("pow", x, "a gauge difference to a power that is not a natural number")
+                ds.append((shifts[x], int(p)))  # type: ignore[index]
+            else:
+                a.append((x, p))
+        for x, lam in t.ea:
+            if x in shifts:
+                es.append((shifts[x], lam))  # type: ignore[index]
+            else:
+                bounded.append((x, lam))
+        state = self._state(s, tuple(a), tuple(ds), tuple(es), tuple(bounded), tuple(dict.fromkeys(guard + t.when)))
+        return replace(t, a=(), ea=(), when=(), c=((self.final(state), 1), *t.c))
+
+    def _state(self, s: Einsum, a: Powers, ds: tuple[tuple[str, int], ...], es: tuple[tuple[str, float], ...],
+               bounded: Powers, guard: tuple[Expr, ...]) -> SumState:
+        assert s.reduce is not None
+        bodies = [self.gauges[g].body for g, _ in ds + es]
+        guards = [c for g, _ in ds + es for c in self.gauges[g].guard]
+        new = SumState("", a, ds, es, bounded, guard, s.reduce.over,
+                       self._vars(s, *(x for x, _ in a + bounded), *bodies, *guards, *guard))
+        for old in self.sums:
+            if old.tag() == new.tag():
+                return old
+        for k, (g, j) in enumerate(ds):  # closed downward where the frame moves
+            if self.gauges[g].kind != "first" or self.merged:
+                lower = tuple((h, i - (n == k)) for n, (h, i) in enumerate(ds) if i - (n == k))
+                self._state(s, a, lower, es, bounded, guard)
+        for g, _ in ds + es:
+            if self.gauges[g].kind in ("first", "running"):
+                self._state(s, (), (), (), (), self.gauges[g].guard)
+        new = replace(new, name=self.fresh("R" + s.names[0]))
+        self.sums.append(new)
+        factors = [self.facts.interval(x) for x, p in a if p % 2]
+        signed = any(j % 2 for _, j in ds)
+        self.facts.learn(new.name, Interval(0.0 if not signed and all(f.nonneg for f in factors) else -math.inf,
+                                            math.inf, not ds and all(self.facts.positive(x) for x, _ in a)))
+        return new
+
+    def count(self, s: Einsum, guard: tuple[Expr, ...]) -> SumState:
+        """How many points of the guard there are."""
+        return self._state(s, (), (), (), (), guard)
+
+
+def _linear(items: list[tuple[Expr, float]]) -> Powers:
+    from memcomp.passes.derive.linear import added
+
+    return tuple(added(*({x: k} for x, k in items)).items())
+
+
+def _as_linear(x: Expr) -> dict[Expr, float]:
+    from memcomp.passes.derive.linear import linear
+
+    return linear(x)
+
+
+def _fits(g: Gauge, ea: Powers, points: tuple[Expr, ...]) -> bool:
+    """Is the gauge's reference an extreme of this exponent over (at least) these points?"""
+    k = ratio(keyed(dict(ea)), keyed(dict(g.level)))
+    sign = {"max": 1, "min": -1}.get(g.kind, 0)
+    return k is not None and k * sign > 0 and set(g.guard) <= set(points)
+
+
+def _unmasked(body: Expr, monoid: str, sides: Sides) -> tuple[Expr, tuple[Expr, ...]]:
+    """max of `where(c, y, -inf)`: y under the guard c."""
+    if monoid != "max":
+        return body, ()
+    conds: list[Expr] = []
+    rest: list[tuple[Expr, float]] = []
+    todo = flatten(body)
+    while todo:
+        k, x = todo.pop(0)
+        mask = _mask(x) if k > 0 else None
+        if mask is not None:
+            conds.append(mask[0])
+            todo[:0] = flatten(mask[1], k)
+        else:
+            rest.append((x, k))
+    if not conds:
+        return body, ()
+    inner = to_expr(_linear(rest))
+    return (inner, tuple(conds)) if not sides.free(inner) else (body, ())
+
+
+def _occurs(x: Expr, terms: list[Term]) -> bool:
+    """Does the atom also stand in an exponent (then its exponential gauge is used)?"""
+    return any(x == y for t in terms for y, _ in t.ea)
+
+
+def _brief(e: Expr) -> str:
+    from memcomp.passes.derive.sides import short
+
+    return short(e, 40)
+
+
+__all__ = ["BOUNDED", "Const", "OrderState", "Stage", "State", "SumState", "Var", "number", "product"]

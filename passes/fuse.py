@@ -1,0 +1,190 @@
+"""Which Einsums run as one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from memcomp.ir import flow
+from memcomp.ir.cascade import Cascade, Einsum, is_init
+from memcomp.ir.expr import Const, Size, Var
+from memcomp.ir.program import Group, Mapping, Program
+from memcomp.passes._roles import accesses, carried, common, out_vars, whole
+
+
+def fuse(program: Program) -> Program:
+    """Cut the cascade into mapping groups, each as long as one kernel can be.
+
+    A loop over an iterative rank is one group with its initialisations, with what only it reads, and with everything
+    after it that stays at the points of one task.  The rest are chains that share their points.  What must be
+    complete before it is read at other points (a merge over shares, a second pass, a scattered state) starts a new group.
+
+    before:
+        program p
+        rank B
+        rank M
+        in X[B, M]: f32
+        out Y[B]: f32
+        out Z[B]: f32
+        S[b] = sum{m} X[b, m]
+        Y[b] = sqrt(S[b])
+        Z[b] = max{m} X[b, m] * S[b]
+    after:
+        program p
+        rank B
+        rank M
+        in X[B, M]: f32
+        out Y[B]: f32
+        out Z[B]: f32
+        S[b] = sum{m} X[b, m]
+        Y[b] = sqrt(S[b])
+        Z[b] = max{m} X[b, m] * S[b]
+        group g0: S
+        group g1: Y
+        group g2: Z
+    """
+    if program.mapping.groups or not program.cascade.einsums:
+        return program
+    parts = _Fusion(program.cascade).parts()
+    names = [tuple(dict.fromkeys(n for k in part for n in program.cascade.einsums[k].names)) for part in parts]
+    groups = tuple(Group(f"g{i}", t) for i, t in enumerate(names))
+    return replace(program, mapping=Mapping(groups))
+
+
+class _Fusion:
+    def __init__(self, c: Cascade) -> None:
+        self.c, self.all = c, c.einsums
+        self.carried = carried(c)
+        self.loops = flow.loops(c)
+        self.writers: dict[str, list[int]] = {}
+        for k, e in enumerate(self.all):
+            for n in e.names:
+                self.writers.setdefault(n, []).append(k)
+        self.group: dict[int, int] = {}
+        self.parts_: list[list[int]] = []
+        self.shared: list[tuple[str, ...]] = []    # variables that every task of a group has its own values of
+
+    def parts(self) -> list[list[int]]:
+        for k, path in enumerate(self.loops):
+            if path and k not in self.group:
+                self._loop(path[0])
+        for k in range(len(self.all)):
+            if k not in self.group:
+                self._chain(k)
+        return self._ordered()
+
+    def _put(self, k: int, g: int) -> None:
+        for j in {j for n in self.all[k].names for j in self.writers[n]}:
+            if j not in self.group:
+                self.group[j] = g
+                self.parts_[g].append(j)
+
+    # -- a loop ------------------------------------------------------------------------------------------------------
+
+    def _loop(self, loop: tuple[str, int]) -> None:
+        run = [k for k, path in enumerate(self.loops) if path and path[0] == loop]
+        g = len(self.parts_)
+        self.parts_.append([])
+        states = [self.all[k] for k in run if any(n in self.carried and not is_init(self.all[k]) for n in self.all[k].names)]
+        shared = tuple(v for v in common(states or [self.all[k] for k in run]) if v != loop[0])
+        self.shared.append(shared)
+        for k in run:
+            self._put(k, g)
+        grown = True
+        while grown:
+            grown = any(self._joins(k, g) for k in range(len(self.all)) if k not in self.group)
+
+    def _joins(self, k: int, g: int) -> bool:
+        """Take statement k into group g: before the loop where only the group reads it, or after it."""
+        e, shared = self.all[k], set(self.shared[g])
+        private = set(e.space()) - shared
+        if len(e.outs) > 1 or not all(whole(self.c, v) for v in private) or set(e.reduce.over if e.reduce else ()) & shared:
+            return False
+        mine = {n for j in self.parts_[g] for n in self.all[j].names}
+        users = [j for j in range(len(self.all)) if set(e.names) & self.all[j].reads()]
+        declared = self.c.declared(e.out.tensor.removesuffix("'"))
+        temp = declared is None or declared.role == "temp"
+        feeds = bool(users) and all(self.group.get(j) == g for j in users) and temp
+        follows = bool(e.reads() & mine) and shared <= set(out_vars(e))
+        if not ((feeds and (shared <= set(out_vars(e)) or e.reduce is None)) or follows):
+            return False
+        if any(self._reaches(g, w) for n in e.reads() - mine for w in self.writers.get(n, ())):
+            return False     # it waits for something that waits for this group
+        if not self._aligned(e, g) or any(not self._aligned(self.all[j], g, set(e.names)) for j in users
+                                          if self.group.get(j) == g):
+            return False
+        self._put(k, g)
+        return True
+
+    def _reaches(self, g: int, k: int) -> bool:
+        """Does statement k need a result of group g (through any statement)?"""
+        seen, todo = set[int](), [k]
+        while todo:
+            at = todo.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            if self.group.get(at) == g:
+                return True
+            same = [j for j, h in self.group.items() if at in self.group and h == self.group[at]]
+            for j in (at, *same):
+                todo += [w for n in self.all[j].reads() for w in self.writers.get(n, ()) if w != j]
+        return False
+
+    def _aligned(self, e: Einsum, g: int, names: set[str] | None = None) -> bool:
+        """Are the group's tensors (or `names`) read at the very points that the task has written?"""
+        mine = names if names is not None else {n for j in self.parts_[g] for n in self.all[j].names}
+        for a in accesses(e):
+            state = a.tensor + "'" in mine     # the old value of a state that the group overwrites
+            if a.tensor not in mine and not state:
+                continue
+            ws = [self.all[j] for j in self.writers[a.tensor + "'" * state] if not is_init(self.all[j])]
+            outs = [o for w in ws for o in w.outs if o.tensor == a.tensor + "'" * state]
+            if len({o.index for o in outs}) != 1:
+                return False
+            v, _, at = self.carried.get(a.tensor, ("", e, -1))
+            for k, (got, want) in enumerate(zip(a.index, outs[0].index, strict=True)):
+                if k == at and got in (Size(v.upper()), Var(v), want, Const(0)):
+                    continue
+                if got != want:
+                    return False
+        return True
+
+    # -- the rest ----------------------------------------------------------------------------------------------------
+
+    def _chain(self, k: int) -> None:
+        """Append statement k to the chain that feeds it, or start one."""
+        e = self.all[k]
+        if len(e.outs) == 1 and all(len(self.writers[n]) == 1 for n in e.names):
+            feeding = {self.group[w] for n in e.reads() for w in self.writers.get(n, ()) if w in self.group}
+            for g in sorted(feeding, reverse=True):
+                if any(self.loops[j] for j in self.parts_[g]):
+                    continue
+                members = [self.all[j] for j in self.parts_[g]]
+                shared = common([*members, e])
+                spaces = [set(m.space()) - set(shared) for m in (*members, e)]
+                mine = {n for m in members for n in m.names}
+                if shared and all(whole(self.c, v) for s in spaces for v in s) and len({len(m.outs) for m in members}) == 1 \
+                        and self._aligned(e, g) and not any(
+                            self._reaches(g, w) for n in e.reads() - mine for w in self.writers.get(n, ())):
+                    self._put(k, g)
+                    self.shared[g] = shared
+                    return
+        self.parts_.append([])
+        self.shared.append(out_vars(e))
+        self._put(k, len(self.parts_) - 1)
+
+    def _ordered(self) -> list[list[int]]:
+        """Groups in an order that can run: writers first, and readers of a state before it is overwritten."""
+        needs: dict[int, set[int]] = {g: set() for g in range(len(self.parts_))}
+        for k, e in enumerate(self.all):
+            for n in e.reads():
+                needs[self.group[k]] |= {self.group[w] for w in self.writers.get(n, ())}
+                for w in self.writers.get(n + "'", ()):
+                    needs[self.group[w]].add(self.group[k])
+        out: list[list[int]] = []
+        left = sorted(needs, key=lambda g: min(self.parts_[g]))
+        while left:
+            done = next((g for g in left if not (needs[g] - {g}) & set(left)), left[0])
+            left.remove(done)
+            out.append(sorted(self.parts_[done]))
+        return out

@@ -1,0 +1,27 @@
+"""What every test stands on: no hub, no threads fighting for two cores, a compile cache of its own."""
+
+import os
+import sys
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # OpenMP pools spin: more threads than cores cost 3x
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", default="memcomp", help="torch.compile backend for the model tests ('eager' tries the tests)")
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--backend"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # `import ir` would make a second copy of every module of memcomp.ir
+    twice = {"ir", "passes", "codegen"} & set(sys.modules)
+    if twice:
+        raise pytest.UsageError(f"imported without the memcomp prefix: {', '.join(sorted(twice))}")
