@@ -290,9 +290,10 @@ class Emitter:
         tests = tuple(self.read(c, o.phase) for c in guards)
         name = self.tile(o.target, o.dims)
         full = self.full(tests)
-        last = next((i for i in reversed(range(len(out))) if not isinstance(out[i], Load)), None)
+        last = next((i for i in reversed(range(len(out))) if _touches(out[i], name)), None)
         made = out[last] if last is not None else None
-        if isinstance(made, Map) and made.tile == name and last is not None:
+        if isinstance(made, Map) and made.tile == name and last is not None \
+                and not any(_touches(later, n) for later in out[last + 1:] for n in _tiles_of(made)):
             del out[last]
             body = made.body
         else:
@@ -316,7 +317,8 @@ class Emitter:
         if o.target in self.g.each_step:
             k = self.g.carried[o.target]
             index = tuple(Const(0) if i == k and phase == PRE else x for i, x in enumerate(index))
-        store: Statement = Store(Access(self._param(target.tensor), index), name)
+        self._check_store(o, Access(target.tensor, index))
+        store: Statement = Store(Access(_param(target.tensor), index), name)
         self.body[phase].append(self._once(store, held, phase))
 
     def _once(self, store: Statement, held: set[str], phase: int) -> Statement:
@@ -325,8 +327,13 @@ class Emitter:
         cond = conjunction([call("eq", Var(v), 0) for v in spare])
         return store if cond is None else When(cond, (store,))
 
-    def _param(self, name: str) -> str:
-        return name.removesuffix("'")
+    def _check_store(self, o: Op, target: Access) -> None:
+        """A guard that is all that keeps a store inside its tensor must be a count: stores have no mask."""
+        left = self.effective(o)
+        if left and not all(self._inside(i, n) for i, n in zip(target.index, self.params[_param(target.tensor)].shape,
+                                                              strict=True)):
+            raise Refusal(f"{o.target} is written under a guard at points that may lie outside it", self.g.group.name,
+                          "a store has no mask")
 
     def store_carried(self) -> None:
         for name in self.g.carried:
@@ -334,7 +341,7 @@ class Emitter:
                 target = self.g.stores[name]
                 held = {v for i in target.index for v in variables(i)}
                 dims = next(o.dims for o in self.g.ops if o.target == name)
-                store = Store(Access(self._param(name), target.index), self.tile(name, dims))
+                store = Store(Access(_param(name), target.index), self.tile(name, dims))
                 self.body[POST].append(self._once(store, held, POST))
 
     # -- what excluded points hold ---------------------------------------------------------------------------------
@@ -411,6 +418,8 @@ class Emitter:
             needing = [o for o in self.g.ops if d.name in o.over or (o.target in self.g.stores and d.name in o.dims)]
             common = set.intersection(*(set(o.guards) for o in needing)) if needing else set()
             for guard in sorted(common, key=repr):
+                if any(d.name in o.dims and o.target in self.g.stores and not self._keeps_inside(guard, o) for o in needing):
+                    continue    # the excluded points exist, and are stored as empty
                 h = bounds.half(guard, self.g.loop, set(self.g.dims), set(), set())
                 count = bounds.count_of(h, d.name, self.g.loop, d.capacity) if h is not None else None
                 if count is None:
@@ -421,11 +430,18 @@ class Emitter:
                 self.g.dims[d.name] = Dim(d.name, d.capacity, count, bounds.start_of(guard, d.name))
                 self.counted.add(guard)
 
+    def _keeps_inside(self, guard: Expr, o: Op) -> bool:
+        """Is the guard just what keeps the store of `o` inside its tensor (`t1*T0 + j < T`)?"""
+        target = self.g.stores[o.target]
+        shape = self.params[_param(target.tensor)].shape
+        return any(simplify(call("lt", i, n), index=True) == simplify(guard, index=True)
+                   for i, n in zip(target.index, shape, strict=True))
+
     def _loop_bounds(self) -> tuple[Expr, Expr]:
         """The steps in which some reduction over the streamed dims has a live point; all steps where skipping is not
         proved to leave the carried tiles as they are."""
-        lo: Expr = Const(0)
-        hi = self.g.steps
+        lows: list[Expr] = [Const(0)]
+        highs: list[Expr] = [self.g.steps]
         streamed = {d for d in self.g.dims if any(
             self.g.loop in variables(c) and d in variables(c) and d in o.over for o in self.g.ops for c in o.guards)}
         joins = [o for o in self.g.ops if o.phase == LOOP and o.monoid and set(o.over) & streamed]
@@ -439,14 +455,14 @@ class Emitter:
                     continue
                 least = self.extreme(h, False)
                 first, last = bounds.first_step(h.step, least), bounds.last_step(h.step, least)
-                lo = lo if first is None else simplify(call("max", lo, first), index=True)
-                hi = hi if last is None else simplify(call("min", hi, last), index=True)
+                lows += [first] if first is not None else []
+                highs += [last] if last is not None else []
                 if guard in self.counted:
                     nonneg -= variables(guard)
         for name in nonneg:
             d = self.g.dims[name]
             self.g.dims[name] = replace(d, count=simplify(call("max", 0, d.count), index=True))
-        return lo, hi
+        return _joined("max", lows), _joined("min", highs)
 
     def _streams(self, guard: Expr) -> bool:
         """Does the guard read data that move along the loop?"""
@@ -507,8 +523,23 @@ def _evaluate(e: Expr, env: dict[str, float], rng: object) -> float:
     return float(rng.integers(1, 9))  # type: ignore[attr-defined]
 
 
+def _param(name: str) -> str:
+    """The param of a tensor: the new value of a state (`X'`) is written over the old one."""
+    return name.removesuffix("'")
+
+
 def _dims(a: Access) -> tuple[str, ...]:
     return tuple(i.name for i in a.index if isinstance(i, Var))
+
+
+def _joined(op: str, parts: list[Expr]) -> Expr:
+    def flat(e: Expr) -> list[Expr]:
+        return [f for a in e.args for f in flat(a)] if isinstance(e, Call) and e.op == op else [e]
+
+    first, *rest = dict.fromkeys(f for p in parts for f in flat(p))
+    for p in rest:
+        first = call(op, first, p)
+    return simplify(first, index=True)
 
 
 def _all(tests: tuple[Expr, ...]) -> Expr:
@@ -519,6 +550,21 @@ def _all(tests: tuple[Expr, ...]) -> Expr:
 
 def _constant(value: float, dtype: str) -> bool | int | float:
     return bool(value) if dtype == "bool" else int(value) if dtype == "i64" else value
+
+
+def _tiles_of(s: Statement) -> set[str]:
+    """Names that a statement reads or writes."""
+    out = {getattr(s, "tile", "")}
+    for e in (getattr(s, n, None) for n in ("body", "source", "target", "a", "b", "cond")):
+        if e is not None and not isinstance(e, tuple):
+            out |= {n.tensor for n in walk(e) if isinstance(n, Access)}
+    for inner in (*getattr(s, "orelse", ()), *(s.body if isinstance(s, (When, Loop)) else ())):
+        out |= _tiles_of(inner)
+    return out
+
+
+def _touches(s: Statement, name: str) -> bool:
+    return name in _tiles_of(s)
 
 
 def _statements(body: tuple[Statement, ...]) -> list[Statement]:

@@ -24,7 +24,8 @@ def _uses(g: GroupOps) -> Counter[str]:
 
 def _private(g: GroupOps, o: Op, uses: Counter[str]) -> bool:
     """Is the result read exactly once, by this kernel, and by nothing else?"""
-    return uses[o.target] == 1 and o.target not in g.stores and o.target not in g.carried
+    return (uses[o.target] == 1 and o.target not in g.stores and o.target not in g.carried
+            and sum(p.target == o.target for p in g.ops) == 1)
 
 
 def factors(e: Expr) -> list[Expr]:

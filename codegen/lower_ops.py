@@ -20,7 +20,6 @@ from memcomp.ir.expr import (
     Var,
     call,
     conjunction,
-    conjuncts,
     rebuild,
     substitute,
     transform,
@@ -41,7 +40,7 @@ class Op:
     """One operation on a tile: `target[dims] (=|join=) monoid over (body where guards)`; no monoid = a map.
 
     body: group tensors as `Access(name, (Var(dim), ...))`, params with their full index.  empty: what points that the
-    guards exclude hold (the identity for a reduction).
+    guards exclude hold: the identity of a reduction, the old value of a state, what an earlier statement wrote there.
     """
 
     target: str
@@ -52,7 +51,7 @@ class Op:
     over: tuple[str, ...] = ()
     accumulate: bool = False
     phase: int = PRE
-    empty: float = 0.0
+    empty: Expr = Const(0.0)
 
     def accesses(self) -> list[Access]:
         return [n for e in (self.body, *self.guards) for n in walk(e) if isinstance(n, Access)]
@@ -109,6 +108,15 @@ def ragged_guards(c: Cascade, e: Einsum) -> Einsum:
     return replace(e, guard=conjunction([*e.guards(), *more])) if more else e
 
 
+def _normal(e: Einsum) -> Einsum:
+    """Indices in normal form, so that equal ones are equal."""
+    def f(n: Expr) -> Expr:
+        return Access(n.tensor, tuple(simplify(i, index=True) for i in n.index)) if isinstance(n, Access) else n
+
+    outs = tuple(Access(o.tensor, tuple(simplify(transform(i, f), index=True) for i in o.index)) for o in e.outs)
+    return replace(e, outs=outs, body=transform(e.body, f), guard=None if e.guard is None else transform(e.guard, f))
+
+
 def stream(e: Einsum, var: str, size: int) -> tuple[list[Einsum], Rank, Rank]:
     """A reduction over a cut rank as an iterative cascade: initialise, reduce each tile, join, take the last.
 
@@ -140,13 +148,44 @@ def stream(e: Einsum, var: str, size: int) -> tuple[list[Einsum], Rank, Rank]:
     ], rank1, rank0
 
 
-def group_ops(c: Cascade, group: Group, outside: Callable[[str], list[Access]]) -> GroupOps:
-    """The group's statements as tile operations.
+def kernels_of(c: Cascade, group: Group) -> list[tuple[Group, list[Einsum]]]:
+    """The group's statements, one list per kernel: one, but for a tensor that several statements write piece by piece,
+    each over points of its own; the mapping of such a group is read by each piece as far as it has the ranks."""
+    members = [e for e in c.einsums if set(e.names) & set(group.tensors)]
+    pieces: dict[str, set[tuple[Expr, ...]]] = {}
+    for e in members:
+        if not any(isinstance(i, Const) and c.rank(r).iterative for i, r in zip(e.out.index, _ranks(c, e), strict=False)):
+            pieces.setdefault(e.out.tensor, set()).add(_normal(e).out.index)
+    several = [n for n, at in pieces.items() if len(at) > 1]
+    if not several:
+        return [(group, members)]
+    if len(pieces) > 1:
+        raise Refusal(f"{several[0]} is written at several places in a kernel that computes more", f"group {group.name}",
+                      "put it into a group of its own")
+    out = []
+    for k, e in enumerate(members):
+        names = {v.upper() for v in e.space()}
+        has = names | {f"{r}1" for r, _ in group.partition if r in names}
+        out.append((replace(group, name=f"{group.name}_{k}", partition=tuple(x for x in group.partition if x[0] in names),
+                            space=tuple(r for r in group.space if r in has),
+                            loop_order=tuple(r for r in group.loop_order if r in has)), [e]))
+    return out
+
+
+def _ranks(c: Cascade, e: Einsum) -> tuple[str, ...]:
+    try:
+        return c.tensor(e.out.tensor).ranks
+    except KeyError:
+        return ()
+
+
+def group_ops(c: Cascade, group: Group, members: list[Einsum], outside: Callable[[str], list[Access]]) -> GroupOps:
+    """Statements of one kernel as tile operations.
 
     outside: accesses to a tensor in statements of other groups (they decide what is stored).
     Raises Refusal with the reason where the tile form cannot say it.
     """
-    einsums = [ragged_guards(c, e) for e in c.einsums if set(e.names) & set(group.tensors)]
+    einsums = [ragged_guards(c, _normal(e)) for e in members]
     for e in einsums:
         if len(e.outs) > 1:
             raise Refusal(f"{e.reduce.monoid if e.reduce else 'tuple'} has no tile form", e.out.tensor,
@@ -199,15 +238,27 @@ class _Grouping:
                                       if e.out.tensor == name and e.out.index[k] == call("add", Var(self.loop), 1))
         ops = [self._op(e) for e in self.c.einsums]
         started = {o.target for o in ops if o.target in self.carried and o.phase == PRE}
-        ops[:0] = [Op(n, self.tile_dims(n), Const(self.empty(n))) for n in self.carried if n not in started]
+        ops[:0] = [Op(n, self.tile_dims(n), self.empty(n)) for n in self.carried if n not in started]
         steps = self.sizes.extent(self.loop.upper()) if self.loop else Const(0)
         out = GroupOps(self.group, tuple(self.grid.items()), self.loop, steps, self.dims, _phases(ops), dict(self.carried))
         self._stores(out)
         return out
 
-    def empty(self, name: str) -> float:
+    def empty(self, name: str) -> Expr:
+        """What a point of the tensor holds that no statement writes."""
         t = self.c.declared(name)
-        return t.empty if t is not None else 0.0
+        return Const(t.empty if t is not None else 0.0)
+
+    def excluded(self, e: Einsum) -> Expr:
+        """What a point of the result holds that the statement's guards exclude."""
+        name, before = e.out.tensor, self.c.einsums[:self.c.einsums.index(e)]
+        if any(w.out.tensor == name and w.out.index == e.out.index for w in before):
+            return self._tile(e.out)
+        if e.reduce:
+            return Const(MONOIDS[e.reduce.monoid].identity)
+        if name.endswith("'"):
+            return self.point(Access(name[:-1], e.out.index))
+        return self.empty(name)
 
     def _space(self) -> None:
         names = {r.name for r in self.c.ranks}
@@ -264,21 +315,16 @@ class _Grouping:
 
     def point(self, e: Expr) -> Expr:
         """Over dims: cut variables become `outer * size + inner`, sizes their extents; group tensors become tiles."""
-        def f(n: Expr) -> Expr:
-            if isinstance(n, Access) and n.tensor in self.writers:
-                return self._tile(n)
-            if isinstance(n, Var):
-                self.dim(n.name)
-                return self.points.get(n, n)
-            if isinstance(n, Size):
-                return self.sizes.extent(n.rank)
-            if isinstance(n, Access):
-                return Access(n.tensor, tuple(simplify(f_all(i), index=True) for i in n.index))
-            return rebuild(n, tuple(f_all(k) for k in n.args)) if isinstance(n, Call) else n
-
-        def f_all(n: Expr) -> Expr:
-            return f(n)
-        return f(e)
+        if isinstance(e, Access):
+            if e.tensor in self.writers:
+                return self._tile(e)
+            return Access(e.tensor, tuple(simplify(self.point(i), index=True) for i in e.index))
+        if isinstance(e, Var):
+            self.dim(e.name)
+            return self.points.get(e, e)
+        if isinstance(e, Size):
+            return self.sizes.extent(e.rank)
+        return rebuild(e, tuple(self.point(k) for k in e.args)) if isinstance(e, Call) else e
 
     def _tile(self, a: Access) -> Access:
         """A read of a tensor that this group writes, as a tile."""
@@ -305,11 +351,10 @@ class _Grouping:
                           self.group.name)
         for v in e.space():
             self.dim(v)
-        phase = LOOP if self.loop and self.loop in e.space() else PRE
+        phase = LOOP if self.loop and any(self.loop in variables(i) for i in e.out.index) else PRE
         guards = tuple(simplify(self.point(g), index=False) if not _data(g) else self.point(g) for g in e.guards())
-        empty = MONOIDS[e.reduce.monoid].identity if e.reduce else self.empty(name)
         return Op(name, self.tile_dims(name), self.point(e.body), tuple(dict.fromkeys(guards)),
-                  e.reduce.monoid if e.reduce else "", over, False, phase, empty)
+                  e.reduce.monoid if e.reduce else "", over, False, phase, self.excluded(e))
 
     def _stores(self, out: GroupOps) -> None:
         """Which tiles leave the kernel, and where to."""
@@ -351,4 +396,4 @@ def _phases(ops: list[Op]) -> list[Op]:
     return sorted(out, key=lambda o: o.phase)
 
 
-__all__ = ["LOOP", "OLD", "POST", "PRE", "GroupOps", "Op", "Sizes", "conjuncts", "group_ops", "ragged_guards", "stream"]
+__all__ = ["LOOP", "OLD", "POST", "PRE", "GroupOps", "Op", "Sizes", "group_ops", "kernels_of", "ragged_guards", "stream"]

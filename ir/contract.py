@@ -23,6 +23,7 @@ def contract(factors: Sequence[Array], shape: tuple[int, ...], keep: int) -> Arr
     # a reduced axis that only one factor has is summed there first; products of the same axes are joined
     parts.sort(key=lambda f: f.size)
     joined: list[Array] = []
+    out: Array
     while parts:
         f = parts.pop(0)
         host = next((k for k, g in enumerate(parts) if all(n in (1, m) for n, m in zip(f.shape, g.shape, strict=True))),
@@ -42,7 +43,7 @@ def contract(factors: Sequence[Array], shape: tuple[int, ...], keep: int) -> Arr
     else:
         out = _pair(joined[0], joined[1], list(reduced))
     out = out.reshape(out.shape[:keep])
-    return out * times if times != 1 else out
+    return np.multiply(out, times) if times != 1 else out
 
 
 def _pair(a: Array, b: Array, gone: Sequence[int]) -> Array:
@@ -63,7 +64,7 @@ def _pair(a: Array, b: Array, gone: Sequence[int]) -> Array:
     lead = tuple(a.shape[ax] for ax in batch)
     x = a.transpose(batch + left + summed + right + ones).reshape(*lead, math.prod(a.shape[ax] for ax in left), n)
     y = b.transpose(batch + summed + right + left + ones).reshape(*lead, n, math.prod(b.shape[ax] for ax in right))
-    z = np.matmul(x, y)
+    z: Array = np.matmul(x, y)
     shape = [*lead, *(a.shape[ax] for ax in left), *(b.shape[ax] for ax in right)]
     order = batch + left + right
     z = z.reshape(shape + [1] * (a.ndim - len(order)))

@@ -89,7 +89,7 @@ class Block:
                   for k, i in enumerate(index)]
         if x.size == 0:  # no live point reads here, so any value will do
             return np.zeros(np.broadcast_shapes(*(np.shape(i) for i in arrays)), x.dtype)
-        out = x[tuple(arrays)]
+        out: Array = x[tuple(arrays)]
         return out.reshape((1,) * (len(self.axes) - out.ndim) + out.shape)
 
     def name_of(self, i: Expr) -> str | None:

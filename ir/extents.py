@@ -61,11 +61,11 @@ class Extents:
                     self._set(r, n, source)
                 else:
                     derived.append((r, n, source))
-        for r in self.cascade.ranks:
-            if isinstance(r.extent, Const):
-                self.known[r.name] = int(r.extent.value)
-            elif isinstance(r.extent, Knob):
-                self.known.setdefault(r.name, r.extent.choices[0])
+        for known in self.cascade.ranks:
+            if isinstance(known.extent, Const):
+                self.known[known.name] = int(known.extent.value)
+            elif isinstance(known.extent, Knob):
+                self.known.setdefault(known.name, known.extent.choices[0])
         for rank, n, source in derived:
             if (want := self.number(rank)) != n:
                 raise InputError(f"rank {rank} is {want}, and {source} makes it {n}", source)
@@ -124,7 +124,7 @@ class Extents:
         n = block.evaluate(x, live)
         if live is not None:
             n = n[live] if n.shape == live.shape else (n * live).ravel()
-        if not axes or math.prod(block.shape):
+        if math.prod([hi - lo for lo, hi in axes.values()]):
             most = int(n.max(initial=0))
             bound = self.ranks[rank].bound
             if bound is not None and most > bound:

@@ -41,10 +41,10 @@ def kind_of(e: Expr, dtype: Callable[[str], str]) -> Kind:
 def _kind_of_call(e: Call, dtype: Callable[[str], str]) -> Kind:
     row = OPS.get(e.op)
     if row is None:
-        raise KindError(f"unknown operator {e.op!r}", show_expr(e), nearest(e.op, OPS))
+        raise KindError(f"unknown operator {e.op!r}", f"{e.op}(", nearest(e.op, OPS))
     if row.arity >= 0 and len(e.args) != row.arity:
         raise KindError(f"{e.op!r} takes {row.arity} argument{'s' * (row.arity != 1)}, found {len(e.args)}",
-                        show_expr(e), f"write {e.op}({', '.join('xyz'[:row.arity])})")
+                        f"{e.op}(", f"write {e.op}({', '.join('xyz'[:row.arity])})")
     kinds = [kind_of(a, dtype) for a in e.args]
     spelling = SPELLING.get(e.op, e.op)
     for a, k in zip(e.args, kinds, strict=True):

@@ -36,7 +36,7 @@ _EXPRESSION = "an expression is built from numbers, variables (m), sizes (M), ac
 
 def parse_expr(line: Line, level: int = 0) -> Expr:
     """An expression whose operators bind at least as tightly as `level`."""
-    if level <= NOT and line.next.text == "not" and line.next.kind == "name":
+    if level <= NOT and line.next.text == "not" and line.peek().text != "[":
         line.at += 1
         left: Expr = Call("not", (parse_expr(line, NOT),))
     else:
@@ -76,7 +76,7 @@ def _primary(line: Line) -> Expr:
         return Access(t.text, tuple(line.listed(parse_expr, "]")))
     if line.take("("):
         return _apply(line, t)
-    if line.next.text == "{":
+    if t.text in MONOIDS and line.next.text == "{" and line.peek().kind != "end":
         line.fail("a reduction stands only at the start of the right-hand side",
                   f"give {t.text}{{...}} a statement of its own", t)
     if t.text in LITERALS:

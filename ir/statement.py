@@ -13,7 +13,7 @@ from memcomp.ir.cascade import Einsum
 from memcomp.ir.contract import contract
 from memcomp.ir.errors import VerifyError
 from memcomp.ir.evaluate import Array, Block, OutOfRange
-from memcomp.ir.expr import Access, Call, Expr, Var, variables
+from memcomp.ir.expr import Access, Call, Expr, Var, reads, variables
 from memcomp.ir.extents import Extents
 from memcomp.ir.ops import MONOIDS
 
@@ -105,8 +105,8 @@ def _write(block: Block, out: Access, value: Array, live: Array | None, inside: 
     if inside is not None:
         for dim, i in enumerate(index):  # an index that was clipped belongs to a point that is not written
             if not isinstance(i, slice):
-                at = block.evaluate(out.index[dim])
-                fits = (at >= 0) & (at < shape[dim])
+                at = block.evaluate(out.index[dim], inside)
+                fits = (at >= 0) & (at < shape[dim]) & (inside if reads(out.index[dim]) else True)
                 if not fits.all():
                     keep = fits if keep is None else keep & fits
     value = np.broadcast_to(value, np.broadcast_shapes(value.shape, block.shape))

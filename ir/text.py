@@ -43,7 +43,7 @@ class _Renaming:
         self.knobs: dict[str, str] = {}
 
     def rank(self, name: str) -> str:
-        return self.ranks.setdefault(name, f"R{len(self.ranks)}")
+        return self.ranks.setdefault(name, f"R{len(self.ranks)}_")  # so that no other rank is called like its parts
 
     def tensor(self, name: str) -> str:
         prime = "'" if name.endswith("'") else ""
@@ -107,7 +107,7 @@ class _Renaming:
         einsums = tuple(self.einsum(s) for s in p.cascade.einsums)
         # a mapping names the parts of a cut rank P as P1 (tiles) and P0 (points of a tile)
         groups = tuple(
-            self.group(g, i, {r + part: f"{self.rank(r)}_{part}" for r, _ in g.partition for part in "01"})
+            self.group(g, i, {r + part: self.rank(r) + part for r, _ in g.partition for part in "01"})
             for i, g in enumerate(p.mapping.groups)
         )
         return replace(p, name="canonical", cascade=Cascade(ranks, tensors, einsums), mapping=Mapping(groups),

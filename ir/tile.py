@@ -155,6 +155,11 @@ class TileProgram:
     def param(self, name: str) -> Param:
         return next(p for p in self.params if p.name == name)
 
+    def __str__(self) -> str:
+        from memcomp.ir.tile_text import show_tile
+
+        return show_tile(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:

@@ -21,24 +21,26 @@ _TENSOR = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def fail(what: str, text: str, part: str, hint: str, *, right: bool = False) -> NoReturn:
     """VerifyError that shows `text` with carets under the first whole occurrence of `part`.
 
-    right: look to the right of the `=` first.  A trailing "[" in `part` is looked for, and gets no caret.
+    right: look to the right of the `=` first.  A trailing bracket in `part` is looked for, and gets no caret.
     """
+    text, part = text.rstrip(), part.rstrip()
     head = r"(?<![\w'])" if part[:1].isalnum() else ""
     tail = r"(?![\w'])" if part[-1:].isalnum() else ""
     word = re.compile(head + re.escape(part) + tail)
     start, width = 0, len(text)
     m = (word.search(text, text.find(" = ") + 3) if right else None) or word.search(text)
     if part and m:
-        start, width = m.start(), len(part.rstrip("[")) or 1
+        start, width = m.start(), len(part.rstrip("[(")) or 1
     raise VerifyError(what, f"  {text}\n  {' ' * start}{'^' * width}", hint)
 
 
 def check_names(p: Program) -> None:
     """Names that the text form can hold: program, target, proofs, ranks, tensors; each declared once."""
+    head = f"program {p.name}" + f" on {p.target}" * bool(p.target)
     for what, word in (("name", p.name), ("target", p.target)):
         if (not word and what == "name") or re.search(r"[\s#]", word):
-            fail(f"a program's {what} is one word, found {word!r}", f"program {p.name}", word, f"write program NAME "
-                 f"{'' if what == 'name' else 'on TARGET'}".rstrip())
+            fail(f"a program's {what} is one word, found {word!r}", head, word, "write program NAME, or program NAME "
+                 "on TARGET")
     for line in p.proofs:
         if line != line.strip() or len(line.splitlines()) > 1:
             fail("a proof is one line of text", f"proof {line!r}", "", "join the lines, and strip them")

@@ -92,7 +92,8 @@ def _check_parts(g: Group, c: Cascade, written: set[str], choices: dict[str, tup
     declared = written | {t.name for t in c.tensors}
     for tensor, level in g.keep:
         if tensor not in declared:
-            fail(f"unknown tensor {tensor!r} in group {g.name!r}", f"keep {tensor} @ {level}", tensor, nearest(tensor, declared))
+            fail(f"unknown tensor {tensor!r} in group {g.name!r}", f"keep {tensor} @ {level}", tensor,
+                 nearest(tensor, declared))
 
 
 def _carried(rank: str, g: Group, c: Cascade) -> bool:

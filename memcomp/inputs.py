@@ -89,7 +89,9 @@ def _exported(path: Path) -> Function:
     args, kwargs = program.example_inputs
     if kwargs:
         raise InputError(f"{path} takes keyword inputs: {', '.join(kwargs)}", hint="export with positional inputs")
-    return Function(program.module(), tuple(args))
+    from memcomp.capture import read_exported
+
+    return Function(read_exported(program), tuple(args))
 
 
 def _hugging_face(path: Path) -> Function:

@@ -10,10 +10,12 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, TypeAlias
 
 from memcomp.config import Config
 from memcomp.ir.cascade import extent_of
+from memcomp.ir.errors import OptionError, Refusal, nearest
 from memcomp.ir.program import Program
 from memcomp.ir.tile import Kernel, TileProgram
 from memcomp.ir.verify import verify
@@ -96,15 +98,30 @@ def emit(program: Program, *, config: Config, observe: Observer, backend: str = 
 
     tiles = lower(program)
     observe("lower", tiles)
-    name = backend or backend_of(config.target)
-    kernel: Kernel = import_module(f"memcomp.codegen.{name}").emit(tiles, target(config.target))
+    kernel: Kernel = _codegen(backend or backend_of(config.target)).emit(tiles, target(config.target))
     observe("emit", kernel)
     return tiles, kernel
 
 
 def build(kernel: Kernel) -> Callable[..., Any]:
     """A callable(*tensors, *sizes) of the emitted text."""
-    return import_module(f"memcomp.codegen.{kernel.backend}").build(kernel)  # type: ignore[no-any-return]
+    try:
+        return _codegen(kernel.backend).build(kernel)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        raise Refusal(f"the backend {kernel.backend} needs {error.name}, which is not installed") from error
+
+
+def backends() -> list[str]:
+    """Names of the codegen backends: the folder is the registry."""
+    import memcomp.codegen
+
+    return sorted(m.name for m in iter_modules(memcomp.codegen.__path__) if m.ispkg)
+
+
+def _codegen(name: str) -> Any:
+    if name not in backends():
+        raise OptionError(f"unknown backend {name!r}", hint=nearest(name, backends()))
+    return import_module(f"memcomp.codegen.{name}")
 
 
 def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] | None = None,

@@ -146,9 +146,11 @@ def _render(regions: Sequence[RegionReport], refusals: Sequence[Refused]) -> Ren
         parts.append(Text(f"{first.source}{more}", style="bold"))
         table = Table("tensor", "rank", "passes as read", "passes now", box=None, pad_edge=False)
         after, before = first.passes.after, first.passes.before
-        for key in sorted({*before, *after}):
-            if max(before.get(key, 0), after.get(key, 0)) > 1 or (key in before and key in after):
-                table.add_row(*key, str(before.get(key, "-")), str(after.get(key, "-")))
+        inputs = {t.name for t in first.program.cascade.inputs()}
+        repeated = {rank for (_, rank), n in before.items() if n > 1}
+        for key, n in before.items():  # fibers walked more than once, and what becomes of all that has the rank
+            if key[1] in repeated and (n > 1 or key[0] in inputs):
+                table.add_row(*key, str(n), str(after.get(key, "-")))
         parts.append(table)
         parts.append(Text("kernel: " + ", ".join(k.name for k in first.kernels)))
         ratio = first.traffic.bytes / first.traffic.compulsory if first.traffic.compulsory else 1.0

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,31 @@ class SmolLM2:
         return str(self.tokenizer.decode(ids.flatten().tolist(), skip_special_tokens=False))
 
 
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Greedy tokens (1, n) and the seconds until the first of them (prefill) and from there to the last (decode)."""
+
+    tokens: torch.Tensor
+    prefill: float
+    decode: float
+
+
+@torch.no_grad()
+def greedy(step: Callable[..., Any], config: Any, prompt: torch.Tensor, n: int) -> Generated:
+    """`n` greedy tokens after `prompt` (1, tokens) with a growing cache; `step` is the model, compiled or not."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config)
+    begin = time.perf_counter()
+    out = [step(prompt, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)]
+    for layer in cache.layers:  # one layout from the first step on: a compiled decode step is compiled once, not twice
+        layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+    middle = time.perf_counter()
+    for _ in range(n - 1):
+        out.append(step(out[-1], past_key_values=cache, logits_to_keep=1).logits.argmax(-1))
+    return Generated(torch.cat(out, 1), middle - begin, time.perf_counter() - middle)
+
+
 def gguf_file() -> Path:
     """Where the installed package keeps its GGUF file; the package itself is not imported (it wants other packages)."""
     spec = importlib.util.find_spec(PACKAGE)
@@ -55,7 +81,8 @@ def gguf_file() -> Path:
     return path
 
 
-def load(dtype: torch.dtype = torch.float32, attention: str = "sdpa", progress: Progress = lambda text: None) -> SmolLM2:
+def load(dtype: torch.dtype = torch.float32, attention: str = "sdpa",
+         progress: Progress = lambda text: None) -> SmolLM2:
     """The model with its weights converted to `dtype` and its tokenizer.
 
     attention: transformers' `attn_implementation` ("sdpa" or "eager").  progress: told one line a step.

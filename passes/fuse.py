@@ -8,6 +8,7 @@ from memcomp.ir import flow
 from memcomp.ir.cascade import Cascade, Einsum, is_init
 from memcomp.ir.expr import Const, Size, Var
 from memcomp.ir.program import Group, Mapping, Program
+from memcomp.ir.simplify import simplify
 from memcomp.passes._roles import accesses, carried, common, out_vars, whole
 
 
@@ -143,7 +144,8 @@ class _Fusion:
                 return False
             v, _, at = self.carried.get(a.tensor, ("", e, -1))
             for k, (got, want) in enumerate(zip(a.index, outs[0].index, strict=True)):
-                if k == at and got in (Size(v.upper()), Var(v), want, Const(0)):
+                got, want = simplify(got, index=True), simplify(want, index=True)
+                if k == at and got in (Size(v.upper()), Var(v), want):
                     continue
                 if got != want:
                     return False

@@ -112,7 +112,8 @@ class _Mapper:
         shared = list(common(members))
         cut: list[tuple[str, Expr | Knob]] = []
         held: list[str] = []
-        for x, size in zip(reversed(shared), (4 * self.lanes, self.lanes), strict=False):
+        wide = any(set(out_vars(e)) - set(shared) for e in members)    # tiles have a dim of their own for the lanes
+        for x, size in zip(reversed(shared), () if wide else (4 * self.lanes, self.lanes), strict=False):
             n = largest(c, x.upper())
             if n is not None and n <= size:
                 held.append(x)

@@ -12,7 +12,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # OpenMP pools spin:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", default="memcomp", help="torch.compile backend for the model tests ('eager' tries the tests)")
+    parser.addoption("--backend", default="memcomp", help="torch.compile backend of the model tests")
 
 
 @pytest.fixture

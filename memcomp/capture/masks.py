@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, conjunction, conjuncts, reads, substitute, walk
 from memcomp.ir.ops import OPS
-from memcomp.ir.simplify import Ranges, linear, proves, simplify
+from memcomp.ir.simplify import linear, proves, simplify
 
 INF = math.inf
 LOWEST = (-3.4028234663852886e38, -3.3895313892515355e38, -65504.0, -1.7976931348623157e308)
@@ -74,6 +74,10 @@ def make(op: str, *args: Expr) -> Expr:
         for x, y in (args, args[::-1]):
             if isinstance(x, Const):
                 return absorbing if bool(x.value) == absorbing.value else y
+    if op == "add":
+        for x, y in (args, args[::-1]):
+            if isinstance(y, Const) and y.value == 0 and (isinstance(y.value, float) or not isinstance(x, Const)):
+                return x
     if op == "real" and isinstance(args[0], Const):
         return Const(float(args[0].value))
     if all(isinstance(a, Const) for a in args):
@@ -98,13 +102,10 @@ class Reading:
         self.integers: set[str] = set()
 
     def simplify(self, e: Expr) -> Expr:
-        return simplify(e, self._ranges(), integers=self.integers)
+        return simplify(e, self.ranges, integers=self.integers)
 
     def proves(self, e: Expr) -> bool:
-        return proves(e, self._ranges(), integers=self.integers)
-
-    def _ranges(self) -> Ranges:
-        return self.ranges
+        return proves(e, self.ranges, integers=self.integers)
 
     def tame(self, e: Expr) -> bool:
         """Is `e` finite wherever the data is?  (Inputs count as finite.)"""
@@ -153,7 +154,7 @@ class Reading:
                 return Parts(None, e, None)
             best = next(((g, o) for g, o in usable if o.value == -INF), usable[0])
             guards, outside = [best[0]], [best[1]]
-        inside = Call(e.op, tuple(k.inside if k.guard in guards else a for k, a in zip(kids, e.args, strict=True)))
+        inside = make(e.op, *(k.inside if k.guard in guards else a for k, a in zip(kids, e.args, strict=True)))
         guard = conjunction([c for g in guards for c in conjuncts(g)])
         return Parts(guard, inside, outside[0])
 
@@ -244,6 +245,3 @@ def _solutions(c: Expr, m: str) -> list[Expr]:
     for t, k in form.items():
         total = total + Const(-k * sign) * (Const(1) if t is None else t)
     return [total + d for d in (0, -1, 1)]
-
-
-Shown = Callable[[Expr], str]

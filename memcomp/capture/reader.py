@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -12,12 +12,12 @@ import torch
 from torch import fx
 
 from memcomp.capture import table
-from memcomp.capture.extent import Extent, expression, extent, same, tidy
+from memcomp.capture.extent import Extent, expression, extent, same, size_name
 from memcomp.capture.masks import Reading, Written, make
-from memcomp.capture.value import Factor, Index, Value, constant, plain
+from memcomp.capture.value import Factor, Value, constant, plain
 from memcomp.ir.cascade import Einsum, Reduce
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Call, Const, Expr, Var, reads, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, reads, walk
 
 DTYPE = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -55,6 +55,7 @@ class Reader(Reading):
         self.ranks: dict[str, Extent] = {}
         self.statements: list[Einsum] = []
         self.names: set[str] = set()
+        self.dtypes: dict[str, str] = {}
 
     # -- nodes ----------------------------------------------------------------------------------------------------
 
@@ -113,8 +114,15 @@ class Reader(Reading):
     def probe(self, e: Extent) -> Expr:
         """A variable that ranges over an extent, for looking at expressions."""
         name = f"probe{len(self.ranges)}"
-        self.ranges[name] = (0, e if isinstance(e, int) else expression(e))
+        self._range(name, e)
         return Var(name)
+
+    def _range(self, variable: str, e: Extent) -> None:
+        """Let `variable` run over 0..e, with what torch's guards know of the symbols in `e`."""
+        self.ranges[variable] = (0, e if isinstance(e, int) else expression(e))
+        for s in () if isinstance(e, int) else e.free_symbols:
+            if size_name(s) not in self.ranges:
+                self.ranges[size_name(s)] = symbol_range(self.gm, s)
 
     def _constant_attr(self, node: fx.Node) -> bool:
         return node.op in ("placeholder", "get_attr")
@@ -124,12 +132,10 @@ class Reader(Reading):
         t = meta(node)
         if node.op == "get_attr":
             held = table.attribute(self.gm, str(node.target))
-            if isinstance(held, torch.Tensor) and t is None:
-                t = held
-            if isinstance(held, torch.Tensor) and held.numel() == 1 and not held.requires_grad \
-                    and not isinstance(held, torch.nn.Parameter) and "constant" in str(node.target) + "constant" * (
-                        str(node.target).startswith("lifted_tensor")):
-                return constant(held.item(), held.dtype, shape_of(held))
+            if isinstance(held, torch.Tensor):
+                if _literal(str(node.target), held):
+                    return constant(held.item(), held.dtype, shape_of(held))
+                t = held if t is None else t
         if not isinstance(t, torch.Tensor):
             raise Refusal(f"{node} is not one tensor", where=str(node))
         if t.dtype not in DTYPE or t.layout != torch.strided:
@@ -146,7 +152,7 @@ class Reader(Reading):
         out = rule.read(self, node, *(self.argument(a) for a in args), **{k: self.argument(a) for k, a in kwargs.items()})
         m = meta(node)
         if isinstance(out, Value) and isinstance(m, torch.Tensor):
-            if len(out.dims) != m.ndim or not all(same(a, b) for a, b in zip(out.shape, shape_of(m), strict=True)):
+            if len(out.dims) != m.ndim or any(_differ(a, b) for a, b in zip(out.shape, shape_of(m), strict=True)):
                 raise Refusal(f"{table.base_name(node)} was read with shape {out.shape}, torch says {tuple(m.shape)}",
                               where=str(node))
             out = replace(out, dtype=m.dtype)
@@ -206,7 +212,7 @@ class Reader(Reading):
                                                                         for b in string.ascii_uppercase)]
         name = next(n for n in pool if n not in self.ranks)
         self.ranks[name] = e
-        self.ranges[name.lower()] = (0, e if isinstance(e, int) else expression(e))
+        self._range(name.lower(), e)
         return name
 
     def axes(self, factors: Sequence[Factor], hints: Sequence[str], used: set[str]) -> list[Factor]:
@@ -222,12 +228,15 @@ class Reader(Reading):
         return out
 
     def write(self, hint: str, axes: Sequence[Factor], body: Expr, *, reduce: Reduce | None = None,
-              guard: Expr | None = None, empty: float = 0.0, finite: bool = True, positive: bool = False) -> str:
+              guard: Expr | None = None, empty: float = 0.0, finite: bool = True, positive: bool = False,
+              dtype: str = "") -> str:
         """Append a statement that writes a new temporary with one rank per axis."""
         name = self.fresh(hint)
         index = tuple(Var(str(f.rank).lower()) for f in axes)
         self.statements.append(Einsum((Access(name, index),), body, reduce, guard))
         self.written[name] = Written(tuple(v.name for v in index), None if reduce else guard, empty, finite, positive)
+        if dtype:
+            self.dtypes[name] = dtype
         return name
 
     def materialise(self, v: Value, hint: str = "T") -> Value:
@@ -235,12 +244,13 @@ class Reader(Reading):
         axes = self.axes(v.factors, [_hint(k, len(v.factors)) for k in range(len(v.factors))], set())
         ix = tuple(Var(str(f.rank).lower()) for f in axes)
         p = self.parts(self.simplify(v.at(ix)))
+        kind = "" if v.is_real else DTYPE[v.dtype]
         if p.guard is None or p.outside is None or abs(float(p.outside.value)) > 1e30 and p.outside.value != -float("inf"):
             e = self.simplify(v.at(ix))
-            name = self.write(hint, axes, e, finite=self.tame(e), positive=self.positive(e))
+            name = self.write(hint, axes, e, finite=self.tame(e), positive=self.positive(e), dtype=kind)
         else:
             name = self.write(hint, axes, p.inside, guard=p.guard, empty=float(p.outside.value),
-                              finite=self.tame(p.inside), positive=self.positive(p.inside))
+                              finite=self.tame(p.inside), positive=self.positive(p.inside), dtype=kind)
         return self.view(v, axes, name)
 
     def view(self, like: Value, axes: Sequence[Factor], name: str) -> Value:
@@ -265,6 +275,16 @@ def _hint(k: int, n: int) -> str:
     return ("B", "H", "P", "M")[max(0, k + 4 - max(n, 4)) if n >= 4 else k + 4 - n if n <= 2 else (0, 2, 3)[k]]
 
 
+def _differ(a: Extent, b: Extent) -> bool:
+    """Are two extents certainly not the same?  (torch's guards may equate what is spelled differently.)"""
+    return not same(a, b) and (isinstance(a, int) and isinstance(b, int) or same(a, 1) or same(b, 1))
+
+
+def _literal(path: str, held: torch.Tensor) -> bool:
+    """Is this attribute a number that the user wrote (`torch.tensor(-1e9)`), as Dynamo and export name those?"""
+    return held.numel() == 1 and path.rpartition(".")[2].startswith(("_tensor_constant", "lifted_tensor"))
+
+
 def real(v: Value) -> Value:
     """The value as real numbers (a truth value is 1 or 0)."""
     if v.is_real:
@@ -281,5 +301,16 @@ def whole(v: Value) -> Value:
     return v
 
 
-__all__ = ["DTYPE", "Call", "Callable", "Index", "Read", "Reader", "meta", "real", "shape_of", "sympy", "tidy",
-           "variables", "whole"]
+def symbol_range(gm: fx.GraphModule, symbol: sympy.Symbol) -> tuple[int, int | None]:
+    """What torch's guards promise of a shape symbol: least value, and one more than the greatest (None: no limit)."""
+    for node in gm.graph.nodes:
+        m = meta(node)
+        for s in (*m.shape,) if isinstance(m, torch.Tensor) else (m,):
+            if isinstance(s, torch.SymInt) and symbol in s.node.expr.free_symbols:
+                known = s.node.shape_env.bound_sympy(symbol)
+                low = int(known.lower) if known.lower.is_Integer else 0
+                return max(low, 0), int(known.upper) + 1 if known.upper.is_Integer else None
+    return 0, None
+
+
+__all__ = ["DTYPE", "Read", "Reader", "meta", "real", "shape_of", "symbol_range", "whole"]

@@ -15,10 +15,10 @@ from memcomp.capture.masks import Parts, lowest, make
 from memcomp.capture.reader import Reader, meta, real, whole
 from memcomp.capture.rules_map import apply, operands, truth
 from memcomp.capture.table import Rule
-from memcomp.capture.value import UNIT, Dim, Factor, Index, Value, align, constant, pointwise, shift, wrap
+from memcomp.capture.value import UNIT, Dim, Factor, Index, Value, align, constant, permute, shift, wrap
 from memcomp.ir.cascade import Reduce
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Call, Const, Expr, Var, call, variables
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, variables
 
 INF = math.inf
 
@@ -93,7 +93,7 @@ def matmul(r: Reader, a: Value, b: Value, dtype: torch.dtype, name: str = "S") -
     la, lb = ([f"b{k + n - len(ls)}" for k in range(len(ls))] for ls in (la, lb))
     rows = ["p"] if len(a.dims) > 1 else []
     cols = ["m"] if len(b.dims) > 1 else []
-    later = any(s.reduce is not None for s in r.statements)
+    later = any(f.rank is not None for f in (*a.dims[-1], *b.dims[-2 if cols else -1]))
     hints = {**_batch_hints(n), "p": "P", "m": "F" if later else "M", "e": "E"}
     return contract(r, [(a, [*la, *rows, "e"]), (b, [*lb, "e", *cols])], [*_batch(n), *rows, *cols], dtype, hints,
                     "O" if later else name)
@@ -136,7 +136,7 @@ def _einsum(r: Reader, node: fx.Node, equation: str, *terms: Any) -> Value:
     used = [x for x in out if all(x in g for g in given)]
     hints = {x: "E" for x in flat}
     hints.update(dict(zip(used, ("B", "H", "G", "X", "Y"), strict=False)))
-    later = any(s.reduce is not None for s in r.statements)
+    later = any(f.rank is not None for v in values for f in v.factors)
     rows = [x for x in out if x not in used]
     hints.update(dict(zip(rows, ("P", "F") if later else ("P", "M"), strict=False)))
     return contract(r, list(zip(values, given, strict=True)), out, meta(node).dtype, hints, "O" if later else "S")
@@ -183,6 +183,7 @@ def reduced(r: Reader, v: Value, monoid: str, dims: Sequence[int], keepdim: bool
     body = p.inside if fits else e
     finite = r.tame(body) and (live or monoid not in ("max", "min"))
     made = r.write(name, rows.kept, body, reduce=Reduce(monoid, rows.over), guard=p.guard if fits else None,
+                   dtype="bool" if v.dtype == torch.bool else "" if v.is_real else "i64",
                    finite=finite, positive=r.positive(body) and (live or not fits))
     return _kept(v, rows, dims, keepdim, made)
 
@@ -207,15 +208,9 @@ def _kept(v: Value, rows: Rows, dims: Sequence[int], keepdim: bool, name: str) -
         for w in parts:
             kept += ix[i:i + w]
             i += max(w, 1)
-        return call_access(name, tuple(kept))
+        return Access(name, tuple(kept))
 
     return Value(tuple(out), v.dtype, at)
-
-
-def call_access(name: str, index: Index) -> Expr:
-    from memcomp.ir.expr import Access
-
-    return Access(name, index)
 
 
 def _sum(r: Reader, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Value:
@@ -280,7 +275,7 @@ class Normal:
     weight: Expr
 
 
-def _normalise(r: Reader, x: Value, dims: Sequence[int], dead: Dead) -> Normal:
+def _normalise(r: Reader, x: Value, dims: Sequence[int]) -> Normal:
     rows = _rows(r, x, dims)
     e = r.simplify(x.at(rows.index))
     p: Parts = r.parts(e)
@@ -289,8 +284,6 @@ def _normalise(r: Reader, x: Value, dims: Sequence[int], dead: Dead) -> Normal:
         p.outside.value == -INF or lowest(p.outside) and live)
     body, guard = (p.inside, p.guard) if masked else (e, None)
     live = live or not masked
-    from memcomp.ir.expr import Access
-
     if not isinstance(body, Access):
         body = Access(r.write("W", rows.axes, body, finite=r.tame(body)), rows.index)
     kept = tuple(Var(str(f.rank).lower()) for f in rows.kept)
@@ -306,7 +299,7 @@ def softmax(r: Reader, x: Value, dim: int, dtype: torch.dtype, dead: Dead = "nan
     to hold no -inf (no additive mask from outside)."""
     d = wrap(dim, len(x.dims))
     x = real(x)
-    n = _normalise(r, x, [d], dead)
+    n = _normalise(r, x, [d])
     share: Expr = call("div", n.weight, n.total)
     guard = n.guard
     if dead == "zero" and not (n.live and certain):
@@ -328,7 +321,7 @@ def _safe_softmax(r: Reader, node: fx.Node, x: Value, dim: int, *_: Any, **__: A
 
 
 def _log_sum(r: Reader, x: Value, dims: Sequence[int], keepdim: bool) -> Value:
-    n = _normalise(r, real(x), dims, "nan")
+    n = _normalise(r, real(x), dims)
     name = r.write("L", n.rows.kept, call("add", n.top, call("log", n.total)), finite=n.live)
     return _kept(x, n.rows, dims, keepdim, name)
 
@@ -353,8 +346,6 @@ def _sdpa(r: Reader, node: fx.Node, query: Value, key: Value, value: Value, attn
         key, value = (_repeat_heads(t, query) for t in (key, value))
     n = len(query.dims)
     swapped = [*range(n - 2), n - 1, n - 2]
-    from memcomp.capture.value import permute
-
     x = matmul(r, query, permute(key, swapped), dtype)
     if scale is None:
         e = query.shape[-1]
@@ -385,9 +376,9 @@ def _repeat_heads(t: Value, query: Value) -> Value:
     group = quotient(want, have)
     if same(have, want):
         return t
-    if group is None:
+    if group is None and isinstance(have, int) and isinstance(want, int):
         raise Refusal(f"{want} query heads on {have} key heads")
-    g = expression(group)
+    g = expression(group) if group is not None else call("floordiv", expression(want), expression(have))
     return shift(t, d, want, lambda i: call("floordiv", i, g))
 
 
@@ -402,4 +393,4 @@ RULES: dict[str, Rule] = {
     "scaled_dot_product_attention": Rule("contract", _sdpa),
 }
 
-__all__ = ["RULES", "contract", "matmul", "pointwise", "softmax"]
+__all__ = ["RULES", "contract", "matmul", "softmax"]

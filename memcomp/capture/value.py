@@ -198,7 +198,8 @@ def expand(v: Value, shape: Sequence[Extent]) -> Value:
     dims: list[Dim] = [(Factor(e),) for e in shape[:lead]]
     repeated = []
     for d, e in zip(v.dims, shape[lead:], strict=True):
-        wide = not same(product(*(f.extent for f in d)), e)
+        # torch's guards may equate extents that are spelled differently: only a unit dimension repeats
+        wide = same(product(*(f.extent for f in d)), 1) and not same(e, 1)
         repeated.append(wide)
         dims.append((Factor(e),) if wide else d)
     widths = [len(d) for d in v.dims]
@@ -239,13 +240,18 @@ def reshape(v: Value, shape: Sequence[Extent]) -> Value:
 
 def _cut(v: Value, shape: Sequence[Extent]) -> tuple[list[Dim], list[int | None]] | None:
     """Per target dimension its factors, and per target factor the source factor it is (a part of); None: no fit."""
-    queue = [(k, f) for k, f in enumerate(v.factors) if f.extent != 1]
+    queue = list(enumerate(v.factors))
     dims: list[Dim] = []
     owner: list[int | None] = []
     for e in shape:
         need: Extent = e
         dim: list[Factor] = []
+        if same(e, 1) and queue and same(queue[0][1].extent, 1):
+            owner.append(queue[0][0])
+            dim.append(queue.pop(0)[1])
         while not same(need, 1):
+            while queue and same(queue[0][1].extent, 1):
+                queue.pop(0)
             if not queue:
                 return None
             k, f = queue.pop(0)
@@ -265,7 +271,7 @@ def _cut(v: Value, shape: Sequence[Extent]) -> tuple[list[Dim], list[int | None]
             dim = [UNIT]
             owner.append(None)
         dims.append(tuple(dim))
-    return (dims, owner) if not queue else None
+    return (dims, owner) if all(same(f.extent, 1) for _, f in queue) else None
 
 
 def shift(v: Value, dim: int, length: Extent, source: Callable[[Expr], Expr]) -> Value:

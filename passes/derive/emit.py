@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from itertools import product as combinations
 
 from memcomp.ir.cascade import Einsum, Reduce
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjunction, conjuncts, rebuild, children, variables
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, conjunction, rebuild, variables
 from memcomp.ir.ops import MONOIDS
-from memcomp.passes.derive.linear import linear, scaled, to_expr
-from memcomp.passes.derive.separate import LN2, raised
-from memcomp.passes.derive.states import OrderState, Stage, State, SumState
+from memcomp.passes.derive.linear import to_expr
+from memcomp.passes.derive.separate import LN2, product, raised
+from memcomp.passes.derive.states import OrderState, Stage, SumState
 
 INF = math.inf
 
@@ -63,10 +63,16 @@ class Writer:
     merge: list[Einsum] = field(default_factory=list)
     _cut: dict[str, str] = field(default_factory=dict)
     _maps: dict[tuple[Expr, tuple[Expr, ...]], Access] = field(default_factory=dict)
+    _locals: dict[str, Access] = field(default_factory=dict)
+    _exps: list[tuple[object, tuple[Expr, ...], Access]] = field(default_factory=list)
+    _symbols: dict[str, Access] = field(default_factory=dict)
+    _shifts: dict[str, Access] = field(default_factory=dict)
+    _spaces: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _frames: dict[str, Access] = field(default_factory=dict)
-    _moves: dict[tuple[tuple[str, float], ...], Access] = field(default_factory=dict)
-    _merges: dict[tuple[tuple[str, float], ...], Access] = field(default_factory=dict)
-    _order: list[str] = field(default_factory=list)
+    _olds: dict[str, Access] = field(default_factory=dict)
+    _grands: dict[str, Access] = field(default_factory=dict)
+    _deltas: dict[tuple[str, str], Access] = field(default_factory=dict)
+    _factors: dict[tuple[str, object], Access] = field(default_factory=dict)
 
     # -- tiles ----------------------------------------------------------------------------------------------------
 
@@ -76,6 +82,8 @@ class Writer:
             return self.cut.index
         if isinstance(e, Access) and e.tensor.startswith("$d:"):
             return self._difference(e.tensor[3:])
+        if isinstance(e, Access) and e.tensor in self._symbols:
+            return self._symbols[e.tensor]
         if isinstance(e, Access) and e.tensor in self.tiled:
             return self._cut_access(e)
         kids = children(e)
@@ -147,9 +155,6 @@ class Writer:
     def _over(self, over: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(self.cut.inner if v == self.cut.carried else v for v in over)
 
-    def _space(self, state: State) -> tuple[str, ...]:
-        return (*state.vars, *state.over) if self.cut.carried not in state.vars else state.vars
-
     def order(self, o: OrderState, space: tuple[str, ...]) -> None:
         monoid = MONOIDS[o.monoid]
         identity = Const(bool(monoid.identity)) if o.monoid in ("and", "or") else Const(monoid.identity)
@@ -160,34 +165,37 @@ class Writer:
         self.body.append(Einsum((self.at(o.name, self.then, o.vars),),
                                 Call(monoid.join, (self.at(o.name, self.now, o.vars), local))))
         if self.cut.outer is not None:
-            self.merge.append(Einsum((self.merged(o),), self.at(o.name, Size(self.cut.step.upper()), o.vars),
+            self.merge.append(Einsum((self.stage.final(o),), self.at(o.name, Size(self.cut.step.upper()), o.vars),
                                      Reduce(o.monoid, (self.cut.outer,))))
 
-    def merged(self, state: State) -> Access:
-        return self.stage.final(state)
-
     def sum(self, state: SumState, space: tuple[str, ...]) -> None:
+        """Local sum over the tile, old state moved into the new frame, their sum."""
         self._start(state.name, state.vars, Const(0.0))
-        factors: list[tuple[Expr, float, set[str]]] = []
         stem = state.name[1:]
+        factors: list[tuple[Expr, float]] = list(state.a)
         if state.es or state.bounded:
-            factors.append((self._exponential(state, space), 1, set()))
-        for g, j in state.ds:
-            factors.append((self.stage.gauges[g].shift, j, set()))
-        factors += [(x, p, set()) for x, p in state.a]
-        body = self._pair([(x, p) for x, p, _ in factors], stem, space)
-        vs = tuple(Var(v) for v in state.vars)
-        local = Access(self.fresh("L" + stem), (*self.cut.lead, self.now, *vs))
+            factors.insert(0, (self._exponential(state, space), 1))
+        factors += [(self.stage.gauges[g].shift, j) for g, j in state.ds]
+        body = self._pair(factors, stem, space)
+        local = Access(self.fresh("L" + stem), self._step(state.vars))
+        self._locals[state.name] = local
         self.body.append(Einsum((local,), body, Reduce("sum", self._over(state.over)), self._guard(state.guard)))
-        self._order.append(state.name)
         moved = self._moved(state, lambda s: self.at(s.name, self.now, s.vars), self._delta, self._factor)
         if isinstance(moved, Call):
-            held = Access(self.fresh("P" + stem), local.index)
-            self.body.append(Einsum((held,), moved))
-            moved = held
+            moved = self._write(self.body, "P" + stem, self._step(state.vars), moved)
         self.body.append(Einsum((self.at(state.name, self.then, state.vars),), Call("add", (local, moved))))
         if self.cut.outer is not None:
-            self._merge_sum(state)
+            end = Size(self.cut.step.upper())
+            moved = self._moved(state, lambda s: self.at(s.name, end, s.vars), self._delta_merge, self._factor_merge)
+            self.merge.append(Einsum((self.stage.final(state),), moved, Reduce("sum", (self.cut.outer,))))
+
+    def _write(self, where: list[Einsum], hint: str, index: tuple[Expr, ...], body: Expr) -> Access:
+        out = Access(self.fresh(hint), index)
+        where.append(Einsum((out,), body))
+        return out
+
+    def _step(self, vs: tuple[str, ...]) -> tuple[Expr, ...]:
+        return (*self.cut.lead, self.now, *(Var(v) for v in vs))
 
     def _pair(self, factors: list[tuple[Expr, float]], stem: str, space: tuple[str, ...]) -> Expr:
         """The summand as an element, or a product of two elements (a dot); the rest is hoisted into maps."""
@@ -204,25 +212,175 @@ class Writer:
                 groups.append([(e, p)])
                 ranks.append(mine)
         while len(groups) > 2:
-            tail, extra = groups.pop(), ranks.pop()
-            groups[-1] += tail
-            ranks[-1] |= extra
-        sides = []
-        for g in groups:
-            if len(g) == 1 and g[0][1] == 2 and len(groups) == 1:
-                one = self.operand(g[0][0], "X" + stem, space)
-                sides += [one, one]
-            elif len(g) == 1 and g[0][1] == 1:
-                sides.append(self.operand(g[0][0], "X" + stem, space))
-            else:
-                from memcomp.passes.derive.separate import product
-
-                sides.append(self.operand(product(g), "X" + stem, space))
+            groups[1] += groups.pop()
+        if len(groups) == 1 and len(groups[0]) == 1 and groups[0][0][1] == 2:
+            groups = [[(groups[0][0][0], 1)]] * 2
+        sides = [self.operand(g[0][0] if len(g) == 1 and g[0][1] == 1 else product(g), "X" + stem, space)
+                 for g in groups]
         return sides[0] if len(sides) == 1 else Call("mul", (sides[0], sides[1]))
 
     def _ranks(self, e: Expr) -> set[str]:
         if isinstance(e, Access) and e.tensor.startswith("$d:"):
-            return set(self.stage.gauge_vars[e.tensor[3:]]) | {self.cut.carried}
-        if isinstance(e, Access) and e.tensor.startswith("$e:"):
-            return {v for v in variables(self._maps_of[e.tensor])}
-        return variables(e) - {self.cut.inner, self.cut.step}
+            return {*self.stage.gauge_vars[e.tensor[3:]], *self.stage.gauge_over[e.tensor[3:]]}
+        return variables(e)
+
+    def _exponential(self, state: SumState, space: tuple[str, ...]) -> Access:
+        """exp of the gauge differences, shared by the states with the same exponent and as many points."""
+        tag = (frozenset(state.es), frozenset(state.bounded))
+        for known, guard, symbol in self._exps:
+            if known == tag and set(guard) <= set(state.guard):
+                return symbol
+        used = set().union(*(self._ranks(self.stage.gauges[g].shift) for g, _ in state.es),
+                           *(variables(x) for x, _ in state.bounded), *(variables(c) for c in state.guard))
+        symbol = Access(f"$e:{len(self._exps)}", tuple(Var(v) for v in space if v in used))
+        parts = [(Call("sub", (self._level(g, space), self._frame(g))), k) for g, k in state.es]
+        parts += [(self.tile(x), k) for x, k in state.bounded]
+        index = tuple(i for v in symbol.index for i in (self.cut.point if v == Var(self.cut.carried) else (v,)))
+        hint = "E" + (state.es[0][0] if state.es else state.name)[1:]
+        out = Access(self.fresh(hint), index)
+        self.body.append(Einsum((out,), exponential(parts), None, self._guard(state.guard)))
+        self._exps.append((tag, state.guard, symbol))
+        self._symbols[symbol.tensor] = out
+        return symbol
+
+    def _level(self, gauge: str, space: tuple[str, ...]) -> Expr:
+        return self.operand(self.stage.gauges[gauge].body, "Y" + gauge[1:], space)
+
+    def _difference(self, gauge: str) -> Access:
+        """d = y - rho as a tile; 0 where y is -inf, since d**j e**d is 0 there."""
+        if gauge not in self._shifts:
+            g, space = self.stage.gauges[gauge], self._spaces[gauge]
+            y = self._level(gauge, space)
+            d: Expr = Call("sub", (y, self._frame(gauge)))
+            if g.kind in ("max", "min"):
+                d = Call("where", (Call("eq", (y, Const(INF if g.kind == "min" else -INF))), Const(0.0), d))
+            used = self._ranks(g.shift)
+            index = tuple(i for v in space if v in used
+                          for i in (self.cut.point if v == self.cut.carried else (Var(v),)))
+            out = Access(self.fresh("D" + gauge[1:]), index)
+            self.body.append(Einsum((out,), d, None, self._guard(g.guard)))
+            self._shifts[gauge] = out
+        return self._shifts[gauge]
+
+    # -- frames ---------------------------------------------------------------------------------------------------
+
+    def gauge(self, name: str, space: tuple[str, ...]) -> None:
+        """The reference of a gauge; an extreme is an order state already, a mean is written here."""
+        g, vs = self.stage.gauges[name], self.stage.gauge_vars[name]
+        self._spaces[name] = space
+        if g.kind in ("max", "min"):
+            old = self.at(name, self.now, vs)
+            self._olds[name] = old
+            self._frames[name] = self._write(self.body, "F" + name[1:], self._step(vs),
+                                             finite(self.at(name, self.then, vs), g.kind))
+            if self.cut.outer is not None:
+                rho = self.stage.rho(name)
+                self._grands[name] = self._write(self.merge, "F" + name[1:], rho.index, finite(rho, g.kind))
+            return
+        self._start(name, vs, Const(0.0))
+        count = next(c for c in self.stage.sums if not (c.a or c.ds or c.es or c.bounded) and c.guard == g.guard)
+        local = Access(self.fresh("L" + name[1:]), self._step(vs))
+        over = Reduce("sum", self._over(self.stage.gauge_over[name]))
+        self.body.append(Einsum((local,), self._level(name, space), over, self._guard(g.guard)))
+        old, new = self.at(name, self.now, vs), self.at(name, self.then, vs)
+        points, seen = self._locals[count.name], self.at(count.name, self.now, count.vars)
+        if g.kind == "first":
+            mean = Call("div", (local, Call("max", (points, Const(1.0)))))
+            self.body.append(Einsum((new,), Call("where", (Call("gt", (seen, Const(0.0))), old, mean))))
+        else:
+            total = self.at(count.name, self.then, count.vars)
+            gain = Call("sub", (local, Call("mul", (points, old))))
+            self.body.append(Einsum((new,), Call("add", (old, Call("div", (gain, Call("max", (total, Const(1.0)))))))))
+        self._olds[name], self._frames[name] = old, new
+        if self.cut.outer is not None:
+            end = Size(self.cut.step.upper())
+            rho, ends = self.stage.rho(name), self.at(count.name, end, count.vars)
+            weighted = self._write(self.merge, "W" + name[1:], (*self.cut.lead, *rho.index),
+                                   Call("mul", (self.at(name, end, vs), ends)))
+            whole = Access(self.fresh("S" + name[1:]), rho.index)
+            self.merge.append(Einsum((whole,), weighted, Reduce("sum", (self.cut.outer,))))
+            self.merge.append(Einsum((rho,), Call("div", (whole, Call("max", (self.stage.final(count), Const(1.0)))))))
+            self._grands[name] = rho
+
+    def _frame(self, gauge: str) -> Access:
+        return self._frames[gauge]
+
+    def _moved(self, state: SumState, read: Callable[[SumState], Access], delta: Callable[[str], Expr | None],
+               factor: Callable[[SumState], Access | None]) -> Expr:
+        """The old state in the new frame."""
+        moves = [(g, j, d) for g, j in state.ds if (d := delta(g)) is not None]
+        terms: list[Expr] = []
+        for ls in combinations(*(range(j, -1, -1) for _, j, _ in moves)):
+            lower = dict(state.ds)
+            weight: Expr | None = None
+            for (g, j, d), k in zip(moves, ls, strict=True):
+                lower[g] = k
+                for n in (Const(float(math.comb(j, k))),) if math.comb(j, k) != 1 else ():
+                    weight = n if weight is None else Call("mul", (weight, n))
+                if j > k:
+                    step = raised(d, j - k)
+                    weight = step if weight is None else Call("mul", (weight, step))
+            source = read(self._like(state, tuple((g, k) for g, k in lower.items() if k)))
+            terms.append(source if weight is None else Call("mul", (source, weight)))
+        out = terms[0]
+        for t in terms[1:]:
+            out = Call("add", (out, t))
+        p = factor(state)
+        return out if p is None else Call("mul", (out, p))
+
+    def _like(self, state: SumState, ds: tuple[tuple[str, int], ...]) -> SumState:
+        return next(s for s in self.stage.sums if (s.a, s.es, s.bounded, s.guard, s.over) ==
+                    (state.a, state.es, state.bounded, state.guard, state.over) and set(s.ds) == set(ds))
+
+    def _delta(self, gauge: str) -> Expr | None:
+        g = self.stage.gauges[gauge]
+        if g.kind == "first":
+            return None  # it moves once, while every state is still empty
+        old = finite(self._olds[gauge], g.kind) if g.kind in ("max", "min") else self._olds[gauge]
+        return self._named_delta(("loop", gauge), self.body, self._step(self.stage.gauge_vars[gauge]),
+                                 Call("sub", (old, self._frames[gauge])))
+
+    def _delta_merge(self, gauge: str) -> Expr | None:
+        g, vs = self.stage.gauges[gauge], self.stage.gauge_vars[gauge]
+        end = self.at(gauge, Size(self.cut.step.upper()), vs)
+        old = finite(end, g.kind) if g.kind in ("max", "min") else end
+        return self._named_delta(("merge", gauge), self.merge, (*self.cut.lead, *(Var(v) for v in vs)),
+                                 Call("sub", (old, self._grands[gauge])))
+
+    def _named_delta(self, key: tuple[str, str], where: list[Einsum], index: tuple[Expr, ...], body: Expr) -> Access:
+        if key not in self._deltas:
+            self._deltas[key] = self._write(where, "M" + key[1][1:], index, body)
+        return self._deltas[key]
+
+    def _factor(self, state: SumState) -> Access | None:
+        return self._grown(state, "loop", self.body, lambda g: self._olds[g], self._frames, self._step)
+
+    def _factor_merge(self, state: SumState) -> Access | None:
+        end = Size(self.cut.step.upper())
+        return self._grown(state, "merge", self.merge, lambda g: self.at(g, end, self.stage.gauge_vars[g]),
+                           self._grands, lambda vs: (*self.cut.lead, *(Var(v) for v in vs)))
+
+    def _grown(self, state: SumState, key: str, where: list[Einsum], old: Callable[[str], Access],
+               new: Mapping[str, Access], index: Callable[[tuple[str, ...]], tuple[Expr, ...]]) -> Access | None:
+        """exp(lambda * (rho - rho')), shared by all states in the same frame."""
+        if not state.es:
+            return None
+        tag = (key, frozenset(state.es))
+        if tag not in self._factors:
+            used = {v for g, _ in state.es for v in self.stage.gauge_vars[g]}
+            vs = tuple(v for v in self._spaces[state.es[0][0]] if v in used)
+            parts = [(Call("sub", (old(g), new[g])), k) for g, k in state.es]
+            self._factors[tag] = self._write(where, "P" + state.es[0][0][1:], index(vs), exponential(parts))
+        return self._factors[tag]
+
+
+def exponential(parts: list[tuple[Expr, float]]) -> Expr:
+    """exp of sum k * e, in base 2 where the only factor says so."""
+    if len(parts) == 1 and parts[0][1] == LN2:
+        return Call("exp2", (parts[0][0],))
+    return Call("exp", (to_expr(parts),))
+
+
+def finite(rho: Expr, kind: str) -> Expr:
+    """The reference used in tiles and frame changes: 0 while nothing was seen (any reference is legal)."""
+    return Call("where", (Call("eq", (rho, Const(INF if kind == "min" else -INF))), Const(0.0), rho))

@@ -282,7 +282,7 @@ class Separator:
     def _on_exp(self, e: Call) -> list[Term]:
         """exp takes + to *: every addend must stand on one side."""
         arg = e.args[0]
-        if isinstance(arg, Call) and arg.op == "where" and self.sides(arg) == "mixed" and _mask(arg) is None:
+        if isinstance(arg, Call) and arg.op == "where" and self.sides(arg) == "mixed" and masked(arg) is None:
             return self._on_where(_pushed(e.op, arg))
         base = BASE[e.op]
         ea: Linear = {}
@@ -291,7 +291,7 @@ class Separator:
         todo = flatten(arg, spread=self._multiplied)
         while todo:
             k, x = todo.pop(0)
-            mask = _mask(x) if k > 0 else None
+            mask = masked(x) if k > 0 else None
             if mask is not None and self.sides(mask[0]) in ("carried", "neutral"):
                 when.append(mask[0])
                 self.laws.setdefault("exp(-inf) = 0: a mask is a guard")
@@ -392,7 +392,7 @@ def _pushed(op: str, choice: Call) -> Call:
     return Call("where", (c, Call(op, (u,)), Call(op, (v,))))
 
 
-def _mask(e: Expr) -> tuple[Expr, Expr] | None:
+def masked(e: Expr) -> tuple[Expr, Expr] | None:
     """(condition, value) of `where(condition, value, -inf)`."""
     if isinstance(e, Call) and e.op == "where":
         if number(e.args[2]) == -math.inf:

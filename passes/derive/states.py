@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from memcomp.ir.cascade import Einsum
-from memcomp.ir.expr import Access, Const, Expr, Var, variables
+from memcomp.ir.expr import Access, Expr, variables
 from memcomp.ir.ops import MONOIDS
 from memcomp.passes.derive.facts import Facts, Interval
-from memcomp.passes.derive.linear import flatten, keyed, number, ratio, to_expr
+from memcomp.passes.derive.linear import added, flatten, keyed, linear, ratio, to_expr
 from memcomp.passes.derive.order import Lifted, lift
-from memcomp.passes.derive.separate import Gauge, Powers, Separator, Term, _mask, product
-from memcomp.passes.derive.sides import NoLaw, Sides
+from memcomp.passes.derive.separate import Gauge, Powers, Separator, Term, masked
+from memcomp.passes.derive.sides import NoLaw, Sides, short
 
 BOUNDED = 60.0  # |exponent| up to which exp and its sums stay inside f32 without a gauge
 
@@ -60,7 +60,7 @@ State = OrderState | SumState
 class Stage:
     """Accepts reductions over the stream variable and collects their states.
 
-    final: state -> how its finished value is read.  fresh: a free tensor name.
+    final: state -> how its finished value is read; rho: the same for the reference of a gauge.  fresh: a free tensor name.
     frame: "first" or "running", the reference of polynomial states.
     """
 
@@ -68,6 +68,7 @@ class Stage:
     facts: Facts
     late: Callable[[str], bool]
     final: Callable[[State], Access]
+    rho: Callable[[str], Access]
     fresh: Callable[[str], str]
     frame: str = "first"
     merged: bool = False
@@ -139,7 +140,7 @@ class Stage:
         laws.update(again.laws)
         for g in gauges:
             self._adopt(s, g)
-            laws.setdefault(f"{g.kind} gauge {g.name} on {_brief(g.body)}")
+            laws.setdefault(f"{g.kind} gauge {g.name} on {short(g.body, 40)}")
         return [self._placed(s, t, guard) for t in terms], tuple(laws)
 
     def _adopt(self, s: Einsum, g: Gauge) -> None:
@@ -149,8 +150,10 @@ class Stage:
         self.gauges[g.name] = g
         self.gauge_vars[g.name] = self._vars(s, g.body, *g.guard)
         self.gauge_over[g.name] = s.reduce.over
+        reference = OrderState(g.name, g.kind, g.body, g.guard, s.reduce.over, self.gauge_vars[g.name])
+        self.final(reference)
         if g.kind in ("max", "min") and all(o.name != g.name for o in self.orders):
-            self.orders.append(OrderState(g.name, g.kind, g.body, g.guard, s.reduce.over, self.gauge_vars[g.name]))
+            self.orders.append(reference)
         if g.kind in ("first", "running"):
             self._state(s, (), (), (), (), g.guard)  # the count
 
@@ -192,20 +195,30 @@ class Stage:
         """A mean gauge for an atom that appears in two terms with equal cofactors and different powers."""
         assert s.reduce is not None
         out: list[Gauge] = []
-        seen: dict[object, dict[Expr, set[float]]] = {}
-        atoms = dict.fromkeys(x for t in terms for x, p in t.a if p > 0 and p == int(p))
-        for x in atoms:
+        for x in dict.fromkeys(x for t in terms for x, p in t.a if p > 0 and p == int(p)):
             rests: dict[object, set[float]] = {}
+            weighted = False
             for t in terms:
+                power = dict(t.a).get(x, 0)
                 rest = (frozenset((y, p) for y, p in t.a if y != x), frozenset(t.ea), frozenset(t.when))
-                rests.setdefault(rest, set()).add(dict(t.a).get(x, 0))
-            if any(len(powers) > 1 for powers in rests.values()) and not _occurs(x, terms):
-                known = [g for g in self.gauges.values() if g.kind == self.frame]
-                hit = next((g for g in known if ratio(keyed({x: 1}), keyed(dict(g.level))) == 1
-                            and set(g.guard) == set(guard)), None)
-                out.append(hit or self._made(s, self.frame, _as_linear(x), guard))
-        del seen
+                rests.setdefault(rest, set()).add(power)
+                weighted = weighted or (power > 1 and bool(t.ea))
+            if not any(len(powers) > 1 for powers in rests.values()) or any(x == y for t in terms for y, _ in t.ea):
+                continue
+            hit = self._centred(x, guard, s)
+            if hit is None and weighted:
+                raise NoLaw("square", x, "needs a frame at the weighted mean, which is not built")
+            out.append(hit or self._made(s, self.frame, linear(x), guard))
         return out
+
+    def _centred(self, x: Expr, guard: tuple[Expr, ...], s: Einsum) -> Gauge | None:
+        """A known reference of the atom over at least these points."""
+        assert s.reduce is not None
+        known = list(self.gauges.values())
+        known += [self._gauge(o.name, o.monoid, o.body, o.guard, o.over) for o in self.orders
+                  if o.monoid in ("max", "min") and set(o.over) == set(s.reduce.over)]
+        return next((g for g in known if ratio(keyed(linear(x)), keyed(dict(g.level))) is not None
+                     and set(g.guard) <= set(guard)), None)
 
     def _placed(self, s: Einsum, t: Term, guard: tuple[Expr, ...]) -> Term:
         """The term with its carried part replaced by a state."""
@@ -257,15 +270,7 @@ class Stage:
 
 
 def _linear(items: list[tuple[Expr, float]]) -> Powers:
-    from memcomp.passes.derive.linear import added
-
     return tuple(added(*({x: k} for x, k in items)).items())
-
-
-def _as_linear(x: Expr) -> dict[Expr, float]:
-    from memcomp.passes.derive.linear import linear
-
-    return linear(x)
 
 
 def _fits(g: Gauge, ea: Powers, points: tuple[Expr, ...]) -> bool:
@@ -284,7 +289,7 @@ def _unmasked(body: Expr, monoid: str, sides: Sides) -> tuple[Expr, tuple[Expr, 
     todo = flatten(body)
     while todo:
         k, x = todo.pop(0)
-        mask = _mask(x) if k > 0 else None
+        mask = masked(x) if k > 0 else None
         if mask is not None:
             conds.append(mask[0])
             todo[:0] = flatten(mask[1], k)
@@ -294,17 +299,3 @@ def _unmasked(body: Expr, monoid: str, sides: Sides) -> tuple[Expr, tuple[Expr, 
         return body, ()
     inner = to_expr(_linear(rest))
     return (inner, tuple(conds)) if not sides.free(inner) else (body, ())
-
-
-def _occurs(x: Expr, terms: list[Term]) -> bool:
-    """Does the atom also stand in an exponent (then its exponential gauge is used)?"""
-    return any(x == y for t in terms for y, _ in t.ea)
-
-
-def _brief(e: Expr) -> str:
-    from memcomp.passes.derive.sides import short
-
-    return short(e, 40)
-
-
-__all__ = ["BOUNDED", "Const", "OrderState", "Stage", "State", "SumState", "Var", "number", "product"]

@@ -1,0 +1,190 @@
+"""Parallel loops on torch's own OpenMP threads.
+
+Two thread pools that both spin make each other wait for milliseconds, so kernels run on the libgomp that torch has
+loaded.  A kernel module starts its loops through a data symbol, `__TVMBackendParallelLaunch`; `memcomp_install` overwrites
+it with a launcher that comes in the same module, as LLVM text, so no C compiler is needed.  Tasks are handed out by
+an atomic counter: uneven tasks (causal attention) even out, and any team size, nested regions included, does all work.
+The thread count is asked at every call; after a fork the child runs alone, since libgomp's threads do not survive one.
+Where no libgomp is loaded, TVM's own pool stays in charge.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+CHUNKS = 64  # most tasks of a launch
+
+# { GOMP_parallel, thread count, alone }: what the launcher reads at run time
+_LLVM = """
+@__TVMBackendParallelLaunch = external global ptr
+@memcomp_runtime = internal global ptr null
+%job = type { ptr, ptr, i32, i32 }
+declare i32 @memcomp_worker(ptr)
+declare i32 @memcomp_launch(ptr, ptr, i32)
+
+define i32 @memcomp_worker_body(ptr %job) {
+entry:
+  %env = alloca { ptr, i32 }
+  store ptr null, ptr %env
+  %count = getelementptr { ptr, i32 }, ptr %env, i32 0, i32 1
+  store i32 CHUNKS, ptr %count
+  %task = load ptr, ptr %job
+  %dataptr = getelementptr %job, ptr %job, i32 0, i32 1
+  %data = load ptr, ptr %dataptr
+  %next = getelementptr %job, ptr %job, i32 0, i32 2
+  %error = getelementptr %job, ptr %job, i32 0, i32 3
+  br label %loop
+loop:
+  %i = atomicrmw add ptr %next, i32 1 monotonic
+  %more = icmp slt i32 %i, CHUNKS
+  br i1 %more, label %run, label %done
+run:
+  %code = call i32 %task(i32 %i, ptr %env, ptr %data)
+  %bad = icmp ne i32 %code, 0
+  br i1 %bad, label %fail, label %loop
+fail:
+  store atomic i32 %code, ptr %error monotonic, align 4
+  br label %loop
+done:
+  ret i32 0
+}
+
+define i32 @memcomp_launch_body(ptr %task, ptr %data) {
+entry:
+  %job = alloca %job
+  store ptr %task, ptr %job
+  %dataptr = getelementptr %job, ptr %job, i32 0, i32 1
+  store ptr %data, ptr %dataptr
+  %next = getelementptr %job, ptr %job, i32 0, i32 2
+  store i32 0, ptr %next
+  %error = getelementptr %job, ptr %job, i32 0, i32 3
+  store i32 0, ptr %error
+  %runtime = load ptr, ptr @memcomp_runtime
+  %aloneptr = getelementptr ptr, ptr %runtime, i32 2
+  %alone = load i64, ptr %aloneptr
+  %isalone = icmp ne i64 %alone, 0
+  br i1 %isalone, label %serial, label %count
+count:
+  %threadsptr = getelementptr ptr, ptr %runtime, i32 1
+  %threads = load ptr, ptr %threadsptr
+  %n = call i32 %threads()
+  %one = icmp sle i32 %n, 1
+  br i1 %one, label %serial, label %parallel
+parallel:
+  %gomp = load ptr, ptr %runtime
+  call void %gomp(ptr @memcomp_worker, ptr %job, i32 %n, i32 0)
+  br label %end
+serial:
+  %x = call i32 @memcomp_worker(ptr %job)
+  br label %end
+end:
+  %result = load i32, ptr %error
+  ret i32 %result
+}
+
+define i32 @memcomp_install_body(ptr %runtime) {
+  store ptr %runtime, ptr @memcomp_runtime
+  store ptr @memcomp_launch, ptr @__TVMBackendParallelLaunch
+  ret i32 0
+}
+""".replace("CHUNKS", str(CHUNKS))
+
+# TVM force-inlines imported text, so the functions whose addresses are taken are written in TVMScript.
+_SCRIPT = '''
+@I.ir_module
+class Launcher:
+    @T.prim_func
+    def memcomp_worker(job: T.handle) -> T.int32:
+        T.func_attr({"global_symbol": "memcomp_worker", "calling_conv": 1})
+        T.evaluate(T.call_extern("int32", "memcomp_worker_body", job))
+
+    @T.prim_func
+    def memcomp_launch(task: T.handle, data: T.handle, n: T.int32) -> T.int32:
+        T.func_attr({"global_symbol": "memcomp_launch", "calling_conv": 1})
+        if T.call_extern("int32", "memcomp_launch_body", task, data) != 0:
+            T.evaluate(T.tvm_throw_last_error())
+
+    @T.prim_func
+    def memcomp_install(runtime: T.handle):
+        T.func_attr({"global_symbol": "memcomp_install"})
+        T.evaluate(T.call_extern("int32", "memcomp_install_body", runtime))
+'''
+
+_lock = threading.Lock()
+_runtime: Any = None
+_parsed: Any = None
+
+
+def with_launcher(module: Any) -> Any:
+    """The kernel module with the launcher's functions in it."""
+    global _parsed
+    import tvm.script
+    from tvm import tirx
+    from tvm.script import ir as I
+    from tvm.script import tirx as T
+
+    with _lock:
+        if _parsed is None:
+            _parsed = tvm.script.from_source(_SCRIPT, extra_vars={"I": I, "T": T})
+    functions = dict(module.functions.items())
+    for var, f in _parsed.functions.items():
+        if var.name_hint == "memcomp_install":
+            f = f.with_body(tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", _LLVM, f.body))
+        functions[var] = f
+    return tvm.IRModule(functions)
+
+
+def install(module: Any) -> bool:
+    """Send the parallel loops of a loaded kernel module to torch's threads; False where there is no libgomp."""
+    runtime = _shared()
+    if runtime is None:
+        return False
+    module["memcomp_install"](ctypes.c_void_p(ctypes.addressof(runtime)))
+    return True
+
+
+def _shared() -> Any:
+    """The one record that every launcher reads; it lives as long as the process."""
+    global _runtime
+    with _lock:
+        if _runtime is None:
+            gomp, torch = _loaded("libgomp"), _loaded("libtorch_cpu")
+            if gomp is None:
+                return None
+            count = None
+            if torch is not None:  # at::get_num_threads: what torch.set_num_threads and the calling thread ask for
+                count = getattr(torch, "_ZN2at15get_num_threadsEv", None)
+            count = count or gomp.omp_get_max_threads
+            address = ctypes.cast(gomp.GOMP_parallel, ctypes.c_void_p), ctypes.cast(count, ctypes.c_void_p)
+            _runtime = (ctypes.c_void_p * 3)(*address, 0)
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=_alone)
+        return _runtime
+
+
+def _alone() -> None:
+    _runtime[2] = 1
+
+
+def _loaded(stem: str) -> Any:
+    """A library that this process has loaded already, by the start of its file name."""
+    paths: list[str] = []
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        paths = [line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count("/") and stem in line]
+    except OSError:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.__file__:
+            paths = [str(p) for p in (Path(torch.__file__).parent / "lib").glob(f"{stem}*")]
+    for path in dict.fromkeys(paths):
+        if Path(path).name.startswith(stem):
+            try:
+                return ctypes.CDLL(path)
+            except OSError:
+                continue
+    return None

@@ -1,0 +1,147 @@
+"""Elementary functions on float32 vectors, as polynomials.
+
+Worst error over all finite float32 arguments, in units in the last place against float64 (a test measures them):
+exp 2, exp2 2, log 2, log2 3, tanh 3, sigmoid 4, erf 2.  exp(-inf) = 0, log(0) = -inf, log(x < 0) = NaN; NaN stays
+NaN; results below 2**-126 are rounded as IEEE asks.  float64 vectors, sin, cos and pow call the C library lane by lane.
+Coefficients: exp and exp2 are minimax fits of degree 6 (relative error 5e-9 and 2e-8 before rounding), log and tanh are
+those of Cephes (S. Moshier, 1989), erf those of N. Juffa's erff.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from memcomp.codegen.tvm.vocabulary import Value, bits, cast, dtype, like, maximum, minimum, reg, select
+
+_EXP = (1.0, 1.0, 0.4999999403953552, 0.16666515171527863, 0.04166845604777336, 0.008369418792426586,
+        0.0013813144760206342)
+_EXP2 = (1.0, 0.6931471824645996, 0.24022647738456726, 0.055503323674201965, 0.00961843691766262,
+         0.0013398875016719103, 0.00015353361959569156)
+_LOG = (3.3333331174e-1, -2.4999993993e-1, 2.0000714765e-1, -1.6668057665e-1, 1.4249322787e-1, -1.2420140846e-1,
+        1.1676998740e-1, -1.1514610310e-1, 7.0376836292e-2)
+_TANH = (-3.33332819422e-1, 1.33314422036e-1, -5.37397155531e-2, 2.06390887954e-2, -5.70498872745e-3)
+_ERF_NEAR = (1.28379166e-1, -3.76125336e-1, 1.12819925e-1, -2.67681349e-2, 4.99119423e-3, -5.96761703e-4)
+# ln 2 in two parts; the first has nine bits, so that its product with an exponent is exact without fused multiply-add
+_LN2_HIGH, _LN2_LOW, _LOG2_E = 0.693359375, -2.12194440e-4, 1.4426950408889634
+
+
+def _poly(x: Value, low_to_high: tuple[float, ...]) -> Value:
+    p = like(x, low_to_high[-1])
+    for c in reversed(low_to_high[:-1]):
+        p = p * x + like(x, c)
+    return p
+
+
+def _scaled(p: Value, n: Value) -> Value:
+    """p * 2**n for n in -252 .. 254, rounded once: two powers, the first product exact, so subnormal results are right."""
+    n = reg(cast("int32", n))
+    half = reg(n >> tirx.const(1, "int32"))
+
+    def power(k: Value) -> Value:
+        return bits((k + tirx.const(127, "int32")) << tirx.const(23, "int32"), "float32")
+
+    return p * power(half) * power(n - half)
+
+
+def exp(x: Value) -> Value:
+    if dtype(x) != "float32":
+        return T.exp(x)
+    x = reg(minimum(maximum(x, like(x, -104.0)), like(x, 89.0)))  # beyond: 0 and inf all the same
+    n = reg(T.nearbyint(x * like(x, _LOG2_E)))
+    r = reg(x - n * like(x, _LN2_HIGH) - n * like(x, _LN2_LOW))
+    return reg(_scaled(_poly(r, _EXP), n))
+
+
+def exp2(x: Value) -> Value:
+    if dtype(x) != "float32":
+        return T.exp2(x)
+    x = reg(minimum(maximum(x, like(x, -151.0)), like(x, 129.0)))
+    n = reg(T.nearbyint(x))
+    return reg(_scaled(_poly(reg(x - n), _EXP2), n))
+
+
+def _split(x: Value) -> tuple[Value, Value, Value, Value]:
+    """x = m * 2**e with m in [sqrt(1/2), sqrt(2)): (f = m - 1, its square, e, correction so that log m = f - s/2 + c)."""
+    tiny = reg(select(x < like(x, 2.0**-126), like(x, 1.0), like(x, 0.0)))
+    x = reg(select(x < like(x, 2.0**-126), x * like(x, 2.0**23), x))
+    b = reg(bits(x))
+    e = reg((b - tirx.const(0x3F3504F3, "int32")) >> tirx.const(23, "int32"))
+    f = reg(bits(b - (e << tirx.const(23, "int32")), "float32") - like(x, 1.0))
+    s = reg(f * f)
+    return f, s, reg(cast("float32", e) - tiny * like(x, 23.0)), reg(f * s * _poly(f, _LOG))
+
+
+def _log_edges(x: Value, y: Value) -> Value:
+    y = select(x == like(x, 0.0), like(x, -float("inf")), y)
+    y = select(x == like(x, float("inf")), x, y)
+    return reg(select(x < like(x, 0.0), like(x, float("nan")), select(x != x, x, y)))
+
+
+def log(x: Value) -> Value:
+    if dtype(x) != "float32":
+        return T.log(x)
+    x = reg(x)
+    f, s, e, c = _split(x)
+    small = c + e * like(x, _LN2_LOW) - s * like(x, 0.5)
+    return _log_edges(x, reg(f + small + e * like(x, _LN2_HIGH)))
+
+
+def log2(x: Value) -> Value:
+    if dtype(x) != "float32":
+        return T.log2(x)
+    x = reg(x)
+    f, s, e, c = _split(x)
+    rest = reg(c - s * like(x, 0.5))
+    fraction = like(x, _LOG2_E - 1.0)  # log2(e) = 1 + fraction: the leading terms stay exact
+    return _log_edges(x, reg((rest * fraction + f * fraction + rest) + f + e))
+
+
+def tanh(x: Value) -> Value:
+    if dtype(x) != "float32":
+        return T.tanh(x)
+    x = reg(x)
+    size = reg(T.abs(x))
+    far = like(x, 1.0) - like(x, 2.0) / (exp(minimum(size + size, like(x, 20.0))) + like(x, 1.0))
+    s = reg(x * x)
+    near = x + x * s * _poly(s, _TANH)
+    sign = bits(x) & tirx.const(-(2**31), "int32")
+    return reg(select(size < like(x, 0.625), near, bits(bits(far) | sign, "float32")))
+
+
+def sigmoid(x: Value) -> Value:
+    return reg(like(x, 1.0) / (like(x, 1.0) + exp(like(x, 0.0) - x)))
+
+
+def erf(x: Value) -> Value:
+    if dtype(x) != "float32":
+        return T.erf(x)
+    x = reg(x)
+    t, s = reg(T.abs(x)), reg(x * x)
+    clipped = reg(minimum(t, like(x, 4.0)))
+    square = reg(clipped * clipped)
+    high = clipped * like(x, -1.72853470e-5) + like(x, 3.83197126e-4)
+    low = clipped * like(x, -3.88396438e-3) + like(x, 2.42546219e-2)
+    r = reg(high * square + low)
+    for c in (-1.06777877e-1, -6.34846687e-1, -1.28717512e-1):
+        r = reg(r * clipped + like(x, c))
+    far = like(x, 1.0) - exp(r * clipped - clipped)
+    near = x * _poly(s, _ERF_NEAR) + x
+    sign = bits(x) & tirx.const(-(2**31), "int32")
+    return reg(select(t > like(x, 0.921875), bits(bits(far) | sign, "float32"), near))
+
+
+def xlogx(x: Value) -> Value:
+    x = reg(x)
+    return reg(select(x == like(x, 0.0), like(x, 0.0), x * log(x)))
+
+
+# one name per row of `ir.ops` that is not spelled with an operator
+FUNCTIONS: dict[str, Callable[..., Value]] = {
+    "exp": exp, "exp2": exp2, "log": log, "log2": log2, "tanh": tanh, "sigmoid": sigmoid, "erf": erf, "xlogx": xlogx,
+    "sqrt": lambda x: T.sqrt(x), "rsqrt": lambda x: like(x, 1.0) / T.sqrt(x), "recip": lambda x: like(x, 1.0) / x,
+    "sin": lambda x: T.sin(x), "cos": lambda x: T.cos(x), "pow": lambda x, y: T.pow(x, y),
+    "floor": lambda x: T.floor(x), "round": lambda x: T.nearbyint(x), "absolute": lambda x: T.abs(x),
+}

@@ -1,0 +1,218 @@
+"""Words that kernel text uses besides TVMScript's own: values held in registers, vectors, conversions, masks.
+
+Text is parsed by TVMScript, which evaluates calls of these functions while it builds the kernel.  A function that needs
+a value more than once writes it to a small buffer first (`reg`): LLVM turns that into a register, whereas TVM would
+print the whole expression once per use (exponential in a chain).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+Value = Any  # a TVM expression; TVM is not typed
+
+
+def dtype(x: Value) -> str:
+    """Element type, such as float32."""
+    return str(x.ty).split("x", 1)[0]
+
+
+def width(x: Value) -> int:
+    """Number of lanes; 1 for a scalar."""
+    parts = str(x.ty).split("x", 1)
+    return int(parts[1]) if len(parts) > 1 else 1
+
+
+def vector(element: str, lanes: int) -> str:
+    return element if lanes == 1 else f"{element}x{lanes}"
+
+
+def at(lanes: int, base: Value = 0) -> Value:
+    """The index of `lanes` neighbours from `base` on."""
+    return base if lanes == 1 else tirx.Ramp(base, tirx.const(1, dtype(base) if not isinstance(base, int) else "int32"), lanes)
+
+
+def acc(x: Value) -> Value:
+    """A fresh small buffer that holds `x`; read and written as `b[V(n)]` (SSA registers after LLVM's mem2reg)."""
+    b = T.alloc_buffer((width(x),), dtype(x) if dtype(x) != "bool" else "int8")
+    T.buffer_store(b, x if dtype(x) != "bool" else T.Cast(vector("int8", width(x)), x), [at(width(x))])
+    return b
+
+
+def reg(x: Value) -> Value:
+    """`x`, computed once, here."""
+    if dtype(x) == "bool":  # one-bit vectors have no memory form; they are cheap to repeat and LLVM merges the copies
+        return x
+    return acc(x)[at(width(x))]
+
+
+def splat(x: Value, lanes: int) -> Value:
+    """`x` in every lane; a vector of that width stays."""
+    return x if width(x) == lanes or lanes == 1 else tirx.Broadcast(x, lanes)
+
+
+def cast(element: str, x: Value) -> Value:
+    return x if dtype(x) == element else T.Cast(vector(element, width(x)), x)
+
+
+def like(x: Value, number: float) -> Value:
+    """A number as a scalar of x's element type; operators spread it over the lanes."""
+    return tirx.const(number, dtype(x))
+
+
+def bits(x: Value, element: str = "int32") -> Value:
+    return T.reinterpret(vector(element, width(x)), x)
+
+
+def i64(x: int) -> Value:
+    return tirx.const(x, "int64")
+
+
+def f32(x: float) -> Value:
+    return tirx.const(x, "float32")
+
+
+def f64(x: float) -> Value:
+    return tirx.const(x, "float64")
+
+
+def _pair(a: Value, b: Value) -> tuple[Value, Value]:
+    w = max(width(a), width(b))
+    return splat(a, w), splat(b, w)
+
+
+def select(test: Value, yes: Value, no: Value) -> Value:
+    w = max(width(test), width(yes), width(no))
+    if width(test) == 1 and w > 1:
+        test = splat(test, w)
+    return tirx.Select(test, splat(yes, w), splat(no, w))
+
+
+def land(a: Value, b: Value) -> Value:
+    return tirx.And(*_pair(a, b))
+
+
+def lor(a: Value, b: Value) -> Value:
+    return tirx.Or(*_pair(a, b))
+
+
+def lnot(a: Value) -> Value:
+    return tirx.Not(a)
+
+
+def maximum(a: Value, b: Value) -> Value:
+    """The larger; NaN if either is NaN."""
+    a, b = _pair(a, b)
+    if dtype(a) in ("float32", "float64"):
+        a = reg(a)
+        return select(a != a, a, T.max(a, b))  # the machine's maximum already hands on a NaN in its second operand
+    return T.max(a, b)
+
+
+def minimum(a: Value, b: Value) -> Value:
+    """The smaller; NaN if either is NaN."""
+    a, b = _pair(a, b)
+    if dtype(a) in ("float32", "float64"):
+        a = reg(a)
+        return select(a != a, a, T.min(a, b))
+    return T.min(a, b)
+
+
+def lane(lanes: int) -> Value:
+    """0, 1, 2 ... as int32."""
+    return tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), lanes)
+
+
+def clip(x: Value) -> Value:
+    """A 64-bit bound as an int32 that compares the same with lane numbers."""
+    far = 1 << 30
+    return T.Cast("int32", T.max(T.min(x, i64(far)), i64(-far)))
+
+
+# -- reductions across lanes -------------------------------------------------------------------------------------------
+
+JOIN = {"sum": lambda a, b: a + b, "prod": lambda a, b: a * b, "max": maximum, "min": minimum,
+        "and": T.min, "or": T.max}
+
+
+def join(monoid: str, a: Value, b: Value) -> Value:
+    return JOIN[monoid](*_pair(a, b))
+
+
+def across(monoid: str, x: Value) -> Value:
+    """All lanes joined to a scalar, by halves."""
+    x = reg(x)
+    w = width(x)
+    while w > 1:
+        half = w // 2
+        low = reg(T.Shuffle([x], list(range(half)))) if half > 1 else T.Shuffle([x], [0])
+        high = reg(T.Shuffle([x], list(range(half, w)))) if half > 1 else T.Shuffle([x], [1])
+        x = reg(JOIN[monoid](low, high))
+        w = half
+    return x
+
+
+def row_sums(rows: Sequence[Value]) -> Value:
+    """Lane r of the result is the sum of rows[r]; as many rows (a power of two, at most the width) as lanes come out.
+
+    Pairs of rows are halved together, so that n rows cost n - 1 steps and not n log(width).
+    """
+    vectors, w = [reg(r) for r in rows], width(rows[0])
+    parts = w  # partial sums per row
+    while len(vectors) > 1:
+        half = parts // 2
+        low = [k for g in range(0, w, parts) for k in range(g, g + half)]
+        take = low + [w + k for k in low]
+        give = [k + half for k in low] + [w + k + half for k in low]
+        vectors = [reg(T.Shuffle([a, b], take) + T.Shuffle([a, b], give)) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        parts = half
+    x = vectors[0]
+    while parts > 1:
+        w, half = width(x), parts // 2
+        low = [k for g in range(0, w, parts) for k in range(g, g + half)]
+        x = reg(T.Shuffle([x], low) + T.Shuffle([x], [k + half for k in low]))
+        parts = half
+    return x
+
+
+def piece(x: Value, start: int, lanes: int) -> Value:
+    """Lanes start .. start+lanes-1."""
+    return T.Shuffle([x], list(range(start, start + lanes)))
+
+
+# -- stored formats ----------------------------------------------------------------------------------------------------
+
+def from_bf16(x: Value) -> Value:
+    """uint16 bits -> float32, exactly."""
+    return bits(cast("uint32", x) << tirx.const(16, "uint32"), "float32")
+
+
+def to_bf16(x: Value) -> Value:
+    """float32 -> uint16 bits, to nearest even; a NaN stays one."""
+    x = reg(x)
+    u = reg(bits(x, "uint32"))
+    one = tirx.const(1, "uint32")
+    shift = tirx.const(16, "uint32")
+    rounded = (u + tirx.const(0x7FFF, "uint32") + ((u >> shift) & one)) >> shift
+    return cast("uint16", select(x != x, splat(tirx.const(0x7FC0, "uint32"), width(x)), rounded))
+
+
+def masked_load(address: Value, mask: Value, element: str) -> Value:
+    """Lanes where the mask is false are not read and hold 0."""
+    w = width(mask)
+    return T.call_llvm_intrin(vector(element, w), "llvm.masked.load", address, mask, splat(tirx.const(0, element), w))
+
+
+def masked_store(address: Value, mask: Value, x: Value) -> None:
+    """Lanes where the mask is false are not written."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.masked.store", splat(x, width(mask)), address, mask))
+
+
+def number(x: float) -> str:
+    """A float as text that `f32(...)` and `f64(...)` read back."""
+    return repr(x) if math.isfinite(x) else "nan" if math.isnan(x) else "inf" if x > 0 else "-inf"

@@ -1,0 +1,220 @@
+"""What a program costs on a machine: operations, traffic and footprint per level, and a floor for its time.
+
+Operations: points that guards let take part, times the operations of the body, plus one per point for a reduction.
+
+Compulsory traffic: what arguments must move once: every element of inputs that is read and of outputs and new states that
+is written, at its dtype (of a table that is gathered from at most as many elements as there are points that read).
+
+Traffic as mapped: a group is a nest of loops, its space ranks and then its loop order, around tiles.  With
+
+    inside(T, k) = bytes of T touched while loops 1..k stand still (k = number of loops: one tile)
+    work(k)      = sum of inside(T, k) over arguments and temporaries of the group
+
+a tensor that lacks loop k is touched again in every round of it, and is still there in a level of C bytes if
+work(k) <= C.  So a level receives, from the level behind it,
+
+    sum over T of bytes(T) * product of the extents of the loops k that T lacks and where work(k) > C.
+
+If not even a tile fits, each statement of the group reads again what it needs, and temporaries, else kept, are written
+once and read by each of their readers across the boundary.
+Without mapping every statement is a group of its own without loops: it reads its inputs and writes its output.
+
+Time: per group the largest of operations / peak (times the idle share of the last round of tasks), transcendentals /
+their peak, and traffic / bandwidth of each level; groups follow one another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from memcomp.ir.cascade import Cascade, Einsum, Knob
+from memcomp.ir.counts import Sizes, operations, tensor_of, width
+from memcomp.ir.expr import Access, Const, variables, walk
+from memcomp.ir.program import Group, Program
+from memcomp.ir.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class LevelCost:
+    """traffic: bytes this level sends to and takes from the next nearer one; footprint: bytes it holds at a time for it."""
+
+    name: str
+    traffic: float
+    footprint: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """flops: additions, multiplications, maxima; special: exp, log, division and the like; bytes and seconds elsewhere."""
+
+    flops: float
+    special: float
+    compulsory: float
+    levels: tuple[LevelCost, ...]
+    seconds: float
+
+    @property
+    def traffic(self) -> float:
+        """Bytes to and from memory."""
+        return self.levels[-1].traffic
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte of memory traffic."""
+        return (self.flops + self.special) / self.traffic if self.traffic else math.inf
+
+
+def cost(program: Program, sizes: Mapping[str, int], target: Target) -> Cost:
+    """The cost with these extents of the symbolic ranks (a bounded or ragged rank may be left to its bound)."""
+    c, n = program.cascade, Sizes(program.cascade, sizes)
+    grouped = {t for g in program.mapping.groups for t in g.tensors}
+    nests = [_Nest(c, n, g, tuple(e for e in c.einsums if e.names[0] in g.tensors)) for g in program.mapping.groups]
+    nests += [_Nest(c, n, Group(e.out.tensor, e.names), (e,)) for e in c.einsums if e.names[0] not in grouped]
+    flops = sum(x.flops for x in nests)
+    special = sum(x.special for x in nests)
+    levels = []
+    for at, level in enumerate(target.levels[1:], 1):
+        near = target.levels[at - 1]
+        held = target.levels[at]
+        footprint = max((x.held(held.bytes * held.count) for x in nests), default=0.0)
+        if at == len(target.levels) - 1:
+            footprint = _arguments(c, n, nests)
+        levels.append(LevelCost(level.name, sum(x.traffic(near.bytes * near.count) for x in nests), footprint))
+    seconds = sum(_seconds(x, target) for x in nests)
+    return Cost(flops, special, compulsory(program, sizes), tuple(levels), seconds)
+
+
+def compulsory(program: Program, sizes: Mapping[str, int]) -> float:
+    """Bytes that the arguments must move at least once."""
+    c, n = program.cascade, Sizes(program.cascade, sizes)
+    total = 0.0
+    for t in c.tensors:
+        if t.role == "temp":
+            continue
+        names = (t.name, t.name + "'")
+        touched = [[a for e in c.einsums for a in _reads(e) if a.tensor in names],
+                   [o for e in c.einsums for o in e.outs if o.tensor in names]]
+        for accesses in touched:
+            asked = sum(n.points({v for i in a.index for v in variables(i)}) for a in accesses)
+            total += min(asked, n.elements(t)) * width(c, t.name)
+    return total
+
+
+def _arguments(c: Cascade, n: Sizes, nests: list[_Nest]) -> float:
+    names = {t.name for t in c.tensors if t.role != "temp"}
+    names |= {name.removesuffix("'") for x in nests for name in x.outer}
+    return sum(n.elements(tensor_of(c, x)) * width(c, x) for x in names)
+
+
+def _seconds(x: _Nest, target: Target) -> float:
+    rounds = -(-x.tasks // target.threads) * target.threads / x.tasks if x.tasks else 0.0
+    busy = sum(flops / target.peak(dtype) for dtype, flops in x.by_dtype.items()) * rounds
+    times = [busy, x.special / target.special * rounds]
+    for near, level in zip(target.levels, target.levels[1:], strict=False):
+        times.append(x.traffic(near.bytes * near.count) / level.bandwidth)
+    return max(times)
+
+
+def _reads(e: Einsum) -> list[Access]:
+    where = (e.body, *((e.guard,) if e.guard is not None else ()), *(i for o in e.outs for i in o.index))
+    return [a for x in where for a in walk(x) if isinstance(a, Access)]
+
+
+class _Nest:
+    """A group as loops around tiles."""
+
+    def __init__(self, c: Cascade, n: Sizes, g: Group, einsums: tuple[Einsum, ...]) -> None:
+        self.c, self.n, self.group, self.einsums = c, n, g, einsums
+        self.cut = {r.lower(): self._tile(size) for r, size in g.partition}
+        written = {name for e in einsums for name in e.names}
+        elsewhere = {a.tensor for e in c.einsums if e not in einsums for a in _reads(e)}
+        declared = {t.name + s for t in c.tensors if t.role in ("out", "state") for s in ("", "'")}
+        # argument -> (variables, statements that touch it so); temporary -> variables
+        self.outer: dict[str, dict[frozenset[str], int]] = {}
+        self.inner: dict[str, frozenset[str]] = {}
+        for e in einsums:
+            for name, vs in {(a.tensor, self._variables(a)) for a in _reads(e)}:
+                if name not in written:
+                    self._touch(name, vs)
+            for o in e.outs:
+                if o.tensor in declared or o.tensor in elsewhere or len(einsums) == 1:
+                    self._touch(o.tensor, self._variables(o))
+                else:
+                    self.inner[o.tensor] = self.inner.get(o.tensor, frozenset()) | self._variables(o)
+        inside = {v for e in einsums for v in self._split(set(e.space()))}
+        self.loops = [v for v in (r.lower() for r in (*g.space, *g.loop_order)) if v in inside]
+        self.tasks = math.prod(self._extent(v) for v in self.loops if v.upper() in g.space)
+        self.flops = self.special = 0.0
+        self.by_dtype: dict[str, float] = {}
+        for e in einsums:
+            plain, special = operations(e.body)
+            live = n.live(e)
+            plain += e.reduce is not None
+            self.flops += plain * live
+            self.special += special * live
+            dtype = self._dtype(e)
+            self.by_dtype[dtype] = self.by_dtype.get(dtype, 0.0) + plain * live
+
+    def _tile(self, size: object) -> int:
+        if isinstance(size, Knob):
+            return self.n.given.get(size.name, size.choices[0])
+        assert isinstance(size, Const)
+        return int(size.value)
+
+    def _variables(self, a: Access) -> frozenset[str]:
+        return frozenset(self._split({v for i in a.index for v in variables(i)}))
+
+    def _touch(self, name: str, vs: frozenset[str]) -> None:
+        known = self.outer.setdefault(name, {})
+        known[vs] = known.get(vs, 0) + 1
+
+    def _split(self, names: set[str]) -> set[str]:
+        """Variables of ranks that the mapping cuts become their two parts."""
+        out: set[str] = set()
+        for v in names:
+            out |= {v + "1", v + "0"} if v in self.cut else {v}
+        return out
+
+    def _extent(self, v: str) -> int:
+        whole = v[:-1]
+        if whole in self.cut:
+            size = self.cut[whole]
+            n = self.n(whole.upper())
+            return min(size, n) if v.endswith("0") else -(-n // size)
+        return self.n(v.upper())
+
+    def _dtype(self, e: Einsum) -> str:
+        """What the multipliers see: the common dtype of the operands, f32 where a temporary takes part."""
+        dtypes = {tensor_of(self.c, a.tensor).dtype for a in walk(e.body) if isinstance(a, Access)}
+        return dtypes.pop() if len(dtypes) == 1 else "f32"
+
+    def _bytes(self, name: str, vs: frozenset[str], fixed: int) -> float:
+        """Bytes of one tensor touched while the first `fixed` loops stand still."""
+        still = set(self.loops[:fixed])
+        touched = math.prod(self._extent(v) for v in vs if v not in still)
+        return float(min(touched, self.n.elements(tensor_of(self.c, name)))) * width(self.c, name)
+
+    def work(self, fixed: int) -> float:
+        arguments = sum(max(self._bytes(t, vs, fixed) for vs in ways) for t, ways in self.outer.items())
+        return arguments + sum(self._bytes(t, vs, len(self.loops)) for t, vs in self.inner.items())
+
+    def held(self, capacity: float) -> float:
+        """The largest working set that fits; a tile if none does."""
+        sets = [self.work(k) for k in range(len(self.loops) + 1)]
+        return max((w for w in sets if w <= capacity), default=sets[-1])
+
+    def traffic(self, capacity: float) -> float:
+        total = 0.0
+        no_tile = self.work(len(self.loops)) > capacity
+        spilled = [k for k in range(len(self.loops)) if self.work(k + 1) > capacity]
+        for name, ways in self.outer.items():
+            for vs, readers in ways.items():
+                again = (readers if no_tile else 1) * math.prod(self._extent(self.loops[k]) for k in spilled if self.loops[k] not in vs)
+                total += self._bytes(name, vs, 0) * again
+        if no_tile:
+            for name, vs in self.inner.items():
+                readers = sum(name in e.reads() for e in self.einsums)
+                total += (1 + readers) * math.prod(self._extent(v) for v in vs) * width(self.c, name)
+        return total

@@ -1,0 +1,218 @@
+"""Rank surgery that `canonicalize` is made of: ranks of one point go, ranks read through // and % are split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Reduce, Tensor
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, rebuild, transform, variables, walk
+from memcomp.ir.ops import MONOIDS
+from memcomp.ir.simplify import Ranges, simplify
+
+
+def ranges(c: Cascade) -> Ranges:
+    """Variable -> half-open range of its rank, for the simplifier."""
+    out: dict[str, tuple[Expr | int | None, Expr | int | None]] = {}
+    for r in c.ranks:
+        if isinstance(r.extent, Const):
+            out[r.var] = (0, int(r.extent.value))
+        elif r.extent is None or isinstance(r.extent, Knob):
+            out[r.var] = (0, Size(r.name))
+        else:
+            out[r.var] = (0, r.extent)
+    return out
+
+
+def exprs(s: Einsum) -> Iterator[Expr]:
+    """Body, guard conjuncts and output indices."""
+    yield s.body
+    yield from s.guards()
+    for o in s.outs:
+        yield from o.index
+
+
+def rewritten(s: Einsum, f: Callable[[Expr], Expr]) -> Einsum:
+    """The statement with `f` applied to body, guard and outputs (tensor of the output included)."""
+    outs = tuple(f(o) for o in s.outs)
+    return Einsum(outs, f(s.body), s.reduce, None if s.guard is None else f(s.guard))  # type: ignore[arg-type]
+
+
+def temporary(c: Cascade, name: str) -> bool:
+    t = c.declared(name.removesuffix("'"))
+    return t is None or t.role == "temp"
+
+
+def substitute_vars(e: Expr, table: Mapping[str, Expr]) -> Expr:
+    return transform(e, lambda n: table.get(n.name, n) if isinstance(n, Var) else n)
+
+
+def dimensions(c: Cascade, var: str) -> dict[str, set[int]]:
+    """Dimensions of temporaries that run over exactly this variable, in every statement that writes them."""
+    out: dict[str, set[int]] = {}
+    for name in dict.fromkeys(n for s in c.einsums for n in s.names):
+        if temporary(c, name):
+            writes = [o for s in c.einsums for o in s.outs if o.tensor == name]
+            at = set.intersection(*({k for k, i in enumerate(o.index) if i == Var(var)} for o in writes))
+            if at:
+                out[name] = at
+    return out
+
+
+def indexed(s: Einsum) -> bool:
+    """Does the statement return indices of what it reduces (which depend on how the ranks are cut)?"""
+    return s.reduce is not None and MONOIDS[s.reduce.monoid].outs > 1
+
+
+def drop_unit(c: Cascade) -> Cascade:
+    """Ranks of extent 1 leave the iteration spaces; temporaries lose their dimension, others are read at 0."""
+    for r in c.ranks:
+        users = [s for s in c.einsums if r.var in s.space()]
+        if r.extent != Const(1) or r.iterative or not users or any(indexed(s) for s in users):
+            continue
+        c = _dropped(c, r)
+    return c
+
+
+def _dropped(c: Cascade, r: Rank) -> Cascade:
+    dims = dimensions(c, r.var)
+
+    def apply(e: Expr) -> Expr:
+        if e == Var(r.var):
+            return Const(0)
+        kids = tuple(apply(i) for i in children(e))
+        if isinstance(e, Access):
+            return Access(e.tensor, tuple(i for k, i in enumerate(kids) if k not in dims.get(e.tensor, ())))
+        return rebuild(e, kids) if kids else e
+
+    statements = []
+    for s in c.einsums:
+        new = rewritten(s, apply)
+        if s.reduce is not None and r.var in s.reduce.over:
+            over = tuple(v for v in s.reduce.over if v != r.var)
+            if over:
+                new = replace(new, reduce=Reduce(s.reduce.monoid, over))
+            else:
+                identity = Const(MONOIDS[s.reduce.monoid].identity)
+                body = new.body if new.guard is None else Call("where", (new.guard, new.body, identity))
+                new = replace(new, body=body, reduce=None, guard=None)
+        statements.append(new)
+    tensors = tuple(replace(t, ranks=tuple(x for k, x in enumerate(t.ranks) if k not in dims.get(t.name, ())))
+                    for t in c.tensors)
+    return _pruned(replace(c, tensors=tensors, einsums=tuple(statements)), {r.name})
+
+
+def _pruned(c: Cascade, names: set[str]) -> Cascade:
+    """Without those of the ranks that nothing mentions any more."""
+    used = {x for t in c.tensors for x in t.ranks}
+    for s in c.einsums:
+        used |= {v.upper() for v in s.space()}
+        used |= {n.rank for e in exprs(s) for n in walk(e) if isinstance(n, Size)}
+    for r in c.ranks:
+        if r.extent is not None and not isinstance(r.extent, Knob):
+            used |= {n.rank for n in walk(r.extent) if isinstance(n, Size)}
+            used |= {v.upper() for v in variables(r.extent)}
+    return replace(c, ranks=tuple(r for r in c.ranks if r.name not in names or r.name in used))
+
+
+def split(c: Cascade) -> Cascade:
+    """A rank H read as h//k and h%k, k dividing its extent, becomes J and G with h = j*k + g."""
+    for r in c.ranks:
+        k = _divisor(c, r)
+        if k is not None:
+            return _split(c, r, k)
+    return c
+
+
+def _divisor(c: Cascade, r: Rank) -> int | None:
+    """The constant that h is divided by in some index, where it divides the extent."""
+    users = [s for s in c.einsums if r.var in s.space()]
+    if r.iterative or r.extent is None or isinstance(r.extent, Knob) or any(indexed(s) for s in users):
+        return None
+    if any(r.var in variables(x.extent) for x in c.ranks if x.extent is not None and not isinstance(x.extent, Knob)):
+        return None
+    for s in users:
+        for e in exprs(s):
+            for n in walk(e):
+                if isinstance(n, Call) and n.op in ("floordiv", "mod") and n.args[0] == Var(r.var):
+                    k = n.args[1]
+                    if isinstance(k, Const) and isinstance(k.value, int) and not isinstance(k.value, bool) \
+                            and k.value > 1 and simplify(Call("mod", (r.extent, k))) == Const(0):
+                        return k.value
+    return None
+
+
+def _split(c: Cascade, r: Rank, k: int) -> Cascade:
+    assert r.extent is not None and not isinstance(r.extent, Knob)
+    many = simplify(Call("floordiv", (r.extent, Const(k))))
+    outer = _outer(c, r, k, many)
+    inner = fresh_rank(c, "G", {outer.name})
+    g = Rank(inner, Const(k))
+    dims = dimensions(c, r.var)
+    dims = {n: at for n, at in dims.items() if _plainly_read(c, n, at, r.var)}
+    pair = (Var(outer.var), Var(g.var))
+    whole = Call("add", (Call("mul", (pair[0], Const(k))), pair[1]))
+
+    def apply(e: Expr) -> Expr:
+        if isinstance(e, Access) and e.tensor in dims:
+            return Access(e.tensor, tuple(x for d, i in enumerate(e.index)
+                                          for x in (pair if d in dims[e.tensor] else (apply(i),))))
+        if e == Var(r.var):
+            return whole
+        kids = children(e)
+        return rebuild(e, tuple(apply(x) for x in kids)) if kids else e
+
+    statements = []
+    for s in c.einsums:
+        if r.var not in s.space():
+            statements.append(s)
+            continue
+        new = rewritten(s, apply)
+        if s.reduce is not None and r.var in s.reduce.over:
+            over = tuple(x for v in s.reduce.over for x in ((outer.var, g.var) if v == r.var else (v,)))
+            new = replace(new, reduce=Reduce(s.reduce.monoid, over))
+        statements.append(new)
+    tensors = tuple(_split_dims(t, dims.get(t.name, set()), outer.name, inner) for t in c.tensors)
+    ranks = [x for x in c.ranks if x.name != outer.name]
+    at = ranks.index(r)
+    ranks[at + 1:at + 1] = [outer, g]
+    out = _pruned(Cascade(tuple(ranks), tensors, tuple(statements)), {r.name})
+    known = ranges(out)
+    return replace(out, einsums=tuple(rewritten(s, lambda e: simplify(e, known)) for s in out.einsums))
+
+
+def _split_dims(t: Tensor, dims: set[int], outer: str, inner: str) -> Tensor:
+    if not dims:
+        return t
+    return replace(t, ranks=tuple(x for d, n in enumerate(t.ranks) for x in ((outer, inner) if d in dims else (n,))))
+
+
+def _plainly_read(c: Cascade, name: str, at: set[int], var: str) -> bool:
+    return all(n.index[d] == Var(var) for s in c.einsums for e in exprs(s) for n in walk(e)
+               if isinstance(n, Access) and n.tensor == name for d in at)
+
+
+def _outer(c: Cascade, r: Rank, k: int, many: Expr) -> Rank:
+    """The rank of the dimension that h//k indexes, where it has that extent and h's statements do not use it."""
+    busy = {v for s in c.einsums if r.var in s.space() for v in s.space()}
+    part = Call("floordiv", (Var(r.var), Const(k)))
+    for s in c.einsums:
+        for e in exprs(s):
+            for n in walk(e):
+                t = c.declared(n.tensor) if isinstance(n, Access) else None
+                if t is None:
+                    continue
+                for i, name in zip(n.index, t.ranks, strict=True):  # type: ignore[union-attr]
+                    have = c.rank(name)
+                    if i == part and have.var not in busy and have.extent == many and not have.iterative:
+                        return have
+    return Rank(fresh_rank(c, "J", set()), many)
+
+
+def fresh_rank(c: Cascade, stem: str, more: set[str]) -> str:
+    have = {r.name for r in c.ranks} | more
+    name, n = stem, 1
+    while name in have:
+        n += 1
+        name = f"{stem}{n}"
+    return name

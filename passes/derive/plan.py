@@ -1,0 +1,147 @@
+"""Reading a cascade along one rank: which side each tensor stands on, inlining of carried maps, passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memcomp.ir.cascade import Cascade, Einsum
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, conjuncts, rebuild, children, substitute, variables, walk
+from memcomp.passes.derive.sides import Side
+
+_LARGEST_BODY = 400  # nodes; a larger inlined body is left to its own statement
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A cascade seen along the variable v.
+
+    sides:   tensor -> neutral | carried | late | mixed, for tensors written by the statements looked at.
+    writer:  tensor -> its only statement, for carried and mixed tensors that readers may look through.
+    """
+
+    v: str
+    sides: dict[str, Side]
+    writer: dict[str, Einsum]
+
+    def late(self, tensor: str) -> bool:
+        return self.sides.get(tensor) in ("late", "mixed")
+
+
+def reduces(s: Einsum, v: str) -> bool:
+    return s.reduce is not None and v in s.reduce.over
+
+
+def carries(s: Einsum, v: str) -> bool:
+    return any(v in variables(i) for o in s.outs for i in o.index)
+
+
+def view(cascade: Cascade, statements: Sequence[Einsum], v: str) -> View:
+    """Sides of everything `statements` write; what other statements wrote is neutral."""
+    sides: dict[str, Side] = {}
+    writer: dict[str, Einsum] = {}
+    opaque = unaligned(cascade, v)
+    for s in statements:
+        read = [sides.get(t, "neutral") for t in s.reads()]
+        waits = "late" in read or "mixed" in read
+        if reduces(s, v):
+            side: Side = "late"
+        elif carries(s, v):
+            side = "mixed" if waits else "carried"
+        else:
+            side = "late" if waits else "neutral"
+        for name in s.names:
+            if side == "carried" and name in opaque:
+                sides[name] = "neutral"  # stays whole; readers index it like an input
+                continue
+            if side == "mixed" and name in opaque:
+                sides[name] = "late"
+                continue
+            sides[name] = side
+            if side in ("carried", "mixed"):
+                writer[name] = s
+    return View(v, sides, writer)
+
+
+def unaligned(cascade: Cascade, v: str) -> set[str]:
+    """Tensors along v that no tile can hold: read at another index than v, written more than once or not over plain
+    variables, or by a reduction with several results."""
+    out: set[str] = set()
+    place: dict[str, int] = {}
+    for s in cascade.einsums:
+        for o in s.outs:
+            at = [k for k, i in enumerate(o.index) if i == Var(v)]
+            if not any(v in variables(i) for i in o.index):
+                continue
+            plain = all(isinstance(i, Var) for i in o.index) and len(set(o.index)) == len(o.index)
+            if len(at) != 1 or not plain or o.tensor in place or len(s.outs) > 1 or len(cascade.writers(o.tensor)) > 1:
+                out.add(o.tensor)
+            place[o.tensor] = at[0] if at else 0
+    for s in cascade.einsums:
+        exprs = [s.body, *s.guards(), *(i for o in s.outs for i in o.index)]
+        for e in exprs:
+            for n in walk(e):
+                if isinstance(n, Access) and n.tensor in place and n.index[place[n.tensor]] != Var(v):
+                    out.add(n.tensor)
+    return out
+
+
+@dataclass(slots=True)
+class Inliner:
+    """Carried and mixed maps replaced by their bodies."""
+
+    cascade: Cascade
+    look: View
+
+    def expr(self, e: Expr, guard: tuple[Expr, ...]) -> Expr:
+        """`e` read at points where `guard` holds."""
+        if isinstance(e, Access):
+            s = self.look.writer.get(e.tensor)
+            if s is not None and s.reduce is None:
+                table: dict[Expr, Expr] = dict(zip(s.out.index, e.index, strict=True))
+                body = self.expr(substitute(s.body, table), guard)
+                conds = [self.expr(substitute(c, table), guard) for c in s.guards()]
+                missing = [c for c in conds if c not in guard]
+                if sum(1 for _ in walk(body)) > _LARGEST_BODY and self.look.sides[e.tensor] == "carried":
+                    return e
+                declared = self.cascade.declared(e.tensor)
+                empty = Const(0.0 if declared is None else declared.empty)
+                for c in reversed(missing):
+                    body = Call("where", (c, body, empty))
+                return body
+        kids = children(e)
+        return rebuild(e, tuple(self.expr(k, guard) for k in kids)) if kids else e
+
+    def guard(self, s: Einsum) -> tuple[Expr, ...]:
+        out: list[Expr] = []
+        for c in s.guards():
+            out += conjuncts(self.expr(c, tuple(out)))
+        return tuple(dict.fromkeys(out))
+
+    def body(self, s: Einsum) -> tuple[Expr, tuple[Expr, ...]]:
+        guard = self.guard(s)
+        return self.expr(s.body, guard), guard
+
+
+def count(cascade: Cascade, statements: Sequence[Einsum], v: str) -> int:
+    """Passes over v that the statements need (docs/passes.md 2.2); maximum over tensors."""
+    ready: dict[str, int] = {}
+    along: set[str] = {t.name for t in cascade.tensors if v.upper() in t.ranks and t.role in ("in", "state")}
+    most = 0
+    for s in statements:
+        iterates = reduces(s, v) or carries(s, v)
+        p = 1 if iterates else 0
+        for t in s.reads():
+            at = ready.get(t, 1 if t in along else 0)
+            p = max(p, at + 1 if iterates and t not in along and t in ready and ready[t] > 0 else at)
+        for name in s.names:
+            ready[name] = p
+            if carries(s, v):
+                along.add(name)
+        if iterates:
+            most = max(most, p)
+    return most
+
+
+def iterative(cascade: Cascade) -> set[str]:
+    return {r.var for r in cascade.ranks if r.iterative}

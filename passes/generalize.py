@@ -1,0 +1,151 @@
+"""Fixed extents that a kernel need not know become run-time symbols, so that equal layers and other lengths share it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from memcomp.ir.cascade import Cascade, Einsum, extent_of
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, variables, walk
+from memcomp.ir.program import Program
+from memcomp.ir.simplify import linear, simplify
+from memcomp.passes._roles import accesses, out_vars, product_operands
+
+SMALL = 8        # a group of at most so many rows stays a number: it is unrolled
+FEATURES = 1024  # a contraction of at most so many terms stays a number: it is a tile
+
+
+def generalize(program: Program) -> Program:
+    """Ranks that run in parallel or are streamed lose their number; what shapes the code keeps it.
+
+    Kept: contractions, features of a result that other statements lack, small groups, and every rank whose number an
+    index relies on.  Where an index ties ranks together (`j*3 + g`) the outer one is derived from the others.
+
+    before:
+        program p
+        rank J = 2
+        rank G = 3
+        rank H = 6
+        rank M = 100
+        rank E = 8
+        in Q[H, E]: f32
+        in K[J, M, E]: f32
+        out GM[H]: f32
+        S[j, g, m] = sum{e} Q[j*3 + g, e] * K[j, m, e]
+        GM[j*3 + g] = max{m} S[j, g, m]
+    after:
+        program p
+        rank J
+        rank G = 3
+        rank H = J*3
+        rank M
+        rank E = 8
+        in Q[H, E]: f32
+        in K[J, M, E]: f32
+        out GM[H]: f32
+        S[j, g, m] = sum{e} Q[j*3 + g, e] * K[j, m, e]
+        GM[j*3 + g] = max{m} S[j, g, m]
+    """
+    c = program.cascade
+    free = _free(c)
+    derived: dict[str, Expr] = {}
+    while True:
+        pinned = _tie(c, free, derived)
+        if not pinned:
+            break
+        free -= pinned
+        derived = {}
+    if not free:
+        return program
+    ranks = tuple(replace(r, extent=derived[r.name]) if r.name in derived else
+                  replace(r, extent=None) if r.name in free else r for r in c.ranks)
+    return replace(program, cascade=replace(c, ranks=ranks))
+
+
+def _free(c: Cascade) -> set[str]:
+    """Ranks with a number that is only a length: streamed, or common to all reductions; and ranks only indexed."""
+    fixed = {r.name for r in c.ranks if extent_of(c, r.name) is not None}
+    given = {r for t in c.inputs() for r in t.ranks}
+    made = {v for e in c.einsums for v in out_vars(e)}
+    reduced = {v for e in c.einsums for v in (e.reduce.over if e.reduce else ())}
+    products = {v for e in c.einsums if product_operands(e) and e.reduce for v in e.reduce.over}
+    guarded = {v for e in c.einsums for g in e.guards() for v in variables(g)}
+    streamed = {v for v in reduced if v in made or v not in products
+                or (extent_of(c, v.upper()) or 0) > FEATURES}
+    core = [e for e in c.einsums if e.reduce and (set(e.reduce.over) & streamed or product_operands(e))] or list(c.einsums)
+    shared = set.intersection(*(set(out_vars(e)) | set(e.reduce.over if e.reduce else ()) for e in core)) if core else set()
+    rows = _rows(core, streamed, shared)
+    out = set()
+    for r in sorted(fixed):
+        v, n = r.lower(), extent_of(c, r) or 0
+        iterated = v in made | reduced
+        if r not in given:
+            continue
+        if not iterated or v in streamed or (v in shared and not (v in rows and n <= SMALL and v not in guarded)):
+            out.add(r)
+    return out
+
+
+def _rows(core: list[Einsum], streamed: set[str], shared: set[str]) -> set[str]:
+    """Shared ranks that a streamed operand of a product lacks: one element of it serves them all."""
+    operands = [a for e in core for a in product_operands(e) if variables(a) & streamed]
+    return {v for v in shared if any(v not in variables(a) for a in operands)}
+
+
+def _tie(c: Cascade, free: set[str], derived: dict[str, Expr]) -> set[str]:
+    """Ranks that must keep their number after all, because an index relies on it; fills `derived` on the way."""
+    iterated = {v.upper() for e in c.einsums for v in e.space()}
+    named: set[str] = set()      # ranks that some index reaches
+    pinned: set[str] = set()
+    for e in c.einsums:
+        for a in (*accesses(e), *e.outs):
+            for rank, i in zip(c.tensor(a.tensor).ranks, a.index, strict=True):
+                named.add(rank)
+                ranks = {v.upper() for v in variables(i)}
+                if i == Var(rank.lower()) or any(isinstance(n, Access) for n in walk(i)) or not (ranks | {rank}) & free:
+                    continue
+                tied = _relation(c, rank, i, iterated)
+                if tied is None or derived.get(tied[0], tied[1]) != tied[1] or tied[0] not in free:
+                    pinned |= (ranks | {rank}) & free
+                else:
+                    derived[tied[0]] = tied[1]
+    pinned |= {r for r in free if r not in named}
+    for r, x in derived.items():   # no circles, and numbers stay where everything they rest on does
+        sizes = {n.rank for n in walk(x) if isinstance(n, Size)}
+        if sizes & set(derived) or not sizes & free:
+            pinned.add(r)
+    return pinned & free
+
+
+def _relation(c: Cascade, rank: str, i: Expr, iterated: set[str]) -> tuple[str, Expr] | None:
+    """(rank to derive, its extent) when the index exactly covers the rank, for the numbers that there are now."""
+    n = extent_of(c, rank)
+    if isinstance(i, Call) and i.op == "floordiv" and isinstance(i.args[0], Var) and isinstance(i.args[1], Const):
+        outer, k = i.args[0].name.upper(), i.args[1].value
+        if n is not None and isinstance(k, int) and extent_of(c, outer) == n * k:
+            return outer, simplify(Size(rank) * k)
+        return None
+    terms = linear(i)
+    if terms is None or n is None or rank in iterated or not variables(i):
+        return None
+    extent: Expr = Const(terms.get(None, 0) + 1)
+    for term, k in terms.items():
+        if term is None:
+            continue
+        if not isinstance(term, Var) or k <= 0 or extent_of(c, term.name.upper()) is None:
+            return None
+        extent = extent + (Size(term.name.upper()) - 1) * k
+    fixed = {Size(r.name): Const(extent_of(c, r.name) or 0) for r in c.ranks if extent_of(c, r.name) is not None}
+    from memcomp.ir.expr import substitute
+
+    if simplify(substitute(extent, fixed)) != Const(n):
+        return None
+    small = {Size(v.upper()): fixed[Size(v.upper())] for v in variables(i) if _stays(c, v, i)}
+    return rank, simplify(substitute(extent, small))
+
+
+def _stays(c: Cascade, v: str, i: Expr) -> bool:
+    """Is the number of this rank written into the index as the stride of another (`j*3 + g`: G is 3)?"""
+    terms = linear(i) or {}
+    mine = terms.get(Var(v), 0)
+    n = extent_of(c, v.upper()) or 0
+    return any(t is not None and t != Var(v) and k == mine * n for t, k in terms.items())

@@ -1,0 +1,128 @@
+"""compile, explain, check, stats and reset: the names users build on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import memcomp
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    memcomp.reset()
+    yield
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return torch.softmax(scores, -1) @ v
+
+
+def inputs(length: int = 70) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(1, 2, length, 16) for _ in range(3))
+
+
+def test_importing_the_ir_or_the_package_imports_no_torch() -> None:
+    code = ("import sys, memcomp, memcomp.ir.text, memcomp.config, memcomp.pipeline; dir(memcomp); "
+            "print([m for m in ('torch', 'tvm', 'triton', 'transformers') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=".")
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_public_name_resolves() -> None:
+    for name in memcomp.__all__:
+        assert getattr(memcomp, name) is not None
+    with pytest.raises(AttributeError):
+        memcomp.nothing  # noqa: B018
+
+
+def test_lengths_are_symbols_after_compile_with_examples() -> None:
+    fast = memcomp.compile(attention, *inputs(), rest="eager", strict=True)
+    graphs = memcomp.stats()["graphs"]
+    for length in (8, 65, 130):
+        case = inputs(length)
+        assert torch.allclose(fast(*case), attention(*case), atol=1e-5)
+    assert memcomp.stats()["graphs"] == graphs == 1
+
+
+def test_a_fixed_shape_compiles_again_for_another() -> None:
+    fast = memcomp.compile(attention, *inputs(), dynamic=False, rest="eager", strict=True)
+    fast(*inputs(8))
+    assert memcomp.stats()["graphs"] == 2 and memcomp.stats()["kernels"] == 1
+
+
+def test_explain_counts_three_passes_before_and_one_after() -> None:
+    found = memcomp.explain(attention, *inputs())
+    (region,) = found.regions
+    assert not found.refusals and "test_api" in region.source
+    assert max(region.passes.before.values()) == 3
+    shared = region.passes.before.keys() & region.passes.after.keys()
+    assert shared and {region.passes.after[key] for key in shared} == {1}
+    assert len(region.kernels) == 1 and region.kernels[0].source
+    assert region.traffic.bytes >= region.traffic.compulsory > 0
+    assert memcomp.ir.text.parse(str(region.program)) == region.program
+    assert "passes" in str(found) and region.source in str(found)
+    json.dumps(found.json())
+
+
+def test_explain_says_when_there_is_nothing() -> None:
+    found = memcomp.explain(lambda x: x + 1, torch.ones(3))
+    assert found.regions == () and "no regions" in str(found)
+
+
+def test_check_admits_the_truth() -> None:
+    report = memcomp.check(attention, *inputs(), rest="eager", strict=True)
+    assert report.ok and 0 < report.max_error <= report.tolerance
+
+
+def test_check_catches_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memcomp import runtime
+
+    run = runtime.run
+
+    def wrong(entry: runtime.Entry, tensors: list[Tensor], sizes: list[int]) -> list[Tensor]:
+        return [o * (1 + 1e-4) for o in run(entry, tensors, sizes)]
+
+    monkeypatch.setattr(runtime, "run", wrong)
+    report = memcomp.check(attention, *inputs(), rest="eager", strict=True)
+    assert not report.ok and report.max_error > report.tolerance and "WRONG" in str(report)
+
+
+def test_check_takes_a_module_and_integer_outputs() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(11, 8)
+
+        def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.embed(tokens)
+            y = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+            return y, y.argmax(-1)
+
+    report = memcomp.check(Model().eval(), torch.randint(0, 11, (2, 9)), rest="eager", strict=True)
+    assert report.ok and len(report.rows) == 2
+
+
+def test_dump_prints_the_stations_asked_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MEMCOMP_DUMP", "capture,reduce_passes,tvm")
+    memcomp.compile(attention, *inputs(), rest="eager", strict=True)
+    seen = capfd.readouterr().err
+    assert "# capture\nprogram" in seen and "# reduce_passes\nprogram" in seen and "# emit\n" in seen
+    assert "# fuse" not in seen
+
+
+@pytest.mark.parametrize("name,value", [("STRICT", "maybe"), ("REST", "none"), ("TARGET", "z80")])
+def test_wrong_variables_are_errors(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"MEMCOMP_{name}", value)
+    with pytest.raises(memcomp.OptionError):
+        memcomp.compile(attention)

@@ -1,0 +1,29 @@
+"""What the README says is run: its Python blocks in order, its make targets by name."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+def test_python_blocks_run(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = [code for language, code in BLOCKS if language == "python"]
+    assert blocks
+    names: dict[str, object] = {"__name__": "readme"}
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), names)
+
+
+def test_make_targets_exist() -> None:
+    targets = re.findall(r"^make (\w+)", "".join(code for language, code in BLOCKS if language == "sh"), re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets and all(re.search(rf"^{t}:", makefile, re.MULTILINE) for t in targets), targets
+
+
+def test_files_it_names_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert links and all((ROOT / link).exists() for link in links if "://" not in link), links
