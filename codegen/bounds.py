@@ -30,7 +30,9 @@ class Half:
         return tuple(sorted(variables(self.data))) if self.data is not None else ()
 
 
-def half(cond: Expr, loop: str, dims: Collection[str], integers: Collection[str], varying: Collection[str]) -> Half | None:
+def half(
+    cond: Expr, loop: str, dims: Collection[str], integers: Collection[str], varying: Collection[str]
+) -> Half | None:
     """`cond` as a `Half`, or None: not an inequality, not over integers, or data that change along the loop.
 
     integers: names of tiles known to hold integers.  varying: tiles written inside the loop.
@@ -67,8 +69,13 @@ def _total(parts: list[Expr]) -> Expr | None:
     return None if out is None else simplify(out, index=True)
 
 
-def extreme(h: Half, greatest: bool, dim: Callable[[str], Dim], fixed: Collection[str],
-            fold: Callable[[Expr, tuple[str, ...], bool], Expr]) -> Expr:
+def extreme(
+    h: Half,
+    greatest: bool,
+    dim: Callable[[str], Dim],
+    fixed: Collection[str],
+    fold: Callable[[Expr, tuple[str, ...], bool], Expr],
+) -> Expr:
     """Least or greatest value of everything in `h` but the loop term, over the points of a tile.
 
     Dims in `fixed` have a count that the loop does not change; the others count as full.  `fold` makes the least or

@@ -6,12 +6,17 @@ operations), `lower_fuse` (fewer tiles) and `lower_emit` (loads, masks, loop bou
 
 from __future__ import annotations
 
-from memcomp.codegen.lower_emit import Emitter, tile_dtype
+from dataclasses import replace
+
+from memcomp.codegen.lower_emit import Emitter
+from memcomp.codegen.lower_fill import fills
 from memcomp.codegen.lower_fuse import buffers, compose, keep_old, kind
-from memcomp.codegen.lower_ops import OLD, GroupOps, Sizes, group_ops, ragged_guards
+from memcomp.codegen.lower_ops import OLD, GroupOps, group_ops
+from memcomp.codegen.lower_pieces import Sizes, kernels_of
+from memcomp.codegen.lower_tiles import tile_dtype
 from memcomp.ir.cascade import Cascade, Tensor
-from memcomp.ir.errors import Refusal, VerifyError
-from memcomp.ir.expr import Access, Const, Expr, Size, Var, call, reads, walk
+from memcomp.ir.errors import VerifyError
+from memcomp.ir.expr import Access, Expr, Size, call, transform, walk
 from memcomp.ir.program import Program, knobs
 from memcomp.ir.tile import Param, TileKernel, TileProgram
 
@@ -32,21 +37,29 @@ def lower(program: Program) -> TileProgram:
     sizes = Sizes(c)
     grouped = []
     for group in program.mapping.groups:
+
         def outside(name: str, own: str = group.name) -> list[Access]:
-            return [n for e in c.einsums if owner[e.out.tensor] != own
-                    for root in (e.body, *e.guards(), *(i for o in e.outs for i in o.index))
-                    for n in walk(root) if isinstance(n, Access) and n.tensor == name]
-        grouped.append(group_ops(c, group, outside))
+            return [
+                n
+                for e in c.einsums
+                if owner[e.out.tensor] != own
+                for root in (e.body, *e.guards(), *(i for o in e.outs for i in o.index))
+                for n in walk(root)
+                if isinstance(n, Access) and n.tensor == name
+            ]
+
+        grouped += [group_ops(c, part, members, outside) for part, members in kernels_of(c, group)]
     params = _params(c, sizes, grouped)
     dropped = {n: k for g in grouped for n, k in g.carried.items() if n in g.stores and n not in g.each_step}
     by_name = {p.name: p for p in params}
-    kernels = tuple(_kernel(program, c, g, by_name, dropped) for g in grouped)
+    kernels = (*fills(program.name, c, grouped, params), *(_kernel(program, c, g, by_name, dropped) for g in grouped))
     symbols = tuple(r.name for r in c.ranks if sizes.symbolic(r))
     return TileProgram(program.name, params, symbols, kernels, program.target)
 
 
 def _params(c: Cascade, sizes: Sizes, grouped: list[GroupOps]) -> tuple[Param, ...]:
     """Inputs and states, outputs, then workspace: what one kernel leaves for another."""
+
     def param(t: Tensor, role: str) -> Param:
         return Param(t.name, t.dtype, tuple(sizes.index(Size(r)) for r in t.ranks), role)
 
@@ -76,14 +89,13 @@ def _params(c: Cascade, sizes: Sizes, grouped: list[GroupOps]) -> tuple[Param, .
     return tuple(out)
 
 
-def _kernel(program: Program, c: Cascade, g: GroupOps, params: dict[str, Param],
-            dropped: dict[str, int]) -> TileKernel:
+def _kernel(program: Program, c: Cascade, g: GroupOps, params: dict[str, Param], dropped: dict[str, int]) -> TileKernel:
     _workspace_reads(c, g, dropped)
     dtype = _dtypes(c, g, params)
     compose(g)
     keep_old(g)
     for o in g.ops:
-        if o.target not in dtype:     # copies of carried tiles
+        if o.target not in dtype:  # copies of carried tiles
             dtype[o.target] = dtype[o.target.removesuffix("_old")]
     home = buffers(g, dtype)
     return Emitter(g, params, dtype, home).kernel(f"{program.name}_{g.group.name}")
@@ -94,20 +106,22 @@ def _workspace_reads(c: Cascade, g: GroupOps, dropped: dict[str, int]) -> None:
 
     The new value of a state (`X'`) is read from the state's own param.
     """
-    from dataclasses import replace
-
-    from memcomp.ir.expr import transform
-
     own = {o.target for o in g.ops}
 
     def f(n: Expr) -> Expr:
         if not isinstance(n, Access) or n.tensor in own or n.tensor.removesuffix(OLD) in own:
             return n
         k = dropped.get(n.tensor)
-        index = n.index if k is None else n.index[:k] + n.index[k + 1:]
+        index = n.index if k is None else n.index[:k] + n.index[k + 1 :]
         return Access(n.tensor.removesuffix("'"), index)
 
-    g.ops[:] = [replace(o, body=transform(o.body, f), guards=tuple(transform(x, f) for x in o.guards)) for o in g.ops]
+    g.ops[:] = [
+        replace(
+            o, body=transform(o.body, f), guards=tuple(transform(x, f) for x in o.guards), empty=transform(o.empty, f)
+        )
+        for o in g.ops
+    ]
+    g.stores = {n: Access(a.tensor, tuple(transform(i, f) for i in a.index)) for n, a in g.stores.items()}
 
 
 def _dtypes(c: Cascade, g: GroupOps, params: dict[str, Param]) -> dict[str, str]:
@@ -125,8 +139,7 @@ def _dtypes(c: Cascade, g: GroupOps, params: dict[str, Param]) -> dict[str, str]
                 found = kinds.setdefault(o.target, set())
                 found.add(kind(o.body, {**stored, **out}))
                 real = "f64" if wide else "f32"
-                out[o.target] = real if "real" in found else "i64" if "int" in found else "bool" if "bool" in found else real
+                out[o.target] = (
+                    real if "real" in found else "i64" if "int" in found else "bool" if "bool" in found else real
+                )
     return out
-
-
-__all__ = ["Const", "Refusal", "Var", "lower", "ragged_guards", "reads"]

@@ -24,8 +24,12 @@ def _uses(g: GroupOps) -> Counter[str]:
 
 def _private(g: GroupOps, o: Op, uses: Counter[str]) -> bool:
     """Is the result read exactly once, by this kernel, and by nothing else?"""
-    return (uses[o.target] == 1 and o.target not in g.stores and o.target not in g.carried
-            and sum(p.target == o.target for p in g.ops) == 1)
+    return (
+        uses[o.target] == 1
+        and o.target not in g.stores
+        and o.target not in g.carried
+        and sum(p.target == o.target for p in g.ops) == 1
+    )
 
 
 def factors(e: Expr) -> list[Expr]:
@@ -52,12 +56,20 @@ def _inline(g: GroupOps, k: int) -> bool:
         if o.target not in user.reads():
             continue
         copy = isinstance(o.body, Access)
-        if (user.phase != o.phase or not set(o.guards) <= set(user.guards) or user.accumulate
-                or set(o.dims) != set(user.dims) | set(user.over) or (is_product(user) and not copy)):
+        if (
+            user.phase != o.phase
+            or not set(o.guards) <= set(user.guards)
+            or user.accumulate
+            or set(o.dims) != set(user.dims) | set(user.over)
+            or (is_product(user) and not copy)
+        ):
             return False
         read = next(a for a in user.accesses() if a.tensor == o.target)
-        g.ops[j] = replace(user, body=substitute(user.body, {read: o.body}),
-                           guards=tuple(substitute(c, {read: o.body}) for c in user.guards))
+        g.ops[j] = replace(
+            user,
+            body=substitute(user.body, {read: o.body}),
+            guards=tuple(substitute(c, {read: o.body}) for c in user.guards),
+        )
         del g.ops[k]
         return True
     return False
@@ -78,8 +90,13 @@ def _merge(g: GroupOps, k: int) -> bool:
         if j is None:
             continue
         r = g.ops[j]
-        if (MONOIDS[r.monoid].join if r.monoid else "") != o.body.op or not _private(g, r, uses) or r.accumulate \
-                or r.phase != o.phase or set(r.dims) != set(o.dims):
+        if (
+            (MONOIDS[r.monoid].join if r.monoid else "") != o.body.op
+            or not _private(g, r, uses)
+            or r.accumulate
+            or r.phase != o.phase
+            or set(r.dims) != set(o.dims)
+        ):
             continue
         rest = list(parts)
         rest.remove(p)
@@ -88,7 +105,7 @@ def _merge(g: GroupOps, k: int) -> bool:
             body = Call(o.body.op, (body, q))
         joined = replace(r, target=o.target, dims=o.dims, accumulate=True)
         first = [] if body == _old(o) else [replace(o, body=body)]
-        g.ops[j:k + 1] = [*g.ops[j + 1:k], *first, joined]
+        g.ops[j : k + 1] = [*g.ops[j + 1 : k], *first, joined]
         return True
     return False
 
@@ -105,8 +122,7 @@ def keep_old(g: GroupOps) -> None:
         if not writes:
             continue
         first = writes[0]
-        late = [k for k, o in enumerate(g.ops) if old in o.reads()
-                and (k > first or (k == first and o.monoid))]
+        late = [k for k, o in enumerate(g.ops) if old in o.reads() and (k > first or (k == first and o.monoid))]
         copy = f"{name}_old"
         for k, o in enumerate(g.ops):
             if old in o.reads():
@@ -136,7 +152,11 @@ def buffers(g: GroupOps, dtype: dict[str, str]) -> dict[str, str]:
             last = max((i for i, p in enumerate(g.ops) if x in p.reads()), default=-1)
             if not made or last != k or g.ops[made[-1]].dims != o.dims or dtype[x] != dtype[o.target]:
                 continue
-            if all(g.ops[i].phase == o.phase for i in made) and x not in g.carried or (x in g.carried and o.phase == POST):
+            if (
+                all(g.ops[i].phase == o.phase for i in made)
+                and x not in g.carried
+                or (x in g.carried and o.phase == POST)
+            ):
                 home[o.target] = home[x]
                 break
     return home
@@ -155,6 +175,3 @@ def kind(e: Expr, dtype: dict[str, str]) -> str:
         return "real" if "real" in kinds else "" if "" in kinds else "int" if "int" in kinds else "bool"
     value = getattr(e, "value", 0)
     return "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "real"
-
-
-__all__ = ["addends", "buffers", "compose", "factors", "is_product", "keep_old", "kind"]

@@ -9,23 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from memcomp.ir.cascade import Cascade, Einsum, Rank
+from memcomp.codegen.lower_pieces import Sizes, normal, ragged_guards, stream
+from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import (
-    Access,
-    Call,
-    Const,
-    Expr,
-    Size,
-    Var,
-    call,
-    conjunction,
-    rebuild,
-    substitute,
-    transform,
-    variables,
-    walk,
-)
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, rebuild, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Group
 from memcomp.ir.simplify import simplify
@@ -66,117 +53,13 @@ class GroupOps:
 
     group: Group
     grid: tuple[tuple[str, Expr], ...]
-    loop: str                                   # loop variable, "" = none
-    steps: Expr                                 # extent of the loop
+    loop: str  # loop variable, "" = none
+    steps: Expr  # extent of the loop
     dims: dict[str, Dim]
     ops: list[Op]
-    carried: dict[str, int] = field(default_factory=dict)   # iterative tensor -> position of its iterative index
+    carried: dict[str, int] = field(default_factory=dict)  # iterative tensor -> position of its iterative index
     stores: dict[str, Access] = field(default_factory=dict)  # group tensor -> element written, over dims and grid
-    each_step: set[str] = field(default_factory=set)         # carried tensors stored after every step, not once
-
-
-class Sizes:
-    """Extents of ranks as expressions over run-time symbols only."""
-
-    def __init__(self, cascade: Cascade) -> None:
-        self.cascade = cascade
-
-    def extent(self, rank: str) -> Expr:
-        """The rank's extent; a ragged rank counts as its symbol (its raggedness is a guard, see `ragged_guard`)."""
-        x = self.cascade.rank(rank).extent
-        if x is None or (not isinstance(x, Const) and any(isinstance(n, Access) for n in walk(x))):  # type: ignore[arg-type]
-            return Size(rank)
-        return self.close(x)  # type: ignore[arg-type]
-
-    def close(self, e: Expr) -> Expr:
-        return transform(e, lambda n: self.extent(n.rank) if isinstance(n, Size) else n)
-
-    def index(self, e: Expr) -> Expr:
-        return simplify(self.close(e), index=True)
-
-    def symbolic(self, rank: Rank) -> bool:
-        return self.extent(rank.name) == Size(rank.name)
-
-
-def ragged_guards(c: Cascade, e: Einsum) -> Einsum:
-    """A ragged rank in the statement's space becomes the guard that stops it: `t < len[b]`."""
-    more = []
-    for v in e.space():
-        x = c.rank(v.upper()).extent
-        if isinstance(x, (Call, Access)) and any(isinstance(n, Access) for n in walk(x)):
-            more.append(call("lt", Var(v), x))
-    return replace(e, guard=conjunction([*e.guards(), *more])) if more else e
-
-
-def _normal(e: Einsum) -> Einsum:
-    """Indices in normal form, so that equal ones are equal."""
-    def f(n: Expr) -> Expr:
-        return Access(n.tensor, tuple(simplify(i, index=True) for i in n.index)) if isinstance(n, Access) else n
-
-    outs = tuple(Access(o.tensor, tuple(simplify(transform(i, f), index=True) for i in o.index)) for o in e.outs)
-    return replace(e, outs=outs, body=transform(e.body, f), guard=None if e.guard is None else transform(e.guard, f))
-
-
-def stream(e: Einsum, var: str, size: int) -> tuple[list[Einsum], Rank, Rank]:
-    """A reduction over a cut rank as an iterative cascade: initialise, reduce each tile, join, take the last.
-
-    Right because the monoids of `ir.ops` that have a join are associative and commutative.
-    """
-    assert e.reduce is not None
-    monoid = MONOIDS[e.reduce.monoid]
-    if not monoid.join:
-        raise Refusal(f"{monoid.name} over rank {var.upper()} needs more than a tile", e.out.tensor,
-                      "only reductions with a joining operator can be cut into tiles")
-    outer, inner = f"{var}1", f"{var}0"
-    point = call("add", call("mul", Var(outer), size), Var(inner))
-    sub: dict[Expr, Expr] = {Var(var): point}
-    length = Size(var.upper())
-    rank1 = Rank(outer.upper(), call("ceildiv", length, size), None, True)
-    rank0 = Rank(inner.upper(), Const(size))
-    name, index = e.out.tensor, e.out.index
-    run, part = f"{name}_run", f"{name}_part"
-    over = tuple(inner if v == var else v for v in e.reduce.over)
-    guard = conjunction([call("lt", point, length), *(substitute(g, sub) for g in e.guards())])
-    plain = tuple(dict.fromkeys(v for i in index for v in sorted(variables(i))))
-    at = tuple(Var(v) for v in plain)
-    return [
-        Einsum((Access(run, (*at, Const(0))),), Const(monoid.identity)),
-        Einsum((Access(part, (*at, Var(outer))),), substitute(e.body, sub), replace(e.reduce, over=over), guard),
-        Einsum((Access(run, (*at, call("add", Var(outer), 1))),),
-               Call(monoid.join, (Access(run, (*at, Var(outer))), Access(part, (*at, Var(outer)))))),
-        Einsum(e.outs, Access(run, (*at, Size(rank1.name)))),
-    ], rank1, rank0
-
-
-def kernels_of(c: Cascade, group: Group) -> list[tuple[Group, list[Einsum]]]:
-    """The group's statements, one list per kernel: one, but for a tensor that several statements write piece by piece,
-    each over points of its own; the mapping of such a group is read by each piece as far as it has the ranks."""
-    members = [e for e in c.einsums if set(e.names) & set(group.tensors)]
-    pieces: dict[str, set[tuple[Expr, ...]]] = {}
-    for e in members:
-        if not any(isinstance(i, Const) and c.rank(r).iterative for i, r in zip(e.out.index, _ranks(c, e), strict=False)):
-            pieces.setdefault(e.out.tensor, set()).add(_normal(e).out.index)
-    several = [n for n, at in pieces.items() if len(at) > 1]
-    if not several:
-        return [(group, members)]
-    if len(pieces) > 1:
-        raise Refusal(f"{several[0]} is written at several places in a kernel that computes more", f"group {group.name}",
-                      "put it into a group of its own")
-    out = []
-    for k, e in enumerate(members):
-        names = {v.upper() for v in e.space()}
-        has = names | {f"{r}1" for r, _ in group.partition if r in names}
-        out.append((replace(group, name=f"{group.name}_{k}", partition=tuple(x for x in group.partition if x[0] in names),
-                            space=tuple(r for r in group.space if r in has),
-                            loop_order=tuple(r for r in group.loop_order if r in has)), [e]))
-    return out
-
-
-def _ranks(c: Cascade, e: Einsum) -> tuple[str, ...]:
-    try:
-        return c.tensor(e.out.tensor).ranks
-    except KeyError:
-        return ()
+    each_step: set[str] = field(default_factory=set)  # carried tensors stored after every step, not once
 
 
 def group_ops(c: Cascade, group: Group, members: list[Einsum], outside: Callable[[str], list[Access]]) -> GroupOps:
@@ -185,11 +68,14 @@ def group_ops(c: Cascade, group: Group, members: list[Einsum], outside: Callable
     outside: accesses to a tensor in statements of other groups (they decide what is stored).
     Raises Refusal with the reason where the tile form cannot say it.
     """
-    einsums = [ragged_guards(c, _normal(e)) for e in members]
+    einsums = [ragged_guards(c, normal(e)) for e in members]
     for e in einsums:
         if len(e.outs) > 1:
-            raise Refusal(f"{e.reduce.monoid if e.reduce else 'tuple'} has no tile form", e.out.tensor,
-                          "tile programs reduce with sum, prod, max, min, and, or")
+            raise Refusal(
+                f"{e.reduce.monoid if e.reduce else 'tuple'} has no tile form",
+                e.out.tensor,
+                "tile programs reduce with sum, prod, max, min, and, or",
+            )
     cut = {r: s.value for r, s in group.partition if isinstance(s, Const) and isinstance(s.value, int)}
     ranks = list(c.ranks)
     for r in group.loop_order:
@@ -210,13 +96,17 @@ def group_ops(c: Cascade, group: Group, members: list[Einsum], outside: Callable
 class _Grouping:
     """Scratch of `group_ops`."""
 
-    def __init__(self, inner: Cascade, whole: Cascade, group: Group, cut: dict[str, int],
-                 outside: Callable[[str], list[Access]]) -> None:
+    def __init__(
+        self, inner: Cascade, whole: Cascade, group: Group, cut: dict[str, int], outside: Callable[[str], list[Access]]
+    ) -> None:
         self.c, self.whole, self.group, self.cut, self.outside = inner, whole, group, cut, outside
         self.sizes = Sizes(inner)
         if len(group.loop_order) > 1:
-            raise Refusal(f"group {group.name} has {len(group.loop_order)} sequential ranks", " ".join(group.loop_order),
-                          "a kernel runs one loop")
+            raise Refusal(
+                f"group {group.name} has {len(group.loop_order)} sequential ranks",
+                " ".join(group.loop_order),
+                "a kernel runs one loop",
+            )
         self.loop = group.loop_order[0].lower() if group.loop_order else ""
         self.grid: dict[str, Expr] = {}
         self.dims: dict[str, Dim] = {}
@@ -233,14 +123,19 @@ class _Grouping:
                     self.carried[name] = k
                     self.writers[name] = e.out
             self.writers.setdefault(name, e.out)
-        for name, k in self.carried.items():   # the initialisation may come first
-            self.writers[name] = next(e.out for e in self.c.einsums
-                                      if e.out.tensor == name and e.out.index[k] == call("add", Var(self.loop), 1))
+        for name, k in self.carried.items():  # the initialisation may come first
+            self.writers[name] = next(
+                e.out
+                for e in self.c.einsums
+                if e.out.tensor == name and e.out.index[k] == call("add", Var(self.loop), 1)
+            )
         ops = [self._op(e) for e in self.c.einsums]
         started = {o.target for o in ops if o.target in self.carried and o.phase == PRE}
         ops[:0] = [Op(n, self.tile_dims(n), self.empty(n)) for n in self.carried if n not in started]
         steps = self.sizes.extent(self.loop.upper()) if self.loop else Const(0)
-        out = GroupOps(self.group, tuple(self.grid.items()), self.loop, steps, self.dims, _phases(ops), dict(self.carried))
+        out = GroupOps(
+            self.group, tuple(self.grid.items()), self.loop, steps, self.dims, _phases(ops), dict(self.carried)
+        )
         self._stores(out)
         return out
 
@@ -251,7 +146,7 @@ class _Grouping:
 
     def excluded(self, e: Einsum) -> Expr:
         """What a point of the result holds that the statement's guards exclude."""
-        name, before = e.out.tensor, self.c.einsums[:self.c.einsums.index(e)]
+        name, before = e.out.tensor, self.c.einsums[: self.c.einsums.index(e)]
         if any(w.out.tensor == name and w.out.index == e.out.index for w in before):
             return self._tile(e.out)
         if e.reduce:
@@ -265,13 +160,19 @@ class _Grouping:
         for r, size in self.cut.items():
             outer, inner = f"{r}1", f"{r}0"
             if outer in names or inner in names:
-                raise Refusal(f"cutting rank {r} needs the names {outer} and {inner}, which the cascade has taken",
-                              self.group.name)
+                raise Refusal(
+                    f"cutting rank {r} needs the names {outer} and {inner}, which the cascade has taken",
+                    self.group.name,
+                )
             start = call("mul", Var(outer.lower()), size)
             extent = self.sizes.extent(r)
             self.points[Var(r.lower())] = call("add", start, Var(inner.lower()))
-            self.dims[inner.lower()] = Dim(inner.lower(), size, simplify(call("min", size, extent - start), index=True),  # type: ignore[operator]
-                                           simplify(start))
+            self.dims[inner.lower()] = Dim(
+                inner.lower(),
+                size,
+                simplify(call("min", size, extent - start), index=True),  # type: ignore[operator]
+                simplify(start),
+            )
         for r in self.group.space:
             base = r[:-1]
             if r.endswith("1") and base in self.cut:
@@ -293,8 +194,11 @@ class _Grouping:
             elif rank.bound is not None:
                 self.dims[var] = Dim(var, rank.bound, extent, Const(0))
             else:
-                raise Refusal(f"rank {rank.name} has no bound and the mapping does not cut it",
-                              f"group {self.group.name}", "cut it, or put it into space or loop-order")
+                raise Refusal(
+                    f"rank {rank.name} has no bound and the mapping does not cut it",
+                    f"group {self.group.name}",
+                    "cut it, or put it into space or loop-order",
+                )
         return var
 
     def order(self, names: list[str]) -> tuple[str, ...]:
@@ -335,11 +239,17 @@ class _Grouping:
                 if got == Var(self.loop):
                     name = a.tensor + OLD
                 elif got not in (want, Size(self.loop.upper())):
-                    raise Refusal(f"{a.tensor} is read at another step than the one before", self.group.name,
-                                  "a carry tile holds one step")
+                    raise Refusal(
+                        f"{a.tensor} is read at another step than the one before",
+                        self.group.name,
+                        "a carry tile holds one step",
+                    )
             elif got != want:
-                raise Refusal(f"{a.tensor} is read at another point than the task writes", self.group.name,
-                              "such a tensor needs a kernel of its own")
+                raise Refusal(
+                    f"{a.tensor} is read at another point than the task writes",
+                    self.group.name,
+                    "such a tensor needs a kernel of its own",
+                )
         return Access(name, tuple(Var(d) for d in self.tile_dims(a.tensor)))
 
     def _op(self, e: Einsum) -> Op:
@@ -347,14 +257,25 @@ class _Grouping:
         over = tuple(d for v in (e.reduce.over if e.reduce else ()) if (d := self.dim(v)) is not None)
         if e.reduce and len(over) != len(e.reduce.over):
             lost = set(e.reduce.over) & (set(self.grid) | {self.loop})
-            raise Refusal(f"{name} reduces over {', '.join(sorted(lost))}, which the mapping runs in parallel or in order",
-                          self.group.name)
+            raise Refusal(
+                f"{name} reduces over {', '.join(sorted(lost))}, which the mapping runs in parallel or in order",
+                self.group.name,
+            )
         for v in e.space():
             self.dim(v)
         phase = LOOP if self.loop and any(self.loop in variables(i) for i in e.out.index) else PRE
         guards = tuple(simplify(self.point(g), index=False) if not _data(g) else self.point(g) for g in e.guards())
-        return Op(name, self.tile_dims(name), self.point(e.body), tuple(dict.fromkeys(guards)),
-                  e.reduce.monoid if e.reduce else "", over, False, phase, self.excluded(e))
+        return Op(
+            name,
+            self.tile_dims(name),
+            self.point(e.body),
+            tuple(dict.fromkeys(guards)),
+            e.reduce.monoid if e.reduce else "",
+            over,
+            False,
+            phase,
+            self.excluded(e),
+        )
 
     def _stores(self, out: GroupOps) -> None:
         """Which tiles leave the kernel, and where to."""
@@ -394,6 +315,3 @@ def _phases(ops: list[Op]) -> list[Op]:
         if o.phase == PRE and o.target not in looped and looped and users and min(users) == POST:
             out[k] = replace(o, phase=POST)
     return sorted(out, key=lambda o: o.phase)
-
-
-__all__ = ["LOOP", "OLD", "POST", "PRE", "GroupOps", "Op", "Sizes", "group_ops", "kernels_of", "ragged_guards", "stream"]

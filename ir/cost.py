@@ -2,8 +2,8 @@
 
 Operations: points that guards let take part, times the operations of the body, plus one per point for a reduction.
 
-Compulsory traffic: what arguments must move once: every element of inputs that is read and of outputs and new states that
-is written, at its dtype (of a table that is gathered from at most as many elements as there are points that read).
+Compulsory traffic: what arguments must move once: every element of inputs that is read and of outputs and new states
+that is written, at its dtype (of a table that is gathered from at most as many elements as points read it).
 
 Traffic as mapped: a group is a nest of loops, its space ranks and then its loop order, around tiles.  With
 
@@ -38,7 +38,7 @@ from memcomp.ir.target import Target
 
 @dataclass(frozen=True, slots=True)
 class LevelCost:
-    """traffic: bytes this level sends to and takes from the next nearer one; footprint: bytes it holds at a time for it."""
+    """traffic: bytes exchanged with the next nearer level; footprint: bytes that are held here at a time."""
 
     name: str
     traffic: float
@@ -47,7 +47,7 @@ class LevelCost:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """flops: additions, multiplications, maxima; special: exp, log, division and the like; bytes and seconds elsewhere."""
+    """flops: additions, multiplications, maxima; special: exp, log, division and so on; the rest in bytes, seconds."""
 
     flops: float
     special: float
@@ -211,8 +211,8 @@ class _Nest:
         spilled = [k for k in range(len(self.loops)) if self.work(k + 1) > capacity]
         for name, ways in self.outer.items():
             for vs, readers in ways.items():
-                again = (readers if no_tile else 1) * math.prod(self._extent(self.loops[k]) for k in spilled if self.loops[k] not in vs)
-                total += self._bytes(name, vs, 0) * again
+                again = math.prod(self._extent(self.loops[k]) for k in spilled if self.loops[k] not in vs)
+                total += self._bytes(name, vs, 0) * again * (readers if no_tile else 1)
         if no_tile:
             for name, vs in self.inner.items():
                 readers = sum(name in e.reads() for e in self.einsums)

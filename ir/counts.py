@@ -17,7 +17,7 @@ from memcomp.ir.target import BYTES
 ARITHMETIC = frozenset({"add", "sub", "mul", "max", "min", "square", "relu", "floor", "round"})
 FREE = frozenset({"neg", "abs", "where", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "real", "int",
                   "floordiv", "mod", "ceildiv", "shr", "shl", "bitand", "bitor"})
-SAMPLES = 1 << 16  # points at which a guard is asked
+SAMPLES = 1 << 15  # points at which a guard is asked
 
 
 class Sizes:

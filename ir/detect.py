@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # names as Linux spells them in /proc/cpuinfo; only those that a backend or the cost model asks for
-KNOWN = ("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi",
-         "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "neon", "sve", "i8mm",
-         "bf16")
+KNOWN = ("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl",
+         "avx512vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
+         "neon", "sve", "i8mm", "bf16")
 _ARM = {"asimd": "neon", "sve": "sve", "i8mm": "i8mm", "bf16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """cores: that this process may use; lanes: f32 in a vector; clock: Hz, 0.0 if not told; memory: bytes, 0 if not told;
-    caches: level -> (bytes of one, how many serve these cores)."""
+    """cores: that this process may use; lanes: f32 in a vector; clock: Hz, 0.0 if not told; memory: bytes, 0 if not
+    told; caches: level -> (bytes of one, how many serve these cores)."""
 
     cores: int
     lanes: int
@@ -30,7 +30,8 @@ class Cpu:
 def cpu(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> Cpu:
     """Detect; what the system does not tell falls back to the least of its architecture."""
     info = _text(proc / "cpuinfo")
-    fields = {k.strip().lower(): v.strip() for line in info.splitlines() if ":" in line for k, v in [line.split(":", 1)]}
+    pairs = [line.split(":", 1) for line in info.splitlines() if ":" in line]
+    fields = {k.strip().lower(): v.strip() for k, v in pairs}
     flags = set((fields.get("flags") or fields.get("features") or "").split())
     machine = platform.machine().lower()
     if machine in ("arm64", "aarch64"):

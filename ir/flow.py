@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from memcomp.ir.cascade import Cascade, Einsum, Knob
 from memcomp.ir.expr import (
@@ -27,6 +27,7 @@ from memcomp.ir.expr import (
 )
 from memcomp.ir.simplify import linear, proves, simplify
 
+Ranges: TypeAlias = dict[str, tuple[Expr | int, Expr]]
 _NEGATION = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 
 
@@ -51,9 +52,9 @@ class Facts:
         ragged = variables(rank.extent) or reads(rank.extent)
         return self.ground(rank.extent) if ragged or isinstance(rank.extent, Const) else Size(rank.name)
 
-    def ranges(self, names: Collection[str], guard: Expr | None) -> dict[str, tuple[Expr | int, Expr]]:
+    def ranges(self, names: Collection[str], guard: Expr | None) -> Ranges:
         """Half-open ranges of variables, narrowed by guards of the form v < x, v <= x, v > x, v >= x, v == x."""
-        out: dict[str, tuple[Expr | int, Expr]] = {v: (0, self.extent(v)) for v in sorted(names)}
+        out: Ranges = {v: (0, self.extent(v)) for v in sorted(names)}
         for c in conjuncts(guard):
             for op, v, x in _about(self.ground(c)):
                 if v not in out or v in variables(x):
@@ -66,11 +67,15 @@ class Facts:
                 out[v] = low, high
         return out
 
-    def proves(self, cond: Expr, ranges: dict[str, tuple[Expr | int, Expr]]) -> bool:
+    def views(self, s: Einsum) -> tuple[Ranges, Ranges]:
+        """The ranges of a statement's variables by extent alone, and as its guard narrows them."""
+        return self.ranges(s.space(), None), self.ranges(s.space(), s.guard)
+
+    def proves(self, cond: Expr, ranges: Ranges) -> bool:
         return proves(self.ground(cond), ranges, integers=self.integers)
 
 
-def _ends(out: dict[str, tuple[Expr | int, Expr]], names: set[str]) -> Iterator[Expr]:
+def _ends(out: Ranges, names: set[str]) -> Iterator[Expr]:
     for n in names & out.keys():
         for b in out[n]:
             if not isinstance(b, int):
@@ -98,23 +103,21 @@ def facts(c: Cascade, integers: frozenset[str]) -> Facts:
 
 def collides(s: Einsum, out: Access, f: Facts) -> set[str]:
     """Variables whose different points may write the same element; empty where the index is one to one or gathers."""
-    ranges = f.ranges(s.space(), s.guard)
-    dims = [simplify(f.ground(i), ranges, integers=f.integers) for i in out.index]
-    for c in s.guards():  # an equation pins one more combination
-        if isinstance(c, Call) and c.op == "eq":
-            dims += [simplify(f.ground(a), ranges, integers=f.integers) for a in c.args if not reads(a)]
     space = set(s.space()) - set(s.reduce.over if s.reduce else ())
     known: set[str] = set()
-    while True:
-        found = known | {v for d in dims for v in _recovered(d, known, ranges, f)} | _quotients(dims)
-        if found == known:
-            break
-        known = found
-    stated = {v for i in out.index if reads(i) for v in variables(i)}
-    return space - known - stated
+    for ranges in f.views(s):
+        dims = [simplify(f.ground(i), ranges, integers=f.integers) for i in out.index]
+        for c in s.guards():  # an equation pins one more combination
+            if isinstance(c, Call) and c.op == "eq":
+                dims += [simplify(f.ground(a), ranges, integers=f.integers) for a in c.args if not reads(a)]
+        size = -1
+        while size != len(known):
+            size = len(known)
+            known |= {v for d in dims for v in _recovered(d, known, ranges, f)} | _quotients(dims)
+    return space - known - {v for i in out.index if reads(i) for v in variables(i)}
 
 
-def _recovered(dim: Expr, known: set[str], ranges: dict[str, tuple[Expr | int, Expr]], f: Facts) -> set[str]:
+def _recovered(dim: Expr, known: set[str], ranges: Ranges, f: Facts) -> set[str]:
     """Variables that the value of one index gives away: v, v*k + w with 0 <= w < k."""
     terms = linear(dim, integers=f.integers)
     if terms is None:
@@ -139,11 +142,19 @@ def _recovered(dim: Expr, known: set[str], ranges: dict[str, tuple[Expr | int, E
 
 def _scaled(term: Expr, k: int) -> tuple[str | None, Expr]:
     """A term as variable times scale: m1*M0 -> (m1, M0)."""
-    if isinstance(term, Var):
-        return term.name, Const(k)
-    if isinstance(term, Call) and term.op == "mul" and isinstance(term.args[0], Var) and not variables(term.args[1]):
-        return term.args[0].name, simplify(call("mul", term.args[1], k))
-    return None, Const(k)
+    factors = _factors(term)
+    found = [x for x in factors if isinstance(x, Var)]
+    if len(found) != 1 or any(variables(x) for x in factors if x is not found[0]):
+        return None, Const(k)
+    scale: Expr = Const(k)
+    for x in factors:
+        if x is not found[0]:
+            scale = call("mul", x, scale)
+    return found[0].name, simplify(scale)
+
+
+def _factors(e: Expr) -> list[Expr]:
+    return [x for a in e.args for x in _factors(a)] if isinstance(e, Call) and e.op == "mul" else [e]
 
 
 def _sum(terms: dict[Expr, int]) -> Expr:
@@ -161,17 +172,16 @@ def _quotients(dims: list[Expr]) -> set[str]:
 
 def disjoint(s: Einsum, a: Access, t: Einsum, b: Access, f: Facts) -> bool:
     """Do two statements write different elements of one tensor?  Indices that gather are taken at their word."""
-    ranges = f.ranges(s.space(), s.guard)
     other = {v: v + "__b" for v in t.space()}
 
     def apart(e: Expr) -> Expr:
         return transform(e, lambda n: Var(other[n.name]) if isinstance(n, Var) and n.name in other else n)
 
-    for v, (low, high) in f.ranges(t.space(), t.guard).items():
-        ranges[other[v]] = (low if isinstance(low, int) else apart(low), apart(high))
-    for i, j in zip(a.index, b.index, strict=True):
-        for cond in (call("lt", i, apart(j)), call("lt", apart(j), i)):
-            if f.proves(cond, ranges):
+    for mine, theirs in zip(f.views(s), f.views(t), strict=True):
+        ranges = mine | {other[v]: (low if isinstance(low, int) else apart(low), apart(high))
+                         for v, (low, high) in theirs.items()}
+        for i, j in zip(a.index, b.index, strict=True):
+            if any(f.proves(call("lt", *pair), ranges) for pair in ((i, apart(j)), (apart(j), i))):
                 return True
     if a.index == b.index and all(isinstance(i, (Var, Const)) for i in a.index) and _exclude(s, t, f):
         return True
@@ -220,22 +230,22 @@ def loops(c: Cascade) -> tuple[tuple[tuple[str, int], ...], ...]:
 
 def earlier(reader: int, access: Access, writer: int, target: Access, f: Facts) -> bool:
     """Is the element that statement `reader` reads never written later by statement `writer`?"""
-    c = f.cascade
-    ranges = f.ranges(c.einsums[reader].space(), c.einsums[reader].guard)
+    views = f.views(f.cascade.einsums[reader])
+    written = f.views(f.cascade.einsums[writer])[0]
     for mine, theirs in zip(f.loops[reader], f.loops[writer], strict=False):
         if mine != theirs:
             break
         v = mine[0]
-        order = _compare(v, access, target, ranges, f.ranges(c.einsums[writer].space(), None), f)
-        if order == "before":
+        orders = {_compare(v, access, target, ranges, written, f) for ranges in views}
+        if "before" in orders:
             return True
-        if order == "unknown":
+        if orders == {"unknown"}:
             return False
     return writer < reader
 
 
-def _compare(v: str, read: Access, write: Access, ranges: dict[str, tuple[Expr | int, Expr]],
-             written: dict[str, tuple[Expr | int, Expr]], f: Facts) -> Literal["before", "same", "unknown"]:
+def _compare(v: str, read: Access, write: Access, ranges: Ranges,
+             written: Ranges, f: Facts) -> Literal["before", "same", "unknown"]:
     """When the element read was written, in iterations of `v`: before this one, at the latest in it, or unknown."""
     best: Literal["same", "unknown"] = "unknown"
     mine = [(i, w) for i, w in zip(read.index, write.index, strict=True) if v in variables(w)]

@@ -197,5 +197,5 @@ class _Run:
 
         at = ", ".join(f"{v}={n}" for v, n in sorted(fault.at.items()))
         return InputError(
-            f"{show_expr(fault.access)} leaves {fault.access.tensor!r}: index {fault.index} in dimension {fault.dim} of "
-            f"{fault.size} elements", f"statement {number + 1}: {show_einsum(e)}", f"at {at}" if at else "")
+            f"{show_expr(fault.access)} leaves {fault.access.tensor!r}: index {fault.index} in dimension {fault.dim} "
+            f"of {fault.size} elements", f"statement {number + 1}: {show_einsum(e)}", f"at {at}" if at else "")

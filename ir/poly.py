@@ -107,7 +107,7 @@ def cofactor(p: Mapping[Mono, int], atom: Expr) -> tuple[Poly, Poly] | None:
 def divide(p: Mapping[Mono, int], n: Mapping[Mono, int]) -> tuple[Poly, Poly] | None:
     """(q, r) with p = q*n + r for a divisor of one term with a positive coefficient; None for other divisors.
 
-    Terms that n divides go to q, the others to r; the constant is split with 0 <= constant of r < n where n is a number.
+    Terms that n divides go to q, the others to r; for a number n, 0 <= constant of r < n.
     """
     if len(n) != 1:
         return None

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-INTEGER: dict[str, type[np.signedinteger[Any]] | type[np.unsignedinteger[Any]]] = {"i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8}
+INTEGER: dict[str, type[np.signedinteger[Any]] | type[np.unsignedinteger[Any]]] = {
+    "i64": np.int64, "i32": np.int32, "i16": np.int16, "i8": np.int8, "u8": np.uint8}
 # significand bits (with the hidden one), least normal exponent of frexp's 0.5 <= m < 1, largest value, overflow gives
 _SMALL = {
     "bf16": (8, -125, 3.3895313892515355e38, np.inf),

@@ -53,7 +53,8 @@ class Target:
         for level in self.levels:
             if level.name == name:
                 return level
-        raise OptionError(f"target {self.name} has no level {name!r}", hint=nearest(name, [x.name for x in self.levels]))
+        known = [level.name for level in self.levels]
+        raise OptionError(f"target {self.name} has no level {name!r}", hint=nearest(name, known))
 
     @property
     def memory(self) -> Level:
@@ -120,4 +121,5 @@ def _detected(name: str, data: dict[str, Any]) -> Target:
         units.append(Unit("tile", (("bf16", found.cores * clock * 1024.0),)))
     elif "avx512_bf16" in found.features:
         units.append(Unit("dot", (("bf16", 2 * base),)))
-    return Target(name, data["backend"], tuple(levels), tuple(units), found.features, found.cores, lanes, data["source"])
+    return Target(name, data["backend"], tuple(levels), tuple(units), found.features, found.cores, lanes,
+                  data["source"])

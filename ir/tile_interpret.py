@@ -21,8 +21,14 @@ from memcomp.ir.ops import MONOIDS, OPS
 from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, Tile, TileKernel, TileProgram, When
 
 Array = npt.NDArray[Any]
-_REDUCE = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum, "and": np.logical_and,
-           "or": np.logical_or}
+_REDUCE = {
+    "sum": np.add,
+    "prod": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "and": np.logical_and,
+    "or": np.logical_or,
+}
 
 
 @dataclass(slots=True)
@@ -34,8 +40,11 @@ class Traffic:
     tasks: Counter[str] = field(default_factory=Counter)
 
 
-def solve_sizes(tp: TileProgram, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int] | None = None,
-                ) -> dict[str, int]:
+def solve_sizes(
+    tp: TileProgram,
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, int] | None = None,
+) -> dict[str, int]:
     """Run-time sizes by name: those given, and those that a param's shape shows.
 
     Raises InputError where shapes disagree with each other, or a size stays unknown.
@@ -50,8 +59,13 @@ def solve_sizes(tp: TileProgram, shapes: Mapping[str, tuple[int, ...]], sizes: M
     return {s: known[s] for s in tp.sizes}
 
 
-def interpret_tile(tp: TileProgram, arrays: Mapping[str, Any], sizes: Mapping[str, int] | None = None, *,
-                   dtype: npt.DTypeLike = np.float64) -> dict[str, Array]:
+def interpret_tile(
+    tp: TileProgram,
+    arrays: Mapping[str, Any],
+    sizes: Mapping[str, int] | None = None,
+    *,
+    dtype: npt.DTypeLike = np.float64,
+) -> dict[str, Array]:
     """Outputs and new states by name; `arrays` holds one array per `in` and `state` param and is not changed.
 
     dtype: the arithmetic of float tiles.  Raises InputError for wrong shapes, VerifyError for a read outside a tensor
@@ -60,8 +74,13 @@ def interpret_tile(tp: TileProgram, arrays: Mapping[str, Any], sizes: Mapping[st
     return measure_tile(tp, arrays, sizes, dtype=dtype)[0]
 
 
-def measure_tile(tp: TileProgram, arrays: Mapping[str, Any], sizes: Mapping[str, int] | None = None, *,
-                 dtype: npt.DTypeLike = np.float64) -> tuple[dict[str, Array], Traffic]:
+def measure_tile(
+    tp: TileProgram,
+    arrays: Mapping[str, Any],
+    sizes: Mapping[str, int] | None = None,
+    *,
+    dtype: npt.DTypeLike = np.float64,
+) -> tuple[dict[str, Array], Traffic]:
     """`interpret_tile`, and what it moved."""
     known = solve_sizes(tp, {n: np.shape(a) for n, a in arrays.items()}, sizes)
     memory: dict[str, Array] = {}
@@ -74,7 +93,7 @@ def measure_tile(tp: TileProgram, arrays: Mapping[str, Any], sizes: Mapping[str,
             memory[p.name] = np.array(arrays[p.name], dtype=kind)
             if memory[p.name].shape != shape:
                 raise InputError(f"{p.name!r} has shape {memory[p.name].shape}, expected {shape}")
-        else:   # unwritten elements must show
+        else:  # unwritten elements must show
             memory[p.name] = np.full(shape, np.nan, kind) if kind.kind == "f" else np.zeros(shape, kind)
     traffic = Traffic()
     with np.errstate(all="ignore"):
@@ -106,8 +125,9 @@ def _scalar(e: Expr, env: Mapping[str, int]) -> Any:
 class _Task:
     """One grid point: its variables and its tiles."""
 
-    def __init__(self, k: TileKernel, memory: dict[str, Array], env: dict[str, int], traffic: Traffic,
-                 real: np.dtype[Any]) -> None:
+    def __init__(
+        self, k: TileKernel, memory: dict[str, Array], env: dict[str, int], traffic: Traffic, real: np.dtype[Any]
+    ) -> None:
         self.k, self.memory, self.env, self.traffic, self.real = k, memory, env, traffic, real
         self.tiles: dict[str, Array] = {}
         self.known = {t.name: t for t in k.tiles}
@@ -193,7 +213,9 @@ class _Task:
         if tuple(own) != self.known[e.tensor].dims:
             raise VerifyError(f"tile {e.tensor} has dims {self.known[e.tensor].dims}, and is read at {own}")
         if x.shape != self.shape(tuple(own)):
-            raise VerifyError(f"tile {e.tensor} was written with counts {x.shape} and is read with {self.shape(tuple(own))}")
+            raise VerifyError(
+                f"tile {e.tensor} was written with counts {x.shape} and is read with {self.shape(tuple(own))}"
+            )
         order = sorted(range(len(own)), key=lambda i: dims.index(own[i]))
         return x.transpose(order).reshape([self.count(d) if d in own else 1 for d in dims])
 
@@ -208,8 +230,10 @@ class _Task:
         points = int(np.prod(np.broadcast_shapes(*(np.shape(i) for i in index)))) if index else 1
         for d, (i, n) in enumerate(zip(index, self.memory[e.tensor].shape, strict=True)):
             if points and (np.min(i) < 0 or np.max(i) >= n):
-                raise VerifyError(f"{self.k.name} leaves {e.tensor!r}: index {np.min(i)} .. {np.max(i)} in dimension {d} "
-                                  f"of {n} elements")
+                raise VerifyError(
+                    f"{self.k.name} leaves {e.tensor!r}: index {np.min(i)} .. {np.max(i)} in dimension {d} "
+                    f"of {n} elements"
+                )
         return index
 
     def store(self, s: Store) -> None:

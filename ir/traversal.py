@@ -3,25 +3,27 @@
 A pass over a fiber visits each of its elements; another pass begins where an element is needed again after something
 that depended on all of them.  For one fiber the statements are walked in order, and every tensor computed from it gets
 
-* `passes`, the pass during which its elements appear, and `late`: only when that pass has ended (its fiber was reduced);
+* `passes`, the pass during which its elements appear, and `late`: once that pass has ended (the fiber was reduced);
 * which of its own dimensions still walk along the fiber.  A reader that walks the whole fiber again and needs something
   late starts the next pass.  An iterative rank is a prefix dependence, no barrier: `RM[m1]` feeds `RM[m1+1]`.
 
-A rank cut in parts (`K[m1*M0 + m0]`) is a fiber too, M, beside its parts M1 and M0.  Walking a summary (the M1 maxima of
-tiles) is no pass over M: only statements that touch all elements count.  Fibers of tensors that are recomputed count for
-what they are computed from: K is passed as often as the scores made of it.
+A rank cut in parts (`K[m1*M0 + m0]`) is a fiber too, M, beside its parts M1 and M0.  Walking a summary (the M1 maxima
+of tiles) is no pass over M: only statements that touch all elements count.  A tensor that is recomputed counts for what
+it is computed from: K is passed as often as the scores made of it.  A fiber that does not walk along an iterative rank
+is counted within one round of it.  Integer and bool inputs (page tables, lengths) steer and are not counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, reads, variables, walk
 from memcomp.ir.poly import cofactor
 from memcomp.ir.program import Program
-from memcomp.ir.simplify import NOTHING, _context, simplify
+from memcomp.ir.simplify import polynomial, simplify
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ class Traversal:
     @property
     def live(self) -> str:
         return "tile" if len(self.reads) <= 1 else "fiber"
+
+
+_STEERING = ("i64", "i32", "i16", "bool")  # bytes hold quantised data
 
 
 def passes(program: Program | Cascade) -> dict[tuple[str, str], int]:
@@ -102,7 +107,8 @@ def _fibers(c: Cascade, name: str, families: dict[str, tuple[str, ...]]) -> Iter
         ranks = c.tensor(name).ranks
     except KeyError:  # its writers name no single rank: `verify` says so
         return
-    if not found:
+    t = c.declared(name)
+    if not found or (t is not None and t.dtype in _STEERING):
         return
     for whole, parts in families.items():
         dims = tuple(ranks.index(p) for p in parts if p in ranks)
@@ -118,24 +124,25 @@ def _fibers(c: Cascade, name: str, families: dict[str, tuple[str, ...]]) -> Iter
                 yield _Fiber(name, v.upper(), (d,), v.upper())
 
 
-def _accesses(e: Einsum) -> Iterator[Access]:
+@lru_cache(maxsize=1 << 10)
+def _accesses(e: Einsum) -> tuple[Access, ...]:
     """Reads of a statement, index gathers included."""
-    for x in (e.body, *((e.guard,) if e.guard is not None else ()), *(i for o in e.outs for i in o.index)):
-        for n in walk(x):
-            if isinstance(n, Access):
-                yield n
+    where = (e.body, *((e.guard,) if e.guard is not None else ()), *(i for o in e.outs for i in o.index))
+    return tuple(dict.fromkeys(n for x in where for n in walk(x) if isinstance(n, Access)))
 
 
+@lru_cache(maxsize=1 << 12)
 def _walked(i: Expr) -> tuple[str, ...]:
     """Variables of an index, outermost (largest stride) first."""
     return tuple(dict.fromkeys(n.name for n in walk(simplify(i, index=True)) if isinstance(n, Var)))
 
 
+@lru_cache(maxsize=1 << 12)
 def _forward(i: Expr) -> bool:
     """Does the index visit elements in the order of its variables, so that a prefix is enough?"""
     if reads(i):
         return False
-    p = _context(i, NOTHING, (), True).poly(simplify(i, index=True))
+    p = polynomial(i, index=True)
     if p is None:
         return False
     for v in variables(i):
@@ -165,7 +172,7 @@ class _State:
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """One access in a statement: per position the variables it walks with; `late` once index or tensor wait for the end."""
+    """One access in a statement: per position the variables it walks with; `late` if it waits for the whole fiber."""
 
     tensor: str
     position: tuple[tuple[str, ...], ...]
@@ -175,15 +182,29 @@ class _Read:
     witness: tuple[tuple[str, str], ...]
 
 
+def _stepped(c: Cascade) -> dict[str, list[tuple[int, str]]]:
+    """Tensor -> (dimension, variable) where it is written at `v+1` and v runs in order: at `v` it is the last round's."""
+    order = {r.var for r in c.ranks if r.iterative}
+    out: dict[str, list[tuple[int, str]]] = {}
+    for e in c.einsums:
+        for o in e.outs:
+            for d, i in enumerate(o.index):
+                if isinstance(i, Call) and i.op == "add" and len(vs := variables(i) & order) == 1:
+                    out.setdefault(o.tensor, []).append((d, *vs))
+    return out
+
+
 def _count(c: Cascade, fiber: _Fiber) -> Traversal | None:
+    along = {v for e in c.einsums for a in _accesses(e) if a.tensor == fiber.tensor for d in fiber.dims
+             for v in _walked(a.index[d])} if not fiber.part else {fiber.part.lower()}
+    earlier = {t: [(d, v) for d, v in steps if v not in along] for t, steps in _stepped(c).items()}
     states: dict[str, _State] = {}
     best, direct = 0, set[int]()
     witness: tuple[tuple[str, str], ...] = ()
-    for _ in range(len(c.einsums) + 2):  # prefix reads look at what later statements write: go on until nothing changes
-        before = dict(states)
+    for _ in range(2):  # a prefix read looks at what a later statement writes
         best, direct, witness = 0, set(), ()
         for e in c.einsums:
-            found = _reads(e, fiber, states)
+            found = _reads(e, fiber, states, earlier)
             if not found:
                 continue
             walks_all = any(r.whole for r in found)
@@ -199,8 +220,6 @@ def _count(c: Cascade, fiber: _Fiber) -> Traversal | None:
                 if o.tensor != fiber.tensor:
                     new = _made(o, fiber, found, number, not walks_all and any(r.late for r in found), chain)
                     states[o.tensor] = _joined(states.get(o.tensor), new)
-        if states == before:
-            break
     return Traversal(fiber.tensor, fiber.rank, best, witness, tuple(sorted(direct))) if best else None
 
 
@@ -212,7 +231,8 @@ def _focus(fiber: _Fiber, vs: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
     return at or (0,)
 
 
-def _reads(e: Einsum, fiber: _Fiber, states: dict[str, _State]) -> list[_Read]:
+def _reads(e: Einsum, fiber: _Fiber, states: dict[str, _State], earlier: dict[str, list[tuple[int, str]]]
+           ) -> list[_Read]:
     own = set(e.names)
     out: list[_Read] = []
     for a in _accesses(e):
@@ -221,12 +241,14 @@ def _reads(e: Einsum, fiber: _Fiber, states: dict[str, _State]) -> list[_Read]:
             if position:
                 out.append(_Read(a.tensor, position, True, 1, False, ()))
         elif a.tensor in states and a.tensor not in own:
+            if any(d < len(a.index) and a.index[d] == Var(v) for d, v in earlier.get(a.tensor, ())):
+                continue  # made from the last round's fiber, not from this one
             s = states[a.tensor]
             for walk_, whole in zip(s.walks, s.whole, strict=True):
                 late, walked = s.late, list[tuple[str, ...]]()
                 for dims in walk_:
                     index = [a.index[d] for d in dims if d < len(a.index)]
-                    walked.append(tuple(v for i in index for v in _walked(i)))
+                    walked.append(tuple(v for i in index if not reads(i) for v in _walked(i)))
                     for i in index:
                         if not isinstance(i, Const) and not (variables(i) and _forward(i)):
                             late = True  # the last element, a gather or a walk backwards need all that comes before
@@ -239,7 +261,8 @@ def _reads(e: Einsum, fiber: _Fiber, states: dict[str, _State]) -> list[_Read]:
 def _made(o: Access, fiber: _Fiber, found: list[_Read], number: int, late: bool,
           chain: tuple[tuple[str, str], ...]) -> _State:
     """The state of a tensor written at `o` from these reads."""
-    place = {v: d for d, i in reversed(list(enumerate(o.index))) for v in variables(i)}
+    # a scatter does not walk along anything
+    place = {v: d for d, i in reversed(list(enumerate(o.index))) if not reads(i) for v in variables(i)}
     walks: dict[tuple[tuple[int, ...], ...], bool] = {}
     for r in found:
         dims = tuple(tuple(dict.fromkeys(place[v] for v in p if v in place)) if p and p[0] in place else ()

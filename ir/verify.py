@@ -209,7 +209,8 @@ class _Statements:
                         self.check_integers(n, dtype)
             for c in conjuncts(s.guard):
                 if kind_of(c, dtype) != "bool":
-                    self.fail(f"a guard is a condition, and {show_expr(c)!r} is none", c, "compare it: x != 0")
+                    self.fail(f"a guard is a condition, and {show_expr(c)!r} is none", c,
+                              self.declare(c, "bool") or "compare it: x != 0")
             body = kind_of(s.body, dtype)
         except KindError as fault:
             self.fail(fault.what, fault.where, fault.hint)
@@ -225,10 +226,14 @@ class _Statements:
     def check_integers(self, a: Access, dtype: Callable[[str], str]) -> None:
         for i in a.index:
             if kind_of(i, dtype) != "int":
-                hint = "convert it: int(x)"
-                if isinstance(i, Access) and self.c.declared(i.tensor) is None:
-                    hint = f"declare it: temp {i.tensor}[{', '.join(self.tensors[i.tensor].ranks)}]: i64"
-                self.fail(f"an index is an integer, and {show_expr(i)!r} of {a.tensor!r} is none", i, hint)
+                self.fail(f"an index is an integer, and {show_expr(i)!r} of {a.tensor!r} is none", i,
+                          self.declare(i, "i64") or "convert it: int(x)")
+
+    def declare(self, e: Expr, dtype: str) -> str:
+        """The missing declaration, where `e` is a temporary that has none."""
+        if not isinstance(e, Access) or self.c.declared(e.tensor) is not None:
+            return ""
+        return f"declare it: temp {e.tensor}[{', '.join(self.tensors[e.tensor].ranks)}]: {dtype}"
 
     def check_bounds(self, s: Einsum) -> None:
         """Indices that are certainly outside: plain ones, of fixed extents, that no guard and no choice shields."""

@@ -22,7 +22,7 @@ from memcomp.config import Config, config
 from memcomp.ir.errors import MemcompError, Refusal
 from memcomp.pipeline import ABI, Compiled, compile_program
 from memcomp.sizes import solve
-from memcomp.surgery import autocast_at, hint, original, replace_region
+from memcomp.surgery import autocast_at, example, hint, original, replace_region
 
 if TYPE_CHECKING:
     from memcomp.capture.region import Refused, Region
@@ -95,6 +95,8 @@ def install(gm: fx.GraphModule, settings: Config) -> tuple[list[Installed], list
                 raise Refusal(r.why, r.where)
         failed += refused
     for region in regions:
+        if all(0 in example(n).shape for n in region.outputs):
+            continue  # nothing to compute: torch makes the empty tensors
         where = f"{region.name} ({region.source})"
         with boundary(where, settings, failure(where)):
             installed.append(Installed(region, _install_region(gm, region, settings)))
@@ -141,12 +143,12 @@ def _install_region(gm: fx.GraphModule, region: Region, settings: Config) -> Com
 
 def region_sizes(region: Region) -> dict[str, int]:
     """The extents the region had when it was traced, by symbolic rank of its program."""
-    shapes = [[hint(d) for d in n.meta["example_value"].shape] for n in region.inputs]
+    shapes = [[hint(d) for d in example(n).shape] for n in region.inputs]
     return solve(region.program.cascade, shapes) | {name: hint(x) for name, x in region.sizes}
 
 
 def _differentiated(region: Region) -> bool:
-    return any(getattr(n.meta.get("example_value"), "requires_grad", False) for n in region.outputs)
+    return any(example(n).requires_grad for n in region.outputs)
 
 
 def _count() -> None:

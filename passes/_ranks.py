@@ -1,4 +1,4 @@
-"""Rank surgery that `canonicalize` is made of: ranks of one point go, ranks read through // and % are split."""
+"""Rank surgery that `canonicalize` is made of: ranks of one point go, ranks read in groups (h//k) are split."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _pruned(c: Cascade, names: set[str]) -> Cascade:
 
 
 def split(c: Cascade) -> Cascade:
-    """A rank H read as h//k and h%k, k dividing its extent, becomes J and G with h = j*k + g."""
+    """A rank H read as h//k, k dividing its extent, becomes J and G with h = j*k + g."""
     for r in c.ranks:
         k = _divisor(c, r)
         if k is not None:
@@ -125,21 +125,24 @@ def split(c: Cascade) -> Cascade:
 
 
 def _divisor(c: Cascade, r: Rank) -> int | None:
-    """The constant that h is divided by in some index, where it divides the extent."""
+    """The constant k of an index h//k, where it divides the extent and h%k is not read: elements are then shared by
+    groups of k.  (h//k together with h%k is unpacking, and a group inside a contraction is a scale: both stay.)"""
     users = [s for s in c.einsums if r.var in s.space()]
     if r.iterative or r.extent is None or isinstance(r.extent, Knob) or any(indexed(s) for s in users):
         return None
     if any(r.var in variables(x.extent) for x in c.ranks if x.extent is not None and not isinstance(x.extent, Knob)):
         return None
+    found: set[int] = set()
     for s in users:
-        for e in exprs(s):
-            for n in walk(e):
-                if isinstance(n, Call) and n.op in ("floordiv", "mod") and n.args[0] == Var(r.var):
-                    k = n.args[1]
-                    if isinstance(k, Const) and isinstance(k.value, int) and not isinstance(k.value, bool) \
-                            and k.value > 1 and simplify(Call("mod", (r.extent, k))) == Const(0):
-                        return k.value
-    return None
+        for n in (n for e in exprs(s) for n in walk(e)):
+            if isinstance(n, Call) and n.op in ("floordiv", "mod") and n.args[0] == Var(r.var):
+                k = n.args[1]
+                if n.op == "mod" or (s.reduce is not None and r.var in s.reduce.over):
+                    return None
+                if isinstance(k, Const) and type(k.value) is int and k.value > 1:
+                    found.add(k.value)
+    fits = [k for k in sorted(found) if simplify(Call("mod", (r.extent, Const(k)))) == Const(0)]
+    return fits[0] if fits else None
 
 
 def _split(c: Cascade, r: Rank, k: int) -> Cascade:
@@ -199,14 +202,20 @@ def _outer(c: Cascade, r: Rank, k: int, many: Expr) -> Rank:
     for s in c.einsums:
         for e in exprs(s):
             for n in walk(e):
-                t = c.declared(n.tensor) if isinstance(n, Access) else None
-                if t is None:
+                if not isinstance(n, Access) or part not in n.index:
                     continue
-                for i, name in zip(n.index, t.ranks, strict=True):  # type: ignore[union-attr]
+                for i, name in zip(n.index, _dims(c, n.tensor), strict=False):
                     have = c.rank(name)
                     if i == part and have.var not in busy and have.extent == many and not have.iterative:
                         return have
     return Rank(fresh_rank(c, "J", set()), many)
+
+
+def _dims(c: Cascade, tensor: str) -> tuple[str, ...]:
+    try:
+        return c.tensor(tensor).ranks
+    except KeyError:  # no single rank per dimension
+        return ()
 
 
 def fresh_rank(c: Cascade, stem: str, more: set[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from memcomp.ir.cascade import Cascade, Einsum, Knob
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, transform, variables, walk
 
-WHOLE = 256    # a rank of at most so many points may be a tile dim as it is
+WHOLE = 256  # a rank of at most so many points may be a tile dim as it is
 
 
 def largest(c: Cascade, rank: str) -> int | None:
@@ -69,9 +69,14 @@ def carried(c: Cascade) -> dict[str, tuple[str, Einsum, int]]:
 
 def closed(c: Cascade, e: Expr) -> Expr:
     """Sizes of derived and fixed ranks replaced by what they are; only run-time symbols remain."""
+
     def f(n: Expr) -> Expr:
-        if isinstance(n, Size) and not isinstance(x := c.rank(n.rank).extent, Knob) and x is not None \
-                and not any(isinstance(a, Access) for a in walk(x)):
+        if (
+            isinstance(n, Size)
+            and not isinstance(x := c.rank(n.rank).extent, Knob)
+            and x is not None
+            and not any(isinstance(a, Access) for a in walk(x))
+        ):
             return closed(c, x)
         return n
 

@@ -1,4 +1,4 @@
-"""One form for equal programs: no dead statements, copies, repeated statements or ranks of one point; simple indices."""
+"""One form for equal programs: no dead statements, copies, repetitions or ranks of one point; simple indices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Const, Expr, Var, children, conjunction, conjuncts, rebuild, substitute, walk
 from memcomp.ir.program import Program
 from memcomp.ir.simplify import simplify
-from memcomp.passes._ranks import drop_unit, exprs, indexed, ranges, rewritten, split, temporary
+from memcomp.passes._ranks import drop_unit, indexed, ranges, rewritten, split, temporary
 
 _INTEGERS = ("i64", "i32", "i16", "i8", "u8", "bool")
 
@@ -16,8 +16,8 @@ _INTEGERS = ("i64", "i32", "i16", "i8", "u8", "bool")
 def canonicalize(program: Program) -> Program:
     """The same meaning in normal form; applying it again changes nothing.
 
-    Unneeded statements, copies and repetitions go; ranks of one point become index 0; a rank read through `h//k` and
-    `h%k` becomes two, so that what shares an element of `h//k` shares a rank; indices and guards are simplified.
+    Unneeded statements, copies and repetitions go; ranks of one point become index 0; a rank read in groups `h//k`
+    becomes two, so that readers of one element share a rank; indices and guards are simplified.
 
     before:
         program p
@@ -102,11 +102,9 @@ def _without_copies(c: Cascade) -> Cascade:
             continue
         x = s.out
         plain = all(isinstance(i, Var) for i in x.index) and len(set(x.index)) == len(x.index)
-        if not plain or not _copyable(c, x.tensor, y.tensor) or any(isinstance(n, Access) for i in y.index for n in walk(i)):
-            continue
-        rest = tuple(rewritten(t, lambda e: _inlined(e, x, y)) for t in c.einsums if t is not s)
-        tensors = tuple(t for t in c.tensors if t.name != x.tensor)
-        return _without_copies(replace(c, tensors=tensors, einsums=rest))
+        gathers = any(isinstance(n, Access) for i in y.index for n in walk(i))
+        if plain and not gathers and _copyable(c, x.tensor, y.tensor):
+            return _without_copies(_reading(c, s, x, y))
     return c
 
 
@@ -120,6 +118,12 @@ def _copyable(c: Cascade, x: str, y: str) -> bool:
     have = "f32" if tx is None else tx.dtype
     held = "f32" if ty is None else ty.dtype
     return have == held or (have in ("f32", "f64") and held in ("f32", "f16", "bf16", "e4m3", "e5m2"))
+
+
+def _reading(c: Cascade, s: Einsum, x: Access, y: Access) -> Cascade:
+    """Without the statement that writes x; readers of x read y."""
+    rest = tuple(rewritten(t, lambda e: _inlined(e, x, y)) for t in c.einsums if t is not s)
+    return replace(c, tensors=tuple(t for t in c.tensors if t.name != x.tensor), einsums=rest)
 
 
 def _inlined(e: Expr, x: Access, y: Access) -> Expr:
@@ -141,9 +145,7 @@ def _without_repetitions(c: Cascade) -> Cascade:
         first = seen.setdefault(key, s)
         if first is s or not temporary(c, s.names[0]) or not all(isinstance(i, Var) for i in s.out.index):
             continue
-        here, there = s.out, first.out
-        rest = tuple(rewritten(t, lambda e: _inlined(e, here, there)) for t in c.einsums if t is not s)
-        return _without_repetitions(replace(c, tensors=tuple(t for t in c.tensors if t.name != here.tensor), einsums=rest))
+        return _without_repetitions(_reading(c, s, s.out, first.out))
     return c
 
 
@@ -151,5 +153,3 @@ def _stored(c: Cascade, name: str) -> tuple[str, float]:
     t = c.declared(name)
     return ("f32", 0.0) if t is None else (t.dtype, t.empty)
 
-
-__all__ = ["canonicalize", "exprs"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from memcomp.ir import flow
 from memcomp.ir.cascade import Cascade, Einsum, is_init
-from memcomp.ir.expr import Const, Size, Var
+from memcomp.ir.expr import Size, Var
 from memcomp.ir.program import Group, Mapping, Program
 from memcomp.ir.simplify import simplify
 from memcomp.passes._roles import accesses, carried, common, out_vars, whole
@@ -62,7 +62,7 @@ class _Fusion:
                 self.writers.setdefault(n, []).append(k)
         self.group: dict[int, int] = {}
         self.parts_: list[list[int]] = []
-        self.shared: list[tuple[str, ...]] = []    # variables that every task of a group has its own values of
+        self.shared: list[tuple[str, ...]] = []  # variables that every task of a group has its own values of
 
     def parts(self) -> list[list[int]]:
         for k, path in enumerate(self.loops):
@@ -85,7 +85,9 @@ class _Fusion:
         run = [k for k, path in enumerate(self.loops) if path and path[0] == loop]
         g = len(self.parts_)
         self.parts_.append([])
-        states = [self.all[k] for k in run if any(n in self.carried and not is_init(self.all[k]) for n in self.all[k].names)]
+        states = [
+            self.all[k] for k in run if any(n in self.carried and not is_init(self.all[k]) for n in self.all[k].names)
+        ]
         shared = tuple(v for v in common(states or [self.all[k] for k in run]) if v != loop[0])
         self.shared.append(shared)
         for k in run:
@@ -98,7 +100,11 @@ class _Fusion:
         """Take statement k into group g: before the loop where only the group reads it, or after it."""
         e, shared = self.all[k], set(self.shared[g])
         private = set(e.space()) - shared
-        if len(e.outs) > 1 or not all(whole(self.c, v) for v in private) or set(e.reduce.over if e.reduce else ()) & shared:
+        if (
+            len(e.outs) > 1
+            or not all(whole(self.c, v) for v in private)
+            or set(e.reduce.over if e.reduce else ()) & shared
+        ):
             return False
         mine = {n for j in self.parts_[g] for n in self.all[j].names}
         users = [j for j in range(len(self.all)) if set(e.names) & self.all[j].reads()]
@@ -109,9 +115,10 @@ class _Fusion:
         if not ((feeds and (shared <= set(out_vars(e)) or e.reduce is None)) or follows):
             return False
         if any(self._reaches(g, w) for n in e.reads() - mine for w in self.writers.get(n, ())):
-            return False     # it waits for something that waits for this group
-        if not self._aligned(e, g) or any(not self._aligned(self.all[j], g, set(e.names)) for j in users
-                                          if self.group.get(j) == g):
+            return False  # it waits for something that waits for this group
+        if not self._aligned(e, g) or any(
+            not self._aligned(self.all[j], g, set(e.names)) for j in users if self.group.get(j) == g
+        ):
             return False
         self._put(k, g)
         return True
@@ -135,7 +142,7 @@ class _Fusion:
         """Are the group's tensors (or `names`) read at the very points that the task has written?"""
         mine = names if names is not None else {n for j in self.parts_[g] for n in self.all[j].names}
         for a in accesses(e):
-            state = a.tensor + "'" in mine     # the old value of a state that the group overwrites
+            state = a.tensor + "'" in mine  # the old value of a state that the group overwrites
             if a.tensor not in mine and not state:
                 continue
             ws = [self.all[j] for j in self.writers[a.tensor + "'" * state] if not is_init(self.all[j])]
@@ -165,9 +172,13 @@ class _Fusion:
                 shared = common([*members, e])
                 spaces = [set(m.space()) - set(shared) for m in (*members, e)]
                 mine = {n for m in members for n in m.names}
-                if shared and all(whole(self.c, v) for s in spaces for v in s) and len({len(m.outs) for m in members}) == 1 \
-                        and self._aligned(e, g) and not any(
-                            self._reaches(g, w) for n in e.reads() - mine for w in self.writers.get(n, ())):
+                if (
+                    shared
+                    and all(whole(self.c, v) for s in spaces for v in s)
+                    and len({len(m.outs) for m in members}) == 1
+                    and self._aligned(e, g)
+                    and not any(self._reaches(g, w) for n in e.reads() - mine for w in self.writers.get(n, ()))
+                ):
                     self._put(k, g)
                     self.shared[g] = shared
                     return

@@ -10,7 +10,7 @@ from memcomp.ir.program import Program
 from memcomp.ir.simplify import linear, simplify
 from memcomp.passes._roles import accesses, out_vars, product_operands
 
-SMALL = 8        # a group of at most so many rows stays a number: it is unrolled
+SMALL = 8  # a group of at most so many rows stays a number: it is unrolled
 FEATURES = 1024  # a contraction of at most so many terms stays a number: it is a tile
 
 
@@ -56,8 +56,10 @@ def generalize(program: Program) -> Program:
         derived = {}
     if not free:
         return program
-    ranks = tuple(replace(r, extent=derived[r.name]) if r.name in derived else
-                  replace(r, extent=None) if r.name in free else r for r in c.ranks)
+    ranks = tuple(
+        replace(r, extent=derived[r.name]) if r.name in derived else replace(r, extent=None) if r.name in free else r
+        for r in c.ranks
+    )
     return replace(program, cascade=replace(c, ranks=ranks))
 
 
@@ -69,10 +71,13 @@ def _free(c: Cascade) -> set[str]:
     reduced = {v for e in c.einsums for v in (e.reduce.over if e.reduce else ())}
     products = {v for e in c.einsums if product_operands(e) and e.reduce for v in e.reduce.over}
     guarded = {v for e in c.einsums for g in e.guards() for v in variables(g)}
-    streamed = {v for v in reduced if v in made or v not in products
-                or (extent_of(c, v.upper()) or 0) > FEATURES}
-    core = [e for e in c.einsums if e.reduce and (set(e.reduce.over) & streamed or product_operands(e))] or list(c.einsums)
-    shared = set.intersection(*(set(out_vars(e)) | set(e.reduce.over if e.reduce else ()) for e in core)) if core else set()
+    streamed = {v for v in reduced if v in made or v not in products or (extent_of(c, v.upper()) or 0) > FEATURES}
+    core = [e for e in c.einsums if e.reduce and (set(e.reduce.over) & streamed or product_operands(e))] or list(
+        c.einsums
+    )
+    shared = (
+        set.intersection(*(set(out_vars(e)) | set(e.reduce.over if e.reduce else ()) for e in core)) if core else set()
+    )
     rows = _rows(core, streamed, shared)
     out = set()
     for r in sorted(fixed):
@@ -94,7 +99,7 @@ def _rows(core: list[Einsum], streamed: set[str], shared: set[str]) -> set[str]:
 def _tie(c: Cascade, free: set[str], derived: dict[str, Expr]) -> set[str]:
     """Ranks that must keep their number after all, because an index relies on it; fills `derived` on the way."""
     iterated = {v.upper() for e in c.einsums for v in e.space()}
-    named: set[str] = set()      # ranks that some index reaches
+    named: set[str] = set()  # ranks that some index reaches
     pinned: set[str] = set()
     for e in c.einsums:
         for a in (*accesses(e), *e.outs):
@@ -109,7 +114,7 @@ def _tie(c: Cascade, free: set[str], derived: dict[str, Expr]) -> set[str]:
                 else:
                     derived[tied[0]] = tied[1]
     pinned |= {r for r in free if r not in named}
-    for r, x in derived.items():   # no circles, and numbers stay where everything they rest on does
+    for r, x in derived.items():  # no circles, and numbers stay where everything they rest on does
         sizes = {n.rank for n in walk(x) if isinstance(n, Size)}
         if sizes & set(derived) or not sizes & free:
             pinned.add(r)

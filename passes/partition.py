@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from memcomp.ir import flow
 from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Call, Const, Expr, Size, Var, call, substitute
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, substitute, variables
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Group, Program
 from memcomp.passes._roles import carried, common, largest, out_vars, product_operands, whole
 
-ROWS = 64      # row ranks of at most so many points together stay whole tile dims
+ROWS = 64  # row ranks of at most so many points together stay whole tile dims
 
 
 def partition(program: Program, *, lanes: int = 16) -> Program:
@@ -62,8 +62,9 @@ class _Mapper:
         where = [k for k, e in enumerate(c.einsums) if set(e.names) & set(g.tensors)]
         loops = {path[0][0] for k, path in enumerate(flow.loops(c)) if k in where and path}
         if any(len(path) > 1 for k, path in enumerate(flow.loops(c)) if k in where) or len(loops) > 1:
-            raise Refusal(f"group {g.name} has nested or several sequential ranks", ", ".join(g.tensors),
-                          "a kernel runs one loop")
+            raise Refusal(
+                f"group {g.name} has nested or several sequential ranks", ", ".join(g.tensors), "a kernel runs one loop"
+            )
         members = [c.einsums[k] for k in where]
         if loops:
             return self._with(c, self._loop(c, g, members, loops.pop()))
@@ -79,9 +80,8 @@ class _Mapper:
     def _loop(self, c: Cascade, g: Group, members: list[Einsum], v: str) -> Group:
         states = [w for n, (u, w, _) in carried(c).items() if u == v and n in g.tensors]
         shared = [x for x in common(states or [e for e in members if v in out_vars(e)]) if x != v]
-        operands = [a for e in members for a in product_operands(e)
-                    if v in {n for i in a.index for n in _names(i)}]
-        rows = [x for x in shared if any(x not in {n for i in a.index for n in _names(i)} for a in operands)]
+        operands = [a for e in members for a in product_operands(e) if v in variables(a)]
+        rows = [x for x in shared if any(x not in variables(a) for a in operands)]
         long = [x for x in rows if not whole(c, x) or (largest(c, x.upper()) or 0) > ROWS]
         cut, held = "", list[str]()
         if long:
@@ -96,7 +96,9 @@ class _Mapper:
         if not cut:
             return replace(g, space=space, loop_order=(v.upper(),))
         size = Knob(f"{cut}0", (self.lanes, 2 * self.lanes, 4 * self.lanes))
-        return replace(g, partition=((cut.upper(), size),), space=space, loop_order=(v.upper(),), lane=f"{cut.upper()}0")
+        return replace(
+            g, partition=((cut.upper(), size),), space=space, loop_order=(v.upper(),), lane=f"{cut.upper()}0"
+        )
 
     def _free(self, c: Cascade, var: str) -> bool:
         """May the rank be cut: are the names of its parts free?"""
@@ -105,64 +107,94 @@ class _Mapper:
     # -- maps and plain reductions -----------------------------------------------------------------------------------
 
     def _plain(self, c: Cascade, g: Group, members: list[Einsum], where: list[int]) -> Program:
-        long = list(dict.fromkeys(v for e in members for v in (e.reduce.over if e.reduce else ()) if not whole(c, v)))
+        if len(members) > 1 and len({e.out.tensor for e in members}) == 1 and len({e.out.index for e in members}) > 1:
+            return self._pieces(c, g, members)
+        long = _long(c, members)
         if long:
             c, members = self._stream(c, members, where, long)
-            long = list(dict.fromkeys(v for e in members for v in (e.reduce.over if e.reduce else ()) if not whole(c, v)))
+        return self._with(c, self._cut(c, g, members, _long(c, members)))
+
+    def _pieces(self, c: Cascade, g: Group, members: list[Einsum]) -> Program:
+        """One tensor that several statements write piece by piece: each piece is a kernel and reads what it can use."""
+        cut: dict[str, Expr | Knob] = {}
+        space: dict[str, None] = {}
+        for e in members:
+            long = _long(c, [e])
+            if len(long) > 1:
+                raise Refusal(f"{e.out.tensor} reduces over {_names(long)}", g.name, "a kernel streams one rank")
+            one = self._cut(c, g, [e], long)
+            for r, size in one.partition:
+                cut.setdefault(r, size)
+            space |= dict.fromkeys(one.space)
+            g = replace(g, loop_order=tuple(dict.fromkeys((*g.loop_order, *one.loop_order))))
+        space = {r: None for r in space if f"{r}1" not in space}
+        return self._with(c, replace(g, partition=tuple(cut.items()), space=tuple(space)))
+
+    def _cut(self, c: Cascade, g: Group, members: list[Einsum], long: list[str]) -> Group:
+        """The last common rank is cut into tiles, the one before it too where a product can reuse what it loads."""
         shared = list(common(members))
         cut: list[tuple[str, Expr | Knob]] = []
         held: list[str] = []
-        wide = any(set(out_vars(e)) - set(shared) for e in members)    # tiles have a dim of their own for the lanes
+        product = any(product_operands(e) for e in members)
+        wide = any(set(out_vars(e)) - set(shared) for e in members)  # tiles have a dim of their own for the lanes
         for x, size in zip(reversed(shared), () if wide else (4 * self.lanes, self.lanes), strict=False):
             n = largest(c, x.upper())
             if n is not None and n <= size:
                 held.append(x)
+                if not product:
+                    break
             elif self._free(c, x) and (len(shared) > 1 or not long):
                 cut.append((x.upper(), Const(size)))
-                if not any(product_operands(e) for e in members):
+                if not product:
                     break
             else:
                 break
         names = {r for r, _ in cut}
         space = tuple(f"{x.upper()}1" if x.upper() in names else x.upper() for x in shared if x not in held)
         streams = tuple((x.upper(), Const(16 * self.lanes if not cut else 4 * self.lanes)) for x in long)
-        return self._with(c, replace(g, partition=(*cut, *streams), space=space,
-                                     loop_order=tuple(f"{x.upper()}1" for x in long)))
+        return replace(g, partition=(*cut, *streams), space=space, loop_order=tuple(f"{x.upper()}1" for x in long))
 
-    def _stream(self, c: Cascade, members: list[Einsum], where: list[int], long: list[str]) -> tuple[Cascade, list[Einsum]]:
+    def _stream(
+        self, c: Cascade, members: list[Einsum], where: list[int], long: list[str]
+    ) -> tuple[Cascade, list[Einsum]]:
         """One long reduced rank whose parts have free names: several become one, a taken name gets a new one."""
         if len(long) == 1 and self._free(c, long[0]):
             return c, members
         e = members[0]
         if len(members) > 1 or e.reduce is None or not MONOIDS[e.reduce.monoid].join:
-            raise Refusal(f"{e.out.tensor} reduces over {', '.join(x.upper() for x in long)}", "",
-                          "a kernel streams one rank")
+            raise Refusal(f"{e.out.tensor} reduces over {_names(long)}", "", "a kernel streams one rank")
         taken = {r.name for r in c.ranks}
-        name = next(n for n in ("".join(x.upper() for x in long) + "_" * k for k in range(1, 99))
-                    if not {n, f"{n}0", f"{n}1"} & taken)
+        name = next(
+            n
+            for n in ("".join(x.upper() for x in long) + "_" * k for k in range(1, 99))
+            if not {n, f"{n}0", f"{n}1"} & taken
+        )
         flat, extent, table = Var(name.lower()), None, dict[Expr, Expr]()
         for x in reversed(long):
             part: Expr = flat if extent is None else call("floordiv", flat, extent)
             extent = Size(x.upper()) if extent is None else call("mul", extent, Size(x.upper()))
             table[Var(x)] = part if x == long[0] else call("mod", part, Size(x.upper()))
         over = tuple(v for v in e.reduce.over if v not in long)
-        new = replace(e, body=substitute(e.body, table), guard=None if e.guard is None else substitute(e.guard, table),
-                      reduce=replace(e.reduce, over=(name.lower(), *over)))
+        new = replace(
+            e,
+            body=substitute(e.body, table),
+            guard=None if e.guard is None else substitute(e.guard, table),
+            reduce=replace(e.reduce, over=(name.lower(), *over)),
+        )
         rest = list(c.einsums)
         rest[where[0]] = new
         bounds = [c.rank(x.upper()).extent for x in long]
-        if any(isinstance(b, Call) and _reads(b) for b in bounds):
-            raise Refusal(f"{e.out.tensor} reduces over several ranks, one of them ragged", "", "a kernel streams one rank")
+        if any(isinstance(b, Call | Access) and reads(b) for b in bounds):
+            raise Refusal(
+                f"{e.out.tensor} reduces over several ranks, one of them ragged", "", "a kernel streams one rank"
+            )
         return replace(c, ranks=(*c.ranks, Rank(name, extent)), einsums=tuple(rest)), [new]
 
 
-def _names(e: Expr) -> set[str]:
-    from memcomp.ir.expr import variables
+def _long(c: Cascade, members: list[Einsum]) -> list[str]:
+    """Reduced variables whose rank is no tile as it is."""
+    return list(dict.fromkeys(v for e in members for v in (e.reduce.over if e.reduce else ()) if not whole(c, v)))
 
-    return variables(e)
 
-
-def _reads(e: Expr) -> bool:
-    from memcomp.ir.expr import reads
-
-    return bool(reads(e))
+def _names(vs: list[str]) -> str:
+    return ", ".join(v.upper() for v in vs)

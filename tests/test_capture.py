@@ -21,13 +21,17 @@ INF = math.inf
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph and keeps what every node gave."""
+    """Runs a graph and keeps what every node gave, and each region's inputs as they are at its place."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, regions: list[Region]) -> None:
         super().__init__(gm, garbage_collect_values=False)
+        self.places = {r.anchor: r for r in regions}
         self.seen: dict[fx.Node, Any] = {}
+        self.inputs: dict[str, list[torch.Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        if n in self.places:
+            self.inputs[self.places[n].name] = [self.env[i].clone() for i in self.places[n].inputs]
         out = super().run_node(n)
         self.seen[n] = out.clone() if isinstance(out, torch.Tensor) else out
         return out
@@ -54,7 +58,7 @@ def dynamo(fn: Callable[..., Any], args: tuple[Any, ...], dynamic: bool | None =
 def holds(gm: fx.GraphModule, args: tuple[Any, ...], tolerance: float = 1e-9) -> tuple[list[Region], list[Refused]]:
     """Find the regions of a graph and compare each with the values that the graph itself computes."""
     regions, refused = find_regions(gm)
-    run = Recorder(gm)
+    run = Recorder(gm, regions)
     with torch.no_grad():
         run.run(*args)
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
@@ -62,8 +66,8 @@ def holds(gm: fx.GraphModule, args: tuple[Any, ...], tolerance: float = 1e-9) ->
         verify(region.program)
         assert parse(show(region.program)) == region.program
         names = [t.name for t in region.program.cascade.inputs()]
-        inputs = {t: run.seen[n].double().numpy() if run.seen[n].is_floating_point() else run.seen[n].numpy()
-                  for t, n in zip(names, region.inputs, strict=True)}
+        inputs = {t: (x.double() if x.is_floating_point() else x).numpy()
+                  for t, x in zip(names, run.inputs[region.name], strict=True)}
         sizes = {s: int(run.seen[n]) if isinstance(n, fx.Node) else n for s, n in region.sizes}
         assert all(order[n] < order[region.anchor] for n in region.inputs)
         got = interpret(region.program, inputs, sizes)

@@ -154,7 +154,8 @@ def test_traffic_against_a_simulated_cache(capacity: int) -> None:
 
 
 def test_ragged_ranks_count_with_their_bound_and_gathers_with_their_points() -> None:
-    p = load("rank B\nrank N\nrank W = 8\nrank T = len[b] <= 4\nin len[B]: i64\nin at[B, T]: i64\nin table[N, W]: bf16\n"
+    p = load("rank B\nrank N\nrank W = 8\nrank T = len[b] <= 4\nin len[B]: i64\nin at[B, T]: i64\n"
+             "in table[N, W]: bf16\n"
              "out y[B, W]: f32\ny[b, w] = sum{t} table[at[b, t], w]\n")
     got = cost(p, {"B": 3, "N": 1000}, CPU)
     assert got.flops == 3 * 8 * 4
@@ -165,7 +166,8 @@ def test_ragged_ranks_count_with_their_bound_and_gathers_with_their_points() -> 
 
 
 def test_appending_moves_only_what_is_written() -> None:
-    p = load("rank T\nrank S\nrank E = 4\nin pos[]: i64\nin new[S, E]: f32\nstate C[T, E]: bf16\nC'[pos[] + s, e] = new[s, e]\n")
+    p = load("rank T\nrank S\nrank E = 4\nin pos[]: i64\nin new[S, E]: f32\nstate C[T, E]: bf16\n"
+             "C'[pos[] + s, e] = new[s, e]\n")
     assert cost(p, {"T": 10000, "S": 2}, CPU).compulsory == 8 + 2 * 4 * 4 + 2 * 4 * 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from memcomp.ir.program import Program
 from memcomp.ir.rounding import epsilon, round_to
 from memcomp.ir.text import parse
 from tests.programs import arrays, programs
+from tests.references import CASES
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -120,7 +122,8 @@ class Points:
         monoid = MONOIDS[e.reduce.monoid]
         if monoid.outs == 2:
             sign = 1 if monoid.name == "argmin" else -1
-            ranked = sorted(((monoid.identity if x is None else x, i) for i, x in terms), key=lambda p: (sign * p[0], p[1]))
+            pairs = [(monoid.identity if x is None else x, i) for i, x in terms]
+            ranked = sorted(pairs, key=lambda p: (sign * p[0], p[1]))
             for k in range(self.extent(order.upper(), point) if order else 1):
                 at = {**point, order: k} if order else point
                 best = ranked[k] if k < len(ranked) else None if order else (monoid.identity, 0)
@@ -171,6 +174,12 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @given(p=programs())
 def test_random_programs(p: Program) -> None:
     agree(p, arrays(p))
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_written_cases(name: str) -> None:
+    inputs, _ = CASES[name](np.random.default_rng(1))
+    agree(parse((Path(__file__).parent / "cases" / f"{name}.mc").read_text()), inputs)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -382,7 +391,8 @@ ERRORS = [
     ("rank N\nin x[N]: f32\nout y[N]: f32\ny[n] = x[n]\n", {}, None, "input 'x' is missing"),
     ("rank N\nin x[N]: f32\nout y[N]: f32\ny[n] = x[n]\n", {"x": [1.0], "w": [1.0]}, None, "no input is named 'w'"),
     ("rank N\nin x[N]: f32\nout y[N]: f32\ny[n] = x[n]\n", {"x": [[1.0]]}, None, "'x' has 2 dimensions"),
-    ("rank N = 2\nin x[N]: f32\nout y[N]: f32\ny[n] = x[n]\n", {"x": [1.0]}, None, "rank N is 2, and dimension 0 of 'x'"),
+    ("rank N = 2\nin x[N]: f32\nout y[N]: f32\ny[n] = x[n]\n", {"x": [1.0]}, None,
+     "rank N is 2, and dimension 0 of 'x'"),
     ("rank N\nin x[N]: f32\nin z[N]: f32\nout y[N]: f32\ny[n] = x[n]+z[n]\n", {"x": [1.0], "z": [1.0, 2.0]}, None,
      "rank N is 1, and dimension 0 of 'z'"),
     ("rank N <= 2\nin x[N]: f32\nout y[N]: f32\ny[n] = x[n]\n", {"x": [1.0] * 3}, None, "more than its bound 2"),
@@ -469,7 +479,8 @@ def test_rounding_is_to_nearest_even(dtype: str) -> None:
 
 
 def test_rounded_stores_round_and_others_do_not() -> None:
-    p = program("rank N\nin x[N]: f64\ntemp t[N]: bf16\nout y[N]: f32\nt[n] = x[n]\nu[n] = t[n] / 3.0\ny[n] = u[n] * 3.0\n")
+    p = program("rank N\nin x[N]: f64\ntemp t[N]: bf16\nout y[N]: f32\nt[n] = x[n]\n"
+                "u[n] = t[n] / 3.0\ny[n] = u[n] * 3.0\n")
     x = normal(50)
     assert (interpret(p, {"x": x})["y"] != round_to(x, "bf16")).all()
     y = interpret(p, {"x": x}, rounded=True)["y"]

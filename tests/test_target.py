@@ -27,8 +27,9 @@ def test_figures_make_sense(name: str) -> None:
 
 
 def test_unknown_names_list_what_is_known() -> None:
-    with pytest.raises(OptionError, match=r"unknown target 'h10'(.|\n)*did you mean 'h100'\? known: a100, cpu, h100, h200"):
+    with pytest.raises(OptionError) as e:
         target("h10")
+    assert str(e.value) == "unknown target 'h10'\nhint: did you mean 'h100'? known: " + ", ".join(targets())
     with pytest.raises(OptionError, match="target cpu has no level 'smem'"):
         target("cpu").level("smem")
 

@@ -62,7 +62,7 @@ TILES = st.builds(TileProgram, st.from_regex(r"[A-Za-z0-9_.-]{1,8}", fullmatch=T
                   several(NAME), several(KERNELS, 2), st.sampled_from(["", "cpu"]))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=40)
 @given(TILES)
 def test_whatever_can_be_written_reads_back(program: TileProgram) -> None:
     assert parse_tile(show_tile(program)) == program

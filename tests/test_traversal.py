@@ -96,12 +96,14 @@ GOLDEN = {
     # what each row needs of all rows, then each row again, under another variable of the same fiber
     "all pairs": ("rank M\nrank P\nin A[M]: f32\nout Z[P]: f32\nR[p] = sum{m} A[p] * A[m]\nZ[p] = A[p] * R[p]\n",
                   {("A", "M"): 2}),
-    "backwards": ("rank M\nin A[M]: f32\nout Z[M]: f32\nB[m] = A[m] * 2.0\nZ[m] = A[m] + B[M - 1 - m]\n", {("A", "M"): 2}),
+    "backwards": ("rank M\nin A[M]: f32\nout Z[M]: f32\nB[m] = A[m] * 2.0\nZ[m] = A[m] + B[M - 1 - m]\n",
+                  {("A", "M"): 2}),
     "shifted": ("rank M\nin A[M]: f32\nout Z[M]: f32\nB[m] = A[m] * 2.0\nZ[m] = A[m] + B[m+1] where m + 1 < M\n",
                 {("A", "M"): 1}),
     "gathered": ("rank M\nin at[M]: i64\nin A[M]: f32\nout Z[M]: f32\nB[m] = A[m] * 2.0\nZ[m] = A[m] + B[at[m]]\n",
                  {("A", "M"): 2}),
-    "one element as reference": ("rank M\nin A[M]: f32\nout Z[]: f32\nB[m] = A[m] * 2.0\nZ[] = sum{m} exp(B[m] - B[0])\n",
+    "one element as reference": ("rank M\nin A[M]: f32\nout Z[]: f32\nB[m] = A[m] * 2.0\n"
+                                 "Z[] = sum{m} exp(B[m] - B[0])\n",
                                  {("A", "M"): 1, ("B", "M"): 1}),
 }
 
@@ -138,7 +140,7 @@ def test_what_must_stay_alive() -> None:
 @settings(max_examples=60, deadline=None)
 @given(p=programs())
 def test_laws(p: Program) -> None:
-    """Every count has its witness, direct reads are among the passes, and a statement that is added never lowers one."""
+    """Every count has its witness, direct reads are among the passes, and one more statement never lowers one."""
     found = traversals(p)
     for t in found:
         assert len(t.witness) == t.passes - 1

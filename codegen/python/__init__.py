@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,39 +28,38 @@ def emit(tp: TileProgram, target: object = None) -> Kernel:
 
 def build(kernel: Kernel) -> Callable[..., None]:
     """Compile the text.  Tensors are numpy arrays or torch CPU tensors (shared, not copied), in the order of
-    `kernel.program.params`; then the sizes.  bf16 arrays come as uint16 views, f16 as float16; fp8 as uint8 views.
+    `kernel.program.params`; then the sizes.  A numpy array for a
+    bf16 param is its uint16 view.
 
     Raises InputError where an argument is missing or has the wrong number of dimensions.
     """
     scope: dict[str, Any] = {}
-    exec(compile(kernel.source, f"<memcomp python {kernel.name}>", "exec"), scope)  # noqa: S102 - the text is ours
+    exec(compile(kernel.source, f"<memcomp python {kernel.name}>", "exec"), scope)
     entry: Callable[..., None] = scope[kernel.entry]
     params, sizes = kernel.program.params, kernel.program.sizes
 
     def run(*args: Any) -> None:
         if len(args) != len(params) + len(sizes):
-            raise InputError(f"{kernel.name} takes {len(params)} tensors and {len(sizes)} sizes, and was given {len(args)}")
+            raise InputError(
+                f"{kernel.name} takes {len(params)} tensors and {len(sizes)} sizes, and was given {len(args)}"
+            )
         arrays = [_array(a, p.dtype) for a, p in zip(args, params, strict=False)]
         for a, p in zip(arrays, params, strict=True):
             if a.ndim != len(p.shape):
                 raise InputError(f"{p.name!r} of {kernel.name} has {a.ndim} dimensions, expected {len(p.shape)}")
-        entry(*arrays, *(int(n) for n in args[len(params):]))
+        entry(*arrays, *(int(n) for n in args[len(params) :]))
 
     return run
 
 
 def _array(x: Any, dtype: str) -> npt.NDArray[np.generic]:
-    """A numpy view of the same memory."""
+    """A numpy view of the same memory.  numpy has no bf16: such a tensor comes as uint16."""
     import numpy as np
 
     if isinstance(x, np.ndarray):
         return x
-    import torch
-
     if dtype == "bf16":
-        x = x.view(torch.uint16)
-    elif dtype in ("e4m3", "e5m2"):
-        x = x.view(torch.uint8)
+        x = x.view(sys.modules["torch"].uint16)  # x is a torch tensor, so torch is there; this folder imports none
     out: npt.NDArray[np.generic] = x.detach().numpy()
     return out
 

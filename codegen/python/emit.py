@@ -10,15 +10,36 @@ from memcomp.ir.ops import MONOIDS, OPS
 from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, Tile, TileKernel, TileProgram, When
 
 _INFIX = {o.name: o.infix for o in OPS.values() if o.infix and o.name not in ("and", "or")}
-_FUNCTION = {"max": "np.maximum", "min": "np.minimum", "exp": "np.exp", "exp2": "np.exp2", "log": "np.log", "log2": "np.log2",
-             "sqrt": "np.sqrt", "square": "np.square", "abs": "np.abs", "tanh": "np.tanh", "sin": "np.sin", "cos": "np.cos",
-             "floor": "np.floor", "round": "np.round", "where": "np.where", "pow": "np.power"}
+_FUNCTION = {
+    "max": "np.maximum",
+    "min": "np.minimum",
+    "exp": "np.exp",
+    "exp2": "np.exp2",
+    "log": "np.log",
+    "log2": "np.log2",
+    "sqrt": "np.sqrt",
+    "square": "np.square",
+    "abs": "np.abs",
+    "tanh": "np.tanh",
+    "sin": "np.sin",
+    "cos": "np.cos",
+    "floor": "np.floor",
+    "round": "np.round",
+    "where": "np.where",
+    "pow": "np.power",
+}
 _FOLD = {"sum": "np.sum", "prod": "np.prod", "max": "np.max", "min": "np.min", "and": "np.all", "or": "np.any"}
-_JOIN = {"sum": "{} + {}", "prod": "{} * {}", "max": "np.maximum({}, {})", "min": "np.minimum({}, {})", "and": "{} & {}",
-         "or": "{} | {}"}
+_JOIN = {
+    "sum": "{} + {}",
+    "prod": "{} * {}",
+    "max": "np.maximum({}, {})",
+    "min": "np.minimum({}, {})",
+    "and": "{} & {}",
+    "or": "{} | {}",
+}
 _DTYPE = {"f32": "np.float32", "f64": "np.float64", "i64": "np.int64", "bool": "np.bool_"}
 
-_BF16 = '''
+_BF16 = """
 def from_bf16(x):
     return (x.astype(np.uint32) << 16).view(np.float32)
 
@@ -27,14 +48,18 @@ def to_bf16(x):  # round to nearest even; a NaN stays one
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
-'''
+"""
 
 
 def emit_source(tp: TileProgram, entry: str) -> str:
     """The whole module; `entry` is the function that runs the kernels in order."""
     for p in tp.params:
         if p.dtype in ("e4m3", "e5m2"):
-            raise Refusal(f"{p.name} is stored as {p.dtype}", tp.name, "the python backend reads f64, f32, f16, bf16, integers and bool")
+            raise Refusal(
+                f"{p.name} is stored as {p.dtype}",
+                tp.name,
+                "the python backend reads f64, f32, f16, bf16, integers and bool",
+            )
     args = ", ".join([p.name for p in tp.params] + list(tp.sizes))
     lines = ["import numpy as np"]
     calls = _calls(tp)
@@ -239,7 +264,11 @@ class _Writer:
             if e.name not in dims:
                 return e.name
             got = f"np.arange({self.count(e.name)})"
-            return got if dims[-1] == e.name else f"{got}[{', '.join(':' if d == e.name else 'None' for d in dims[dims.index(e.name):])}]"
+            return (
+                got
+                if dims[-1] == e.name
+                else f"{got}[{', '.join(':' if d == e.name else 'None' for d in dims[dims.index(e.name) :])}]"
+            )
         if isinstance(e, Access):
             if e.tensor not in self.tiles:
                 return self.element(e, dims)
@@ -261,8 +290,15 @@ def _call(op: str, args: list[str], scalar: bool) -> str:
         return f"(not {args[0]})" if scalar else f"np.logical_not({args[0]})"
     if scalar and op in ("max", "min"):
         return f"{op}({', '.join(args)})"
-    special = {"neg": "(-{0})", "relu": "np.maximum({0}, 0)", "recip": "(1.0 / {0})", "rsqrt": "(1.0 / np.sqrt({0}))",
-               "ceildiv": "(-(-{0} // {1}))", "real": "np.asarray({0}, np.float32)", "int": "np.trunc({0}).astype(np.int64)"}
+    special = {
+        "neg": "(-{0})",
+        "relu": "np.maximum({0}, 0)",
+        "recip": "(1.0 / {0})",
+        "rsqrt": "(1.0 / np.sqrt({0}))",
+        "ceildiv": "(-(-{0} // {1}))",
+        "real": "np.asarray({0}, np.float32)",
+        "int": "np.trunc({0}).astype(np.int64)",
+    }
     if op in special:
         return special[op].format(*args)
     return f"{_FUNCTION.get(op, f'op_{op}')}({', '.join(args)})"

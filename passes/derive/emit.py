@@ -64,6 +64,7 @@ class Writer:
     _cut: dict[str, str] = field(default_factory=dict)
     _maps: dict[tuple[Expr, tuple[Expr, ...]], Access] = field(default_factory=dict)
     _locals: dict[str, Access] = field(default_factory=dict)
+    _sums: dict[object, Access] = field(default_factory=dict)
     _exps: list[tuple[object, tuple[Expr, ...], Access]] = field(default_factory=list)
     _symbols: dict[str, Access] = field(default_factory=dict)
     _shifts: dict[str, Access] = field(default_factory=dict)
@@ -113,7 +114,7 @@ class Writer:
         """A named tile map over the variables of `e` (in the order of `space`)."""
         key = (e, guard)
         if key not in self._maps:
-            used = set().union(variables(e), *(variables(c) for c in guard))
+            used = variables(self.cut.extent).union(variables(e), *(variables(c) for c in guard))
             index: list[Expr] = []
             for v in space:
                 if v == self.cut.carried:
@@ -177,9 +178,7 @@ class Writer:
             factors.insert(0, (self._exponential(state, space), 1))
         factors += [(self.stage.gauges[g].shift, j) for g, j in state.ds]
         body = self._pair(factors, stem, space)
-        local = Access(self.fresh("L" + stem), self._step(state.vars))
-        self._locals[state.name] = local
-        self.body.append(Einsum((local,), body, Reduce("sum", self._over(state.over)), self._guard(state.guard)))
+        local = self._locals[state.name] = self._summed(body, "L" + stem, state.vars, state.over, state.guard)
         moved = self._moved(state, lambda s: self.at(s.name, self.now, s.vars), self._delta, self._factor)
         if isinstance(moved, Call):
             moved = self._write(self.body, "P" + stem, self._step(state.vars), moved)
@@ -187,7 +186,18 @@ class Writer:
         if self.cut.outer is not None:
             end = Size(self.cut.step.upper())
             moved = self._moved(state, lambda s: self.at(s.name, end, s.vars), self._delta_merge, self._factor_merge)
+            if isinstance(moved, Call) and not all(isinstance(a, Access) for a in moved.args):
+                moved = self._write(self.merge, "W" + stem, (*self.cut.lead, *(Var(v) for v in state.vars)), moved)
             self.merge.append(Einsum((self.stage.final(state),), moved, Reduce("sum", (self.cut.outer,))))
+
+    def _summed(self, body: Expr, hint: str, vs: tuple[str, ...], over: tuple[str, ...],
+                guard: tuple[Expr, ...]) -> Access:
+        """The sum over the tile, written once."""
+        key = (body, vs, frozenset(over), frozenset(guard))
+        if key not in self._sums:
+            self._sums[key] = local = Access(self.fresh(hint), self._step(vs))
+            self.body.append(Einsum((local,), body, Reduce("sum", self._over(over)), self._guard(guard)))
+        return self._sums[key]
 
     def _write(self, where: list[Einsum], hint: str, index: tuple[Expr, ...], body: Expr) -> Access:
         out = Access(self.fresh(hint), index)
@@ -230,10 +240,11 @@ class Writer:
         for known, guard, symbol in self._exps:
             if known == tag and set(guard) <= set(state.guard):
                 return symbol
-        used = set().union(*(self._ranks(self.stage.gauges[g].shift) for g, _ in state.es),
+        used = variables(self.cut.extent).union(*(self._ranks(self.stage.gauges[g].shift) for g, _ in state.es),
                            *(variables(x) for x, _ in state.bounded), *(variables(c) for c in state.guard))
         symbol = Access(f"$e:{len(self._exps)}", tuple(Var(v) for v in space if v in used))
-        parts = [(Call("sub", (self._level(g, space), self._frame(g))), k) for g, k in state.es]
+        parts: list[tuple[Expr, float]] = [(Call("sub", (self._level(g, space), self._frame(g))), k)
+                                           for g, k in state.es]
         parts += [(self.tile(x), k) for x, k in state.bounded]
         index = tuple(i for v in symbol.index for i in (self.cut.point if v == Var(self.cut.carried) else (v,)))
         hint = "E" + (state.es[0][0] if state.es else state.name)[1:]
@@ -279,9 +290,7 @@ class Writer:
             return
         self._start(name, vs, Const(0.0))
         count = next(c for c in self.stage.sums if not (c.a or c.ds or c.es or c.bounded) and c.guard == g.guard)
-        local = Access(self.fresh("L" + name[1:]), self._step(vs))
-        over = Reduce("sum", self._over(self.stage.gauge_over[name]))
-        self.body.append(Einsum((local,), self._level(name, space), over, self._guard(g.guard)))
+        local = self._summed(self._level(name, space), "L" + name[1:], vs, self.stage.gauge_over[name], g.guard)
         old, new = self.at(name, self.now, vs), self.at(name, self.then, vs)
         points, seen = self._locals[count.name], self.at(count.name, self.now, count.vars)
         if g.kind == "first":
@@ -369,7 +378,7 @@ class Writer:
         if tag not in self._factors:
             used = {v for g, _ in state.es for v in self.stage.gauge_vars[g]}
             vs = tuple(v for v in self._spaces[state.es[0][0]] if v in used)
-            parts = [(Call("sub", (old(g), new[g])), k) for g, k in state.es]
+            parts: list[tuple[Expr, float]] = [(Call("sub", (old(g), new[g])), k) for g, k in state.es]
             self._factors[tag] = self._write(where, "P" + state.es[0][0][1:], index(vs), exponential(parts))
         return self._factors[tag]
 

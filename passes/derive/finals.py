@@ -47,7 +47,9 @@ class Finals:
             if (rho := self.rho(e.tensor)) is not None:
                 return Term(c=((rho, 1),))
             hit = self._value(e)
-            return Term(c=((self._indexed(e), 1),)) if hit is None or hit[0].term is None else _moved(hit[0].term, hit[1])
+            if hit is None or hit[0].term is None:
+                return Term(c=((self._indexed(e), 1),))
+            return _moved(hit[0].term, hit[1])
         if not isinstance(e, Call):
             return Term(c=((e, 1),))
         a = e.args
@@ -122,9 +124,9 @@ class Finals:
                     accumulate(out, ONE, math.log(t.coef) * LOGS[x.op])
                 return out
             return {Call(x.op, (self.build(t),)): 1}
-        t = self.term(x) if not (isinstance(x, Call) and x.op in ("add", "sub")) else None
-        if t is None:
+        if isinstance(x, Call) and x.op in ("add", "sub"):
             return self.linear(x)
+        t = self.term(x)
         if t.coef == 0:
             return {}
         if not t.c and not t.ec and not t.if_:
@@ -143,8 +145,7 @@ class Finals:
             if e.op in ("add", "sub", "log", "log2"):
                 return to_expr(self.linear(e).items())
             if e.op in ("mul", "div", "recip", "neg", "square", "where", *BASE):
-                t = self.term(e) if e.op != "where" else None
-                return self.build(t) if t is not None else Call("where", tuple(self.expr(a) for a in e.args))
+                return self.build(self.term(e)) if e.op != "where" else Call("where", tuple(map(self.expr, e.args)))
             return Call(e.op, tuple(self.expr(a) for a in e.args))
         return self.build(self.term(e)) if isinstance(e, Access) else e
 

@@ -30,7 +30,8 @@ def accumulate(into: Linear, e: Expr, coef: float) -> None:
         into[e] = total
 
 
-def flatten(e: Expr, coef: float = 1, *, spread: Callable[[Expr, Expr], bool] | None = None) -> list[tuple[float, Expr]]:
+def flatten(e: Expr, coef: float = 1, *,
+            spread: Callable[[Expr, Expr], bool] | None = None) -> list[tuple[float, Expr]]:
     """Addends of `e` with numeric coefficients; `spread(factor, rest)` says whether factor * sum is multiplied out."""
     if isinstance(e, Call):
         if e.op in ("add", "sub"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memcomp.ir.cascade import Cascade, Einsum
-from memcomp.ir.expr import Access, Call, Const, Expr, Var, conjuncts, rebuild, children, substitute, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, children, conjuncts, rebuild, substitute, variables, walk
 from memcomp.passes.derive.sides import Side
 
 _LARGEST_BODY = 400  # nodes; a larger inlined body is left to its own statement

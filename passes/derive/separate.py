@@ -384,7 +384,8 @@ class Separator:
         body = product(t.a)
         if t.coef < 0:
             body = Call("neg", (body,))
-        return outside.times(self.late(Call(op, (body,))) if self.sides.free(body) else Term(a=((Call(op, (body,)), 1),)))
+        whole = Call(op, (body,))
+        return outside.times(self.late(whole) if self.sides.free(body) else Term(a=((whole, 1),)))
 
 
 def _pushed(op: str, choice: Call) -> Call:

@@ -60,11 +60,14 @@ State = OrderState | SumState
 class Stage:
     """Accepts reductions over the stream variable and collects their states.
 
-    final: state -> how its finished value is read; rho: the same for the reference of a gauge.  fresh: a free tensor name.
+    extent: what the stream variable stays below (may read tensors and variables: a ragged rank).
+    final: state -> how its finished value is read; rho: the same for the reference of a gauge.
+    fresh: a free tensor name like the given one.
     frame: "first" or "running", the reference of polynomial states.
     """
 
     carried: str
+    extent: Expr
     facts: Facts
     late: Callable[[str], bool]
     final: Callable[[State], Access]
@@ -113,7 +116,7 @@ class Stage:
 
     def _vars(self, s: Einsum, *exprs: Expr) -> tuple[str, ...]:
         assert s.reduce is not None
-        used = set().union(*(variables(e) for e in exprs)) if exprs else set()
+        used = variables(self.extent).union(*(variables(e) for e in exprs))
         return tuple(v for v in s.space() if v in used and v not in s.reduce.over)
 
     # -- sums -----------------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ class Stage:
         for old in self.sums:
             if old.tag() == new.tag():
                 return old
-        for k, (g, j) in enumerate(ds):  # closed downward where the frame moves
+        for k, (g, _) in enumerate(ds):  # closed downward where the frame moves
             if self.gauges[g].kind != "first" or self.merged:
                 lower = tuple((h, i - (n == k)) for n, (h, i) in enumerate(ds) if i - (n == k))
                 self._state(s, a, lower, es, bounded, guard)

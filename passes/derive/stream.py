@@ -104,7 +104,7 @@ class _Stream:
         while True:
             look = view(c, rest, v)
             look = View(v, {**{t: "carried" for t in carried}, **look.sides}, {**carried, **look.writer})
-            stage = Stage(v, facts, look.late, self._end(cut), lambda g: self.ends["$rho:" + g], self._fresh,
+            stage = Stage(v, extent, facts, look.late, self._end(cut), lambda g: self.ends["$rho:" + g], self._fresh,
                           self.frame, cut.outer is not None)
             accepted, blocked = self._accept(rest, look, stage)
             refused = {**blocked, **refused}
@@ -148,8 +148,11 @@ class _Stream:
         return stem.lower() + "0", stem.lower() + "1", stem.lower() + "2"
 
     def _extent(self, c: Cascade) -> Expr | None:
-        x = c.rank(self.rank).extent
-        return x if x is not None and not isinstance(x, Knob) and _ragged(x) else Size(self.rank)
+        """What the stream variable stays below; None for a ragged rank without a bound."""
+        r = c.rank(self.rank)
+        if r.extent is None or isinstance(r.extent, Knob) or not _ragged(r.extent):
+            return Size(self.rank)
+        return r.extent if r.bound is not None else None
 
     def _end(self, cut: Cut) -> Callable[[State], Access]:
         def end(state: State) -> Access:
@@ -214,10 +217,9 @@ class _Stream:
             if name in accepted:
                 out[name] = self._final(s, accepted[name], look, stage, finals)
             elif self._side(look, s) == "late" and not reduces(s, look.v) and len(s.outs) == 1:
-                body = finals.expr(s.body)
-                guard = conjunction([finals.expr(g) for g in s.guards()])
-                out[name] = replace(s, body=body, guard=guard)
-                if s.reduce is None:
+                if s.reduce is None:  # another reduction reads its operands by name
+                    guard = conjunction([finals.expr(g) for g in s.guards()])
+                    out[name] = replace(s, body=finals.expr(s.body), guard=guard)
                     finals.learn(s, s.body, finals.term(s.body))
         return out
 
@@ -308,6 +310,13 @@ class _Stream:
             elif t.name in back and t.dtype != "f32":
                 s = next(s for s in kept if s.names[0] == t.name)
                 tensors.append(Tensor(t.name, written_ranks(s.out) or t.ranks, t.dtype))
+        if any(t.dtype == "f64" for t in c.outputs()):  # what is undeclared holds f32
+            known = {t.name for t in tensors}
+            for s in kept:
+                ranks_of = written_ranks(s.out)
+                if s.names[0] not in known and ranks_of is not None:
+                    tensors.append(Tensor(s.names[0], ranks_of, "f64"))
+                    known.add(s.names[0])
         size = cut.inner.upper()
         per = Call("ceildiv", (self._total(c), Size(size)))
         ranks = [Rank(size, Knob(cut.inner, self.tile))]

@@ -1,0 +1,136 @@
+"""Tiles of one kernel, their names, and the loads that fill them."""
+
+from __future__ import annotations
+
+from memcomp.codegen.lower_laws import Fills
+from memcomp.codegen.lower_ops import LOOP, POST, PRE, GroupOps, Op
+from memcomp.ir.expr import Access, Call, Expr, Var, call, rebuild, variables, walk
+from memcomp.ir.simplify import proves, simplify
+from memcomp.ir.tile import Dim, Load, Param, Statement, Tile
+
+TILE_DTYPE = {"f64": "f64", "bool": "bool"}
+
+
+def tile_dtype(dtype: str) -> str:
+    """How elements of a stored dtype are held in a tile."""
+    return TILE_DTYPE.get(dtype, "i64" if dtype[0] in "iu" else "f32")
+
+
+class Tiles:
+    """What has been written of one kernel: tiles, and statements before, in and after the loop.
+
+    dtype: of each group tensor's tile.  home: the buffer that holds it.
+    """
+
+    def __init__(self, g: GroupOps, params: dict[str, Param], dtype: dict[str, str], home: dict[str, str]) -> None:
+        self.g, self.params, self.dtype, self.home = g, params, dict(dtype), home
+        self.tiles: dict[str, Tile] = {}
+        self.body: dict[int, list[Statement]] = {PRE: [], LOOP: [], POST: []}
+        self.loaded: dict[tuple[Access, int], Access] = {}
+        self.fills = Fills()
+        self.scalars: dict[tuple[Expr, bool], Expr] = {}
+        self.counted: set[Expr] = set()
+        self.names: set[str] = set(params)
+
+    def effective(self, o: Op) -> tuple[Expr, ...]:
+        return tuple(g for g in o.guards if g not in self.counted)
+
+    def fresh(self, stem: str) -> str:
+        stem = stem.replace("'", "_new").replace("@", "_")
+        name, k = (stem if stem not in self.names else f"{stem}_t"), 2
+        while name in self.names:
+            name, k = f"{stem}_t{k}", k + 1
+        self.names.add(name)
+        return name
+
+    def tile(self, target: str, dims: tuple[str, ...]) -> str:
+        buffer = self.home.get(target, target)
+        if buffer not in self.tiles:
+            self.tiles[buffer] = Tile(self.fresh(buffer), dims, self.dtype[buffer])
+        return self.tiles[buffer].name
+
+    def read(self, e: Expr, phase: int) -> Expr:
+        """The expression over tiles: params are loaded, group tensors named by their buffers."""
+        if isinstance(e, Access):
+            if e.tensor in self.home:
+                return Access(self.tile(e.tensor, tile_dims(e)), e.index)
+            return self.load(e, phase)
+        if isinstance(e, Call):
+            return rebuild(e, tuple(self.read(a, phase) for a in e.args))
+        return e
+
+    def load(self, a: Access, phase: int, guards: tuple[Expr, ...] = ()) -> Access:
+        phase = phase if phase != LOOP or self.moves(a) else PRE
+        for p in (phase, PRE):
+            if (a, p) in self.loaded:
+                return self.loaded[a, p]
+        dims: list[str] = []
+        for i in a.index:
+            for n in walk(i):
+                if isinstance(n, Var) and n.name in self.g.dims and n.name not in dims:
+                    dims.append(n.name)
+        lane = (self.g.group.lane or "").lower()
+        if lane in dims:
+            dims.remove(lane)
+            dims.append(lane)
+        name = self.fresh(f"{a.tensor}_t")
+        self.tiles[f"load {name}"] = Tile(name, tuple(dims), tile_dtype(self.params[a.tensor].dtype))
+        self.dtype[name] = tile_dtype(self.params[a.tensor].dtype)
+        self.body[phase].append(Load(name, self.clamped(a)))
+        got = Access(name, tuple(Var(d) for d in dims))
+        self.loaded[a, phase] = got
+        return got
+
+    def moves(self, e: Expr) -> bool:
+        """Does a read change along the loop?"""
+        names = variables(e)
+        return self.g.loop in names or any(
+            self.g.loop in variables(self.g.dims[n].count) for n in names & set(self.g.dims)
+        )
+
+    def clamped(self, a: Access) -> Access:
+        """Indices that only a guard keeps inside the tensor are cut to it, so that no load leaves memory."""
+
+        def nested(e: Expr) -> Expr:
+            if isinstance(e, Access):
+                return self.clamped(e)
+            return rebuild(e, tuple(nested(x) for x in e.args)) if isinstance(e, Call) else e
+
+        shape = self.params[a.tensor].shape
+        return Access(a.tensor, tuple(self._clamp(nested(i), n) for i, n in zip(a.index, shape, strict=True)))
+
+    def _clamp(self, i: Expr, extent: Expr) -> Expr:
+        guarded = [o for o in self.g.ops if any(g not in self.counted for g in o.guards)]
+        if not guarded or not variables(i) or self._inside(i, extent):
+            return i
+        return call("max", call("min", i, simplify(call("sub", extent, 1))), 0)
+
+    def _inside(self, i: Expr, extent: Expr) -> bool:
+        """Proved from the ranges of grid, loop and dim variables: 0 <= i < extent."""
+        ranges: dict[str, tuple[Expr | int | None, Expr | int | None]] = {v: (0, n) for v, n in self.g.grid}
+        if self.g.loop:
+            ranges[self.g.loop] = (0, self.g.steps)
+        for d in self.g.dims.values():
+            ranges[d.name] = (0, d.count)
+        if proves(call("and", call("ge", i, 0), call("lt", i, extent)), ranges):
+            return True
+        for d in self.g.dims.values():  # start + i of a dim that was cut from a rank of this extent
+            whole = simplify(call("add", d.start, Var(d.name)), index=True)
+            if simplify(i, index=True) == whole and self._cut_from(d, extent):
+                return True
+        return False
+
+    def _cut_from(self, d: Dim, extent: Expr) -> bool:
+        if not isinstance(d.count, Call) or d.count.op != "min":
+            return False
+        left = simplify(call("sub", extent, d.start), index=True)
+        return any(simplify(a, index=True) == left for a in d.count.args)
+
+
+def tile_dims(a: Access) -> tuple[str, ...]:
+    return tuple(i.name for i in a.index if isinstance(i, Var))
+
+
+def param_name(tensor: str) -> str:
+    """The param of a tensor: the new value of a state (`X'`) is written over the old one."""
+    return tensor.removesuffix("'")

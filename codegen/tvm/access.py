@@ -1,0 +1,185 @@
+"""Elements of params: where they lie, how they are converted, and the Load and Store statements."""
+
+from __future__ import annotations
+
+from memcomp.codegen.tvm.express import Expressions, linear
+from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Access, Expr, variables
+from memcomp.ir.tile import Load, Param, Store
+
+_STORED = {"f64": "float64", "f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "i16": "int16",
+           "i8": "int8", "u8": "uint8"}
+
+
+def loaded(p: Param, text: str) -> str:
+    """Text of a stored element (or vector) in its natural kind: f32 for every short float, int64 for integers."""
+    if p.dtype == "bf16":
+        return f"from_bf16({text})"
+    if p.dtype in ("f32", "f64", "i64"):
+        return text
+    if p.dtype == "bool":
+        return f"cast('int32', {text})"
+    if p.dtype in _STORED:
+        return f"cast({'float32' if p.dtype[0] == 'f' else 'int64'!r}, {text})"
+    raise Refusal(f"{p.name} is stored as {p.dtype}", hint="the tvm backend does not read it")
+
+
+def stored(p: Param, text: str) -> str:
+    """Text of a value (in the tile's kind) as it is stored, rounded to nearest even."""
+    if p.dtype == "bf16":
+        return f"to_bf16(cast('float32', {text}))"
+    if p.dtype == "bool":
+        return f"cast('bool', {text} != 0)"
+    return f"cast({_STORED[p.dtype]!r}, {text})"
+
+
+def view(w: Writer, p: Param) -> str:
+    """The buffer through which a param is addressed: bf16 as its bits."""
+    return f"{w.names[p.name]}_bits" if p.dtype == "bf16" else w.names[p.name]
+
+
+def scalar_element(w: Writer, a: Access, point: Point) -> str:
+    """Text of one element in its natural kind; a bool comes as int32."""
+    p = w.params[a.tensor]
+    return loaded(p, place(w, a, point))
+
+
+def place(w: Writer, a: Access, point: Point, lane: str = "", lanes: int = 1, base: str = "") -> str:
+    """Text of the element itself (an lvalue), or of `lanes` neighbours when the index that holds `lane` walks by one."""
+    p = w.params[a.tensor]
+    index = []
+    for i in a.index:
+        if lane and lane in variables(i):
+            at = Expressions(w, point.at(**{lane: base})).index(i)
+            index.append(f"at({lanes}, {at})")
+        else:
+            index.append(Expressions(w, point).index(i))
+    return f"{view(w, p)}[{', '.join(index) if index else '0'}]"
+
+
+def unit(w: Writer, p: Param) -> int:
+    """The position whose stride is 1 in memory, or -1."""
+    return w.units[p.name]
+
+
+def contiguous(w: Writer, a: Access, dim: str) -> bool:
+    """Are neighbours along `dim` neighbours in memory?"""
+    u = unit(w, w.params[a.tensor])
+    holders = [k for k, i in enumerate(a.index) if dim in variables(i)]
+    if holders != [u]:
+        return False
+    got = linear(a.index[u], dim)
+    return got is not None and got[0] == 1
+
+
+def load(w: Writer, s: Load, point: Point) -> None:
+    t, p = w.tiles[s.tile], w.params[s.source.tensor]
+    element = TILE_ELEMENT[t.dtype]
+    if not t.dims:
+        w.line(f"{w.tile_at(t.name, {})} = cast({element!r}, {scalar_element(w, s.source, point)})")
+        return
+    last = t.dims[-1]
+    if contiguous(w, s.source, last):
+        def body(q: Point, base: str, lanes: int, mask: str) -> None:
+            got = vector(w, s.source, q, last, lanes, base, mask)
+            w.line(f"{w.tile_at(t.name, q.scalars, f'at({lanes}, {base})')} = cast({element!r}, {got})")
+
+        _over(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: body(q, b, n, m)))
+        return
+
+    def one(q: Point) -> None:
+        w.line(f"{w.tile_at(t.name, q.scalars)} = cast({element!r}, {scalar_element(w, s.source, q)})")
+
+    _over(w, _memory_order(w, s.source, t.dims), point, one)
+
+
+def store(w: Writer, s: Store, point: Point) -> None:
+    t, p = w.tiles[s.tile], w.params[s.target.tensor]
+    if not t.dims:
+        w.line(f"{place(w, s.target, point)} = {stored(p, w.tile_at(t.name, {}))}")
+        return
+    last = t.dims[-1]
+    if contiguous(w, s.target, last) and p.dtype != "bool":
+        def body(q: Point, base: str, lanes: int, mask: str) -> None:
+            value = stored(p, w.tile_at(t.name, q.scalars, f"at({lanes}, {base})"))
+            if mask:
+                w.line(f"masked_store(T.address_of({place(w, s.target, q.at(**{last: base}))}), {mask}, {value})")
+            else:
+                w.line(f"{place(w, s.target, q, last, lanes, base)} = {value}")
+
+        _over(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: body(q, b, n, m)))
+        return
+
+    def one(q: Point) -> None:
+        w.line(f"{place(w, s.target, q)} = {stored(p, w.tile_at(t.name, q.scalars))}")
+
+    _over(w, _memory_order(w, s.target, t.dims), point, one)
+
+
+def vector(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str, mask: str) -> str:
+    """Text of `lanes` neighbours in their natural kind; where `mask` is given, lanes outside it are not read."""
+    p = w.params[a.tensor]
+    if not mask:
+        return loaded(p, place(w, a, point, lane, lanes, base))
+    if p.dtype == "bool":  # no masked form of one-byte truth values: the buffer is read as it is, lane by lane
+        name, l = w.names.fresh("gather"), w.names.fresh("l")
+        w.line(f"{name} = acc(splat(cast('int32', i64(0)), {lanes}))")
+        with w.block(f"for {l} in T.serial({w.count(lane)} - {base}):"):
+            w.line(f"{name}[{l}] = {scalar_element(w, a, point.at(**{lane: f'({base} + {l})'}))}")
+        return f"{name}[at({lanes})]"
+    address = f"T.address_of({place(w, a, point.at(**{lane: base}))})"
+    element = "uint16" if p.dtype == "bf16" else _STORED[p.dtype]
+    return loaded(p, f"masked_load({address}, {mask}, {element!r})")
+
+
+def strips(w: Writer, dim: str, body: object, lanes: int = 0) -> None:
+    """Call `body(base, lanes, mask)` for every vector of a dim; the mask is "" for whole vectors."""
+    lanes = lanes or w.vector(dim)
+    n = w.fixed(dim)
+    j = w.names.fresh("j")
+    whole = f"i64({n // lanes})" if n is not None else f"T.floordiv({w.count(dim)}, i64({lanes}))"
+    if n is None or n >= lanes:
+        with w.block(f"for {j} in T.serial({whole}):"):
+            body(f"{j} * i64({lanes})", lanes, "")  # type: ignore[operator]
+    if n is not None and n % lanes == 0:
+        return
+    base = f"{whole} * i64({lanes})" if n is None else f"i64({n // lanes * lanes})"
+    mask = f"lane({lanes}) < clip({w.count(dim)} - {base})"
+
+    def tail() -> None:
+        if lanes == 1:
+            body(base, 1, "")  # type: ignore[operator]
+        else:
+            body(base, lanes, mask)  # type: ignore[operator]
+
+    if n is not None:
+        tail()
+    else:
+        with w.block(f"if {w.count(dim)} > {base}:"):
+            tail()
+
+
+def _over(w: Writer, dims: tuple[str, ...], point: Point, body: object) -> None:
+    """Nested loops over all points of `dims`."""
+    if not dims:
+        body(point)  # type: ignore[operator]
+        return
+    v = w.names.fresh(w.names[dims[0]])
+    with w.block(f"for {v} in T.serial({w.count(dims[0])}):"):
+        _over(w, dims[1:], point.at(**{dims[0]: v}), body)
+
+
+def _memory_order(w: Writer, a: Access, dims: tuple[str, ...]) -> tuple[str, ...]:
+    """The dims so that neighbours in memory come last."""
+    u = unit(w, w.params[a.tensor])
+
+    def where(d: str) -> int:
+        holders = [k for k, i in enumerate(a.index) if d in variables(i)]
+        return -1 if not holders else len(a.index) if u in holders else max(holders)
+
+    return tuple(sorted(dims, key=where))
+
+
+def reads_in_place(a: Expr) -> bool:
+    return isinstance(a, Access)

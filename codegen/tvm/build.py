@@ -1,0 +1,122 @@
+"""Kernel text -> machine code in this process, and the callable that launches it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from memcomp.codegen.tvm.emit import Layout, emit
+from memcomp.codegen.tvm.isa import AVX2, AVX512, NEON, PLAIN, SSE, Isa
+from memcomp.codegen.tvm.words import WORDS
+from memcomp.ir.errors import Refusal
+from memcomp.ir.tile import Kernel
+
+_ISA = {f"tvm-{i.name}": i for i in (AVX512, AVX2, SSE, NEON, PLAIN)}
+_compiling = threading.Lock()
+
+
+def build(kernel: Kernel) -> Callable[..., None]:
+    """A callable(*tensors, *sizes) in the order of the program's params and sizes; writes outputs in place.
+
+    Takes torch tensors (anything with DLPack) of any strides, aligned to their elements.  Kernel text is written for
+    tensors whose last stride is 1; for others a form of its own is emitted and compiled at the first call.
+    Raises TypeError or ValueError for a wrong dtype or shape, Refusal where the text does not compile.
+    """
+    return Launch(kernel)
+
+
+class Launch:
+    """One kernel and its forms per memory layout."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.layout: Layout = tuple(len(p.shape) - 1 for p in kernel.program.params)
+        self.forms: dict[Layout, Callable[..., Any]] = {self.layout: compiled(kernel)}
+        self.entry = self.forms[self.layout]
+
+    def __call__(self, *args: Any) -> None:
+        try:
+            self.entry(*args)
+        except ValueError as error:
+            if "strides" not in str(error):
+                raise
+            self._other(args)
+
+    def _other(self, args: tuple[Any, ...]) -> None:
+        tensors = args[:len(self.layout)]
+        layout = tuple(_unit(tuple(t.shape), tuple(t.stride())) for t in tensors)
+        with _compiling:
+            known = self.forms.get(layout)
+        if known is None:
+            known = compiled(emit_like(self.kernel, layout))
+            with _compiling:
+                self.forms[layout] = known
+        known(*args)
+
+
+def _unit(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """The position with stride 1, the last one if there are several; one element wide dims do not count."""
+    last = len(shape) - 1
+    if last < 0 or shape[last] <= 1 or stride[last] == 1:
+        return last
+    return next((k for k in range(last, -1, -1) if stride[k] == 1 and shape[k] > 1), -1)
+
+
+def emit_like(kernel: Kernel, layout: Layout) -> Kernel:
+    return emit(kernel.program, _ISA[kernel.backend], layout)
+
+
+def compiled(kernel: Kernel) -> Callable[..., Any]:
+    """Compile the text and load it; parallel loops run on torch's threads where it has loaded its OpenMP."""
+    import tvm.script
+    from tvm import tirx
+    from tvm.script import tirx as T
+
+    from memcomp.codegen.tvm import launcher
+
+    try:
+        function = tvm.script.from_source(kernel.source, extra_vars={**vocabulary(), "T": T})
+        module = launcher.with_launcher(tvm.IRModule({"main": function}))
+        with _compiling:
+            tirx.compilation_pipeline.register_tir_pipeline("memcomp", _pipeline)
+            loaded = tirx.build(module, target=machine(_ISA[kernel.backend]), pipeline="memcomp")
+    except tvm.error.TVMError as error:
+        raise Refusal(f"TVM does not compile {kernel.name}", str(error).strip().splitlines()[-1]) from error
+    launcher.install(loaded)
+    return loaded[kernel.entry]  # type: ignore[no-any-return]
+
+
+def machine(isa: Isa) -> Any:
+    import tvm
+
+    options: dict[str, Any] = {"kind": "llvm"}
+    if isa.cpu:
+        options["mcpu"] = isa.cpu
+    if isa.attributes:
+        options["mattr"] = list(isa.attributes)
+    return tvm.target.Target(options)
+
+
+def vocabulary() -> dict[str, Any]:
+    from memcomp.codegen.tvm import maths
+    from memcomp.codegen.tvm import vocabulary as words
+
+    known = {**{n: getattr(words, n) for n in WORDS if hasattr(words, n)}, **maths.FUNCTIONS,
+             "inf": float("inf"), "nan": float("nan")}
+    missing = WORDS - set(known) - {"T", "I"}
+    assert not missing, missing
+    return known
+
+
+def _pipeline() -> Any:
+    """Only what code generation needs: TVM's simplifier reorders float arithmetic (x + c - c becomes x)."""
+    from tvm import tirx
+    from tvm.ir.transform import Sequential
+
+    passes = Sequential([
+        tirx.transform.FlattenBuffer(), tirx.transform.UnrollLoop(), tirx.transform.VerifyMemory(),
+        tirx.transform.AnnotateEntryFunc(), tirx.transform.SplitHostDevice(), tirx.transform.MakePackedAPI(),
+        tirx.transform.BF16StorageLegalize(),
+    ])
+    return passes, tirx.compilation_pipeline.finalize_host_passes, tirx.compilation_pipeline.finalize_device_passes

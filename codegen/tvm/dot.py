@@ -1,0 +1,258 @@
+"""Contractions on registers: two micro-kernels, and the general reduction where neither fits.
+
+outer: the tile's vector dim belongs to one operand, whose neighbours along it lie together; the other gives one number
+    per row.  Rows x vectors of accumulators stay in registers over the whole contraction, start from zero and are added
+    to the tile once: the error of a long sum is that of its blocks.
+inner: both operands run along the contracted dim.  Products accumulate in vectors, one per (row, output), and a whole
+    block of them is summed across lanes at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memcomp.codegen.tvm.access import contiguous, place, scalar_element, strips, vector
+from memcomp.codegen.tvm.express import Expressions
+from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, power_of_two
+from memcomp.ir.expr import Access, Var, call
+from memcomp.ir.tile import Dot, Fold, Load
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tile, or a param read in place (`load`: the statement that would have filled the tile)."""
+
+    access: Access
+    dims: tuple[str, ...]
+    tile: str
+
+    @staticmethod
+    def of(w: Writer, a: Access) -> Operand:
+        if a.tensor in w.in_place:
+            source = w.in_place[a.tensor]
+            return Operand(source.source, w.tiles[a.tensor].dims, "")
+        if a.tensor in w.tiles:
+            return Operand(a, w.tiles[a.tensor].dims, a.tensor)
+        from memcomp.ir.expr import variables
+
+        dims = tuple(d for d in w.dims if d in variables(a))
+        return Operand(a, dims, "")
+
+    def runs_along(self, w: Writer, dim: str) -> bool:
+        """Are neighbours along `dim` neighbours in memory?"""
+        if self.tile:
+            return bool(self.dims) and self.dims[-1] == dim
+        return contiguous(w, self.access, dim)
+
+    def one(self, w: Writer, q: Point) -> str:
+        return w.tile_at(self.tile, q.scalars) if self.tile else scalar_element(w, self.access, q)
+
+    def vec(self, w: Writer, q: Point, lane: str, lanes: int, base: str, mask: str = "") -> str:
+        """Neighbours along `lane`; lanes that the mask excludes are 0."""
+        if not self.tile:
+            return vector(w, self.access, q, lane, lanes, base, mask)
+        got = w.tile_at(self.tile, q.scalars, f"at({lanes}, {base})")
+        return f"select({mask}, {got}, f32(0.0))" if mask else got
+
+
+def dot(w: Writer, s: Dot, point: Point) -> Fold | None:
+    """Write a contraction; returns the reduction to write instead where no micro-kernel fits."""
+    t = w.tiles[s.tile]
+    a, b = Operand.of(w, s.a), Operand.of(w, s.b)
+    if t.dtype == "f32" and t.dims and all(_real(w, x) for x in (a, b)):
+        lane = t.dims[-1]
+        for x, y in ((a, b), (b, a)):
+            if lane in y.dims and lane not in x.dims:
+                if y.runs_along(w, lane):
+                    _outer(w, s, x, y, point)
+                    return None
+                along = [d for d in s.over if x.runs_along(w, d) and y.runs_along(w, d)]
+                if along:
+                    _inner(w, s, x, y, along[0], point)
+                    return None
+    return Fold(s.tile, "sum", s.over, call("mul", s.a, s.b), s.accumulate)
+
+
+def in_place(w: Writer, load: Load, dots: list[Dot]) -> bool:
+    """Should the dots that read a loaded tile read the param itself?
+
+    Yes where it lies as they walk it and conversion is not repeated much: f32 costs none, short formats are converted
+    again for every block of rows.
+    """
+    t, p = w.tiles[load.tile], w.params[load.source.tensor]
+    if t.dtype != "f32" or p.dtype not in ("f32", "bf16", "f16"):
+        return False
+    for s in dots:
+        out = w.tiles[s.tile]
+        me, other = (s.a, s.b) if s.a.tensor == load.tile else (s.b, s.a)
+        if out.dtype != "f32" or not out.dims or me.tensor == other.tensor:
+            return False
+        lane, mine = out.dims[-1], t.dims
+        theirs = Operand.of(w, other)
+        rows = 1
+        for d in out.dims:
+            rows *= w.dims[d].capacity if d not in mine else 1
+        if lane not in mine:            # one number per row
+            if p.dtype != "f32" or not theirs.runs_along(w, lane):
+                return False
+        elif lane in theirs.dims:
+            return False
+        elif contiguous(w, load.source, lane):
+            if p.dtype != "f32" and rows > 8:
+                return False
+        elif not any(contiguous(w, load.source, d) and theirs.runs_along(w, d) for d in s.over) or rows > 8:
+            return False
+    return True
+
+
+def _real(w: Writer, x: Operand) -> bool:
+    return (w.tiles[x.tile].dtype if x.tile else "f32" if w.params[x.access.tensor].dtype in ("f32", "bf16", "f16") else "") == "f32"
+
+
+def _loops(w: Writer, dims: list[str], point: Point, body) -> None:  # type: ignore[no-untyped-def]
+    if not dims:
+        body(point)
+        return
+    v = w.names.fresh(w.names[dims[0]])
+    with w.block(f"for {v} in T.serial({w.count(dims[0])}):"):
+        _loops(w, dims[1:], point.at(**{dims[0]: v}), body)
+
+
+def _rows(w: Writer, dim: str, size: int, point: Point, body) -> None:  # type: ignore[no-untyped-def]
+    """Call body(points of `size` rows), then of single rows for what remains."""
+    if not dim:
+        body([point])
+        return
+    n = w.fixed(dim)
+    i, whole = w.names.fresh("i"), f"i64({n // size})" if n is not None else f"T.floordiv({w.count(dim)}, i64({size}))"
+    if n is None or n >= size:
+        with w.block(f"for {i} in T.serial({whole}):"):
+            body([point.at(**{dim: f"({i} * i64({size}) + i64({r}))"}) for r in range(size)])
+    if size == 1 or (n is not None and n % size == 0):
+        return
+    r = w.names.fresh("i")
+    with w.block(f"for {r} in T.serial({whole} * i64({size}), {w.count(dim)}):"):
+        body([point.at(**{dim: r})])
+
+
+def _outer(w: Writer, s: Dot, a: Operand, b: Operand, point: Point) -> None:
+    t = w.tiles[s.tile]
+    lane = t.dims[-1]
+    free = [d for d in t.dims[:-1] if d not in b.dims]
+    row = max(free, key=lambda d: w.dims[d].capacity) if free else ""
+    outside = [d for d in t.dims[:-1] if d != row]
+    size, vectors = w.isa.block(w.fixed(row) or w.dims[row].capacity if row else 1)
+
+    def columns(q: Point) -> None:
+        start, step = 0, vectors
+        v, padded, n = w.vector(lane), w.padded(lane), w.fixed(lane)
+        while start < padded:
+            while start + step * v > padded:
+                step //= 2
+            lanes = step * v
+            many = (padded - start) // lanes
+            j = w.names.fresh("j")
+            if n is not None:
+                stop = f"i64({many})"
+            else:
+                stop = f"T.max(T.floordiv({w.count(lane)} - i64({start - lanes + 1}), i64({lanes})), i64(0))"
+                stop = f"T.min({stop}, i64({many}))"
+            with w.block(f"for {j} in T.serial({stop}):"):
+                _block_columns(q, f"({j} * i64({lanes}) + i64({start}))", lanes)
+            start += many * lanes
+
+    def _block_columns(q: Point, base: str, lanes: int) -> None:
+        _rows(w, row, size, q, lambda rows: _tile(rows, base, lanes))
+
+    def _tile(rows: list[Point], base: str, lanes: int) -> None:
+        totals = []
+        for _ in rows:
+            totals.append(w.names.fresh("total"))
+            w.line(f"{totals[-1]} = acc(splat(f32(0.0), {lanes}))")
+
+        def step(q: Point) -> None:
+            inside = {d: q.scalars[d] for d in s.over}
+            x = w.names.fresh("b")
+            w.line(f"{x} = {b.vec(w, q, lane, lanes, base, _edge(w, b, lane, base, lanes))}")
+            for r, total in zip(rows, totals, strict=True):
+                value = a.one(w, r.at(**inside))
+                w.line(f"{total}[at({lanes})] = {total}[at({lanes})] + {value} * {x}")
+
+        _loops(w, list(s.over), rows[0], step)
+        for r, total in zip(rows, totals, strict=True):
+            out = w.tile_at(t.name, r.scalars, f"at({lanes}, {base})")
+            w.line(f"{out} = {out + ' + ' if s.accumulate else ''}{total}[at({lanes})]")
+
+    _loops(w, outside, point, columns)
+
+
+def _edge(w: Writer, b: Operand, lane: str, base: str, lanes: int) -> str:
+    """The mask that a param needs where its last columns are fewer than the block; tiles are padded."""
+    if b.tile or w.full(lane, lanes):
+        return ""
+    return f"lane({lanes}) < clip({w.count(lane)} - {base})"
+
+
+def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) -> None:
+    t = w.tiles[s.tile]
+    key = t.dims[-1]
+    free = [d for d in t.dims[:-1] if d not in b.dims]
+    row = max(free, key=lambda d: w.dims[d].capacity) if free else ""
+    outside = [d for d in t.dims[:-1] if d != row]
+    deeper = [d for d in s.over if d != along]
+    lanes = w.vector(along)
+    most = min(w.isa.registers // 2, lanes)       # accumulators; at most one result per lane
+    rows = w.fixed(row) or w.dims[row].capacity if row else 1
+    size = min(rows, 4 if most >= 16 else 2) if rows not in (3, 5, 6) or rows > most else rows
+    keys = 1
+    while 2 * keys * size <= most and 2 * keys <= power_of_two(w.dims[key].capacity):
+        keys *= 2
+
+    def block(points: list[Point], outs: int, base: str) -> None:
+        totals = [[w.names.fresh("total") for _ in range(outs)] for _ in points]
+        for name in (n for r in totals for n in r):
+            w.line(f"{name} = acc(splat(f32(0.0), {lanes}))")
+
+        def step(q: Point) -> None:
+            def strip(at: str, n: int, mask: str) -> None:
+                xs, ys = [], []
+                inside = {d: q.scalars[d] for d in deeper}
+                for p in points:
+                    xs.append(w.names.fresh("a"))
+                    w.line(f"{xs[-1]} = {a.vec(w, p.at(**inside), along, n, at, mask)}")
+                for k in range(outs):
+                    ys.append(w.names.fresh("b"))
+                    here = q.at(**{key: f"({base} + i64({k}))"})
+                    w.line(f"{ys[-1]} = reg({b.vec(w, here, along, n, at, mask)})")
+                for r, x in zip(totals, xs, strict=True):
+                    for total, y in zip(r, ys, strict=True):
+                        w.line(f"{total}[at({n})] = {total}[at({n})] + {x} * {y}")
+
+            strips(w, along, strip, lanes)
+
+        _loops(w, deeper, points[0], step)
+        flat = [f"{n}[at({lanes})]" for r in totals for n in r]
+        flat += [f"splat(f32(0.0), {lanes})"] * (power_of_two(len(flat)) - len(flat))
+        sums = w.names.fresh("sums")
+        w.line(f"{sums} = row_sums([{', '.join(flat)}])")
+        for k, p in enumerate(points):
+            out = w.tile_at(t.name, p.scalars, f"at({outs}, {base})")
+            got = f"piece({sums}, {k * outs}, {outs})" if len(flat) > outs else sums
+            w.line(f"{out} = {out + ' + ' if s.accumulate else ''}{got}")
+
+    def columns(q: Point) -> None:
+        n = w.fixed(key)
+        m = w.names.fresh("m")
+        whole = f"i64({n // keys})" if n is not None else f"T.floordiv({w.count(key)}, i64({keys}))"
+        with w.block(f"for {m} in T.serial({whole}):"):
+            _rows(w, row, size, q, lambda rows: block(rows, keys, f"({m} * i64({keys}))"))
+        if keys == 1 or (n is not None and n % keys == 0):
+            return
+        r = w.names.fresh("m")
+        with w.block(f"for {r} in T.serial({whole} * i64({keys}), {w.count(key)}):"):
+            _rows(w, row, size, q, lambda rows: block(rows, 1, r))
+
+    _loops(w, outside, point, columns)
+
+
+__all__ = ["Expressions", "TILE_ELEMENT", "Var", "dot", "in_place", "place"]

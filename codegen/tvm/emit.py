@@ -1,0 +1,186 @@
+"""TileProgram -> TVMScript text: one function that runs the launches in order, each a parallel loop over its grid.
+
+Text only; nothing here imports tvm.  The words that TVMScript does not know are in `vocabulary` and `maths`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from memcomp.codegen.tvm import dot as contraction
+from memcomp.codegen.tvm.access import load, store
+from memcomp.codegen.tvm.express import Expressions, truth
+from memcomp.codegen.tvm.group import Group, Nest, grouped
+from memcomp.codegen.tvm.isa import Isa, isa
+from memcomp.codegen.tvm.words import WORDS
+from memcomp.codegen.tvm.writer import TILE_ELEMENT, Names, Point, Writer, element, expressions, read_tiles, statements
+from memcomp.ir.expr import Access, Const, variables, walk
+from memcomp.ir.target import Target
+from memcomp.ir.tile import Dot, Kernel, Load, Loop, Map, Param, Fold, Statement, Store, TileKernel, TileProgram, When
+
+CHUNKS = 64
+Layout = tuple[int, ...]
+
+
+def emit(tp: TileProgram, target: Target | Isa | str, layout: Layout | None = None) -> Kernel:
+    """Kernel text for a machine; deterministic.
+
+    layout: for each param the position whose stride is 1 in memory, -1 where there is none; the last by default.
+    Raises Refusal where a stored format or an operator has no form here.
+    """
+    shape = target if isinstance(target, Isa) else isa(target)
+    units = layout if layout is not None else tuple(len(p.shape) - 1 for p in tp.params)
+    source = _program(tp, shape, units)
+    return Kernel(tp.name, f"tvm-{shape.name}", source, "main", tp)
+
+
+def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
+    names = Names(set(WORDS))
+    for p in tp.params:
+        names[p.name]
+    lines = ["@T.prim_func(s_tir=True)",
+             f"def main({', '.join([f'{names[p.name]}_arg: T.handle' for p in tp.params] + [f'{names[s]}: T.int64' for s in tp.sizes])}):",
+             '    T.func_attr({"global_symbol": "main"})']
+    probe = Writer(tp, TileKernel("", (), (), (), ()), shape, names)
+    for p, u in zip(tp.params, units, strict=True):
+        lines += _param(probe, p, u)
+    for k in tp.kernels:
+        w = Writer(tp, k, shape, names)
+        w.units = {p.name: u for p, u in zip(tp.params, units, strict=True)}
+        _kernel(w)
+        lines += w.lines
+        names.forget({t.name for t in k.tiles} | {d.name for d in k.dims})
+    return "\n".join(lines) + "\n"
+
+
+def _param(w: Writer, p: Param, unit: int) -> list[str]:
+    """Declare a tensor: extents over the sizes, any strides but the one that is 1, aligned to its elements only."""
+    name, kind = w.names[p.name], element(p.dtype, p.name)
+    size = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i16": 2}.get(p.dtype, 1)
+    if not p.shape:
+        text = [f"    {name} = T.match_buffer({name}_arg, (), {kind!r}, align={size})"]
+        return text + ([f"    {name}_bits = T.decl_buffer((), 'uint16', data={name}.data, align=2)"] if p.dtype == "bf16" else [])
+    strides = []
+    lines = []
+    for k in range(len(p.shape)):
+        if k == unit:
+            strides.append("i64(1)")
+        else:
+            s = w.names.fresh(f"{name}_stride")
+            lines.append(f"    {s} = T.int64()")
+            strides.append(s)
+    extents = ", ".join(Expressions(w, Point({})).index(e) for e in p.shape)
+    lines.append(f"    {name} = T.match_buffer({name}_arg, ({extents},), {kind!r}, strides=({', '.join(strides)},), align={size})")
+    if p.dtype == "bf16":  # as bits: TVM's own bf16 arithmetic is rewritten behind our back
+        lines.append(f"    {name}_bits = T.decl_buffer(({extents},), 'uint16', data={name}.data, strides=({', '.join(strides)},), align=2)")
+    return lines
+
+
+def _kernel(w: Writer) -> None:
+    k, names = w.kernel, w.names
+    w.line(f"# {k.name}")
+    total = names.fresh("points")
+    extents = [Expressions(w, Point({})).index(e) for _, e in k.grid]
+    w.line(f"{total} = {' * '.join(extents) if extents else 'i64(1)'}")
+    chunk, chunks, point = names.fresh("chunk"), names.fresh("chunks"), names.fresh("point")
+    w.line(f"{chunks} = T.min({total}, i64({CHUNKS}))")
+    with w.block(f"for {chunk} in T.parallel({chunks}):"):
+        start = len(w.lines)
+        depth = w.depth
+        with w.block(f"for {point} in T.serial(T.floordiv({chunk} * {total}, {chunks}), T.floordiv(({chunk} + i64(1)) * {total}, {chunks})):"):
+            scalars: dict[str, str] = {}
+            rest = point
+            for n in range(len(k.grid) - 1, -1, -1):
+                v = names[k.grid[n][0]]
+                scalars[k.grid[n][0]] = v
+                if n == 0:
+                    w.line(f"{v} = {rest}")
+                else:
+                    w.line(f"{v} = T.floormod({rest}, {extents[n]})")
+                    nxt = names.fresh("rest")
+                    w.line(f"{nxt} = T.floordiv({rest}, {extents[n]})")
+                    rest = nxt
+            Body(w).run(k.body, Point(scalars))
+        text = "\n".join(w.lines[start:])
+        tiles = []
+        for t in k.tiles:
+            if f"{names[t.name]}[" in text:
+                shape = ", ".join(map(str, w.shape(t)))
+                tiles.append("    " * depth + f"{names[t.name]} = T.alloc_buffer(({shape},), {TILE_ELEMENT[t.dtype]!r})")
+        w.lines[start:start] = tiles
+    names.forget({v for v, _ in k.grid})
+
+
+class Body:
+    """Writes statements in order."""
+
+    def __init__(self, w: Writer) -> None:
+        self.w = w
+        self.all = list(statements(w.kernel.body))
+
+    def run(self, body: Sequence[Statement], point: Point) -> None:
+        self._counts(point)
+        w = self.w
+        stored = {s.target.tensor for s in self.all if isinstance(s, Store)}
+        for s in body:
+            if isinstance(s, Load) and s.source.tensor not in stored:
+                readers = [x for x in self.all if s.tile in read_tiles(x, w.tiles)]
+                writers = [x for x in self.all if getattr(x, "tile", "") == s.tile and not isinstance(x, Store)]
+                moving = any(isinstance(x, Loop) and x.var in variables(s.source) for x in self.all)
+                here = all(any(x is y for y in statements(tuple(body))) for x in readers)
+                dots = [x for x in readers if isinstance(x, Dot)]
+                if len(writers) == 1 and len(dots) == len(readers) and (here or not moving) and contraction.in_place(w, s, dots):
+                    w.in_place[s.tile] = s
+        for item in grouped(body, w.tiles):
+            self._statement(item, point)
+
+    def _counts(self, point: Point) -> None:
+        """Name the counts of dims whose variables have just become known."""
+        w = self.w
+        for d in w.dims.values():
+            if d.name in w.counts or isinstance(d.count, Const):
+                continue
+            if variables(d.count) <= set(point.scalars):
+                name = w.names.fresh(f"n_{w.names[d.name]}")
+                text = Expressions(w, point).index(d.count)
+                w.line(f"{name} = {text}")
+                w.counts[d.name] = name
+
+    def _statement(self, s: Statement | Group, point: Point) -> None:
+        w = self.w
+        if isinstance(s, Group):
+            Nest(w, s, point)
+        elif isinstance(s, Load):
+            if s.tile not in w.in_place:
+                load(w, s, point)
+        elif isinstance(s, Store):
+            store(w, s, point)
+        elif isinstance(s, Dot):
+            fold = contraction.dot(w, s, point)
+            if fold is not None:
+                (g,) = grouped((fold,), w.tiles)
+                assert isinstance(g, Group)
+                Nest(w, g, point)
+        elif isinstance(s, Loop):
+            lo, hi = (Expressions(w, point).index(e) for e in (s.lo, s.hi))
+            v = w.names.fresh(w.names[s.var])
+            known = set(w.counts)
+            with w.block(f"for {v} in T.serial({lo}, T.max({lo}, {hi})):"):
+                self.run(s.body, point.at(**{s.var: v}))
+            for d in set(w.counts) - known:
+                del w.counts[d]
+        elif isinstance(s, When):
+            cond = truth(Expressions(w, point).value(s.cond)).text
+            self._branch(f"if {cond}:", s.body, point)
+            if s.orelse:
+                self._branch("else:", s.orelse, point)
+
+    def _branch(self, head: str, body: tuple[Statement, ...], point: Point) -> None:
+        known = set(self.w.counts)
+        with self.w.block(head):
+            self.run(body, point)
+        for d in set(self.w.counts) - known:
+            del self.w.counts[d]
+
+
+__all__ = ["Access", "Fold", "Map", "emit", "expressions", "walk"]

@@ -1,0 +1,253 @@
+"""Scalar expressions of the IR as kernel text, over one point or over the lanes of a vector."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from memcomp.codegen.tvm.writer import Point, Writer
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
+
+ELEMENT_OF = {"f32": "float32", "f64": "float64", "i64": "int64"}
+_ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
+_COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+_BITS = {"shr": ">>", "shl": "<<", "bitand": "&", "bitor": "|"}
+_INTEGER = {"floordiv": "T.floordiv({}, {})", "mod": "T.floormod({}, {})", "ceildiv": "(-T.floordiv(-({}), {}))"}
+_REAL = {"exp", "exp2", "log", "log2", "xlogx", "tanh", "sigmoid", "erf", "sqrt", "rsqrt", "recip", "sin", "cos", "pow",
+         "floor", "round"}
+
+
+@dataclass(frozen=True, slots=True)
+class Val:
+    """Text of a value; kind: f32, f64, i64 or bool; vec: one value per lane; const: its number where it is one."""
+
+    text: str
+    kind: str
+    vec: bool = False
+    const: bool | int | float | None = None
+
+
+class Expressions:
+    """Evaluates expressions at a point; may write lines before the one that uses the value."""
+
+    def __init__(self, w: Writer, point: Point) -> None:
+        self.w, self.point = w, point
+        self.repeated: Counter[Expr] = Counter()
+        self.memo: dict[Expr, Val] = {}
+
+    def value(self, e: Expr, kind: str = "") -> Val:
+        """The value of `e`, converted to `kind` where given; subexpressions that stand twice are computed once."""
+        self.repeated = Counter(n for n in walk(e) if isinstance(n, Call))
+        v = self._value(e)
+        return convert(v, kind) if kind else v
+
+    def index(self, e: Expr) -> str:
+        """Text of an int64 scalar."""
+        v = self.value(e, "i64")
+        assert not v.vec
+        return v.text
+
+    def _value(self, e: Expr) -> Val:
+        if isinstance(e, Const):
+            return constant(e.value)
+        if isinstance(e, Size):
+            return Val(self.w.names[e.rank], "i64")
+        if isinstance(e, Var):
+            if e.name == self.point.lane:
+                return Val(f"at({self.point.width}, {self.point.base})", "i64", self.point.width > 1)
+            return Val(self.point.scalars[e.name], "i64")
+        if e in self.memo:
+            return self.memo[e]
+        if isinstance(e, Access):
+            v = self.tile(e) if e.tensor in self.w.tiles else self.param(e)
+            self.memo[e] = v
+            return v
+        v = self._call(e)
+        if self.repeated[e] > 1:
+            name = self.w.names.fresh("x")
+            self.w.line(f"{name} = {v.text}" if v.kind == "bool" else f"{name} = reg({v.text})")
+            v = Val(name, v.kind, v.vec)
+            self.memo[e] = v
+        return v
+
+    # -- leaves ------------------------------------------------------------------------------------------------------
+
+    def tile(self, e: Access) -> Val:
+        p, t = self.point, self.w.tiles[e.tensor]
+        if e.tensor in p.held:
+            return Val(p.held[e.tensor], kind_of(t.dtype), p.lane in t.dims and p.width > 1)
+        own = tuple(i.name for i in e.index if isinstance(i, Var))
+        if own != t.dims or len(own) != len(e.index):
+            raise Refusal(f"tile {t.name} is read at other indices than its dims", self.w.kernel.name)
+        if p.lane not in own:
+            return _loaded(self.w.tile_at(e.tensor, p.scalars), t.dtype, False)
+        if own[-1] == p.lane:
+            return _loaded(self.w.tile_at(e.tensor, p.scalars, f"at({p.width}, {p.base})"), t.dtype, p.width > 1)
+        return _loaded(self._one_by_one(lambda one: self.w.tile_at(e.tensor, one.scalars), TILE[t.dtype], self.w.padded(p.lane)
+                                        if own[-1] == p.lane else self.w.dims[p.lane].capacity), t.dtype, p.width > 1)
+
+    def param(self, e: Access) -> Val:
+        """An element of a param, or one per lane."""
+        from memcomp.codegen.tvm.access import scalar_element
+
+        q = self.w.params[e.tensor]
+        kind = "bool" if q.dtype == "bool" else "f64" if q.dtype == "f64" else "f32" if q.dtype[0] not in "iu" else "i64"
+        if self.point.lane not in variables(e):
+            return Val(scalar_element(self.w, e, self.point), kind)
+        element = {"bool": "int32"}.get(kind, ELEMENT_OF.get(kind, ""))
+        got = self._one_by_one(lambda one: f"cast({element!r}, {scalar_element(self.w, e, one)})", element, None)
+        return Val(f"({got} != 0)" if kind == "bool" else got, kind, self.point.width > 1)
+
+    def _one_by_one(self, text: object, element: str, limit: int | None) -> str:
+        """A vector gathered lane by lane; lanes past the dim's count are not read."""
+        p, w = self.point, self.w
+        name, l = w.names.fresh("gather"), w.names.fresh("l")
+        w.line(f"{name} = acc(splat(cast({element!r}, i64(0)), {p.width}))")
+        with w.block(f"for {l} in T.serial(T.max(T.min(i64({p.width}), {w.count(p.lane)} - {p.base}), i64(0))):"):
+            one = Point(p.scalars | {p.lane: f"({p.base} + {l})"})
+            w.line(f"{name}[{l}] = {text(one)}")  # type: ignore[operator]
+        return f"{name}[at({p.width})]"
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+
+    def _call(self, e: Call) -> Val:
+        if e.op in _COMPARE and (v := self._lane_compare(e)) is not None:
+            return v
+        args = [self._value(a) for a in e.args]
+        vec = any(a.vec for a in args)
+        if e.op in ("and", "or"):
+            text = truth(args[0]).text
+            for a in args[1:]:
+                text = f"{'land' if e.op == 'and' else 'lor'}({text}, {truth(a).text})"
+            return Val(text, "bool", vec)
+        if e.op == "not":
+            return Val(f"lnot({truth(args[0]).text})", "bool", vec)
+        if e.op == "where":
+            kind = joined(args[1:])
+            yes, no = convert(args[1], kind), convert(args[2], kind)
+            if kind == "bool":
+                c = truth(args[0]).text
+                return Val(f"lor(land({c}, {yes.text}), land(lnot({c}), {no.text}))", kind, vec)
+            return Val(f"select({truth(args[0]).text}, {yes.text}, {no.text})", kind, vec)
+        if e.op == "int":
+            return Val(f"cast('int64', {args[0].text})", "i64", vec)
+        if e.op == "real":
+            return convert(args[0], "f64" if args[0].kind == "f64" else "f32")
+        kind = joined(args)
+        if kind == "bool":
+            kind = "i64"
+        if (e.op in _REAL or e.op == "div") and kind == "i64":
+            kind = "f32"
+        text = [convert(a, kind).text for a in args]
+        if e.op in _COMPARE:
+            return Val(f"({text[0]} {_COMPARE[e.op]} {text[1]})", "bool", vec)
+        return Val(self._operator(e.op, text, kind), kind, vec)
+
+    def _operator(self, op: str, x: list[str], kind: str) -> str:
+        zero = f"{kind}({'0' if kind == 'i64' else '0.0'})"
+        if op in _ARITHMETIC:
+            return f"({x[0]} {_ARITHMETIC[op]} {x[1]})"
+        if op == "div":
+            return f"({x[0]} / {x[1]})"
+        if op == "neg":
+            return f"({zero} - {x[0]})" if kind == "i64" else f"({x[0]} * {kind}(-1.0))"
+        if op == "abs":
+            return f"absolute({x[0]})"
+        if op in ("max", "min"):
+            return f"{op}imum({x[0]}, {x[1]})"
+        if op in ("square", "relu"):
+            name = self.w.keep(x[0])
+            return f"({name} * {name})" if op == "square" else f"select({name} < {zero}, {zero}, {name})"
+        if op in _BITS and kind == "i64":
+            return f"({x[0]} {_BITS[op]} {x[1]})"
+        if op in _INTEGER and kind == "i64":
+            return _INTEGER[op].format(*x)
+        if op in _REAL:
+            return f"{op}({', '.join(x)})"
+        raise Refusal(f"operator {op!r} on {kind} values", self.w.kernel.name, "the tvm backend has no form for it")
+
+    def _lane_compare(self, e: Call) -> Val | None:
+        """A comparison that is linear in the lane variable, as one of lane numbers with a scalar bound."""
+        p = self.point
+        if not p.lane or p.width == 1 or p.lane not in variables(e):
+            return None
+        got = linear(call("sub", *e.args), p.lane)
+        if got is None or got[0] not in (1, -1):
+            return None
+        rest = self._value(got[1])
+        if rest.vec or rest.kind != "i64":
+            return None
+        # +-(base + l) + rest ? 0
+        bound = f"-({rest.text}) - {p.base}" if got[0] == 1 else f"({rest.text}) - {p.base}"
+        op = e.op if got[0] == 1 else {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}.get(e.op, e.op)
+        return Val(f"(lane({p.width}) {_COMPARE[op]} clip({bound}))", "bool", True)
+
+
+TILE = {"f64": "float64", "f32": "float32", "i64": "int64", "bool": "int32"}
+
+
+def kind_of(dtype: str) -> str:
+    return dtype
+
+
+def _loaded(text: str, dtype: str, vec: bool) -> Val:
+    return Val(f"({text} != 0)" if dtype == "bool" else text, dtype, vec)
+
+
+def constant(x: bool | int | float) -> Val:
+    if isinstance(x, bool):
+        return Val(f"T.bool({x})", "bool", const=x)
+    if isinstance(x, int):
+        return Val(f"i64({x})", "i64", const=x)
+    return Val(f"f32({number(x)})", "f32", const=x)
+
+
+def number(x: float) -> str:
+    return "nan" if x != x else "inf" if x == float("inf") else "-inf" if x == -float("inf") else repr(float(x))
+
+
+def joined(args: list[Val]) -> str:
+    """The kind that holds all of them; number constants take the others' kind where they can."""
+    kinds = {a.kind for a in args if a.const is None} or {a.kind for a in args}
+    kinds |= {"f32" for a in args if isinstance(a.const, float) and not kinds & {"f32", "f64"}}
+    return next((k for k in ("f64", "f32", "i64") if k in kinds), "bool")
+
+
+def truth(v: Val) -> Val:
+    return v if v.kind == "bool" else Val(f"({v.text} != {v.kind}(0))", "bool", v.vec)
+
+
+def convert(v: Val, kind: str) -> Val:
+    """The same value in another kind."""
+    if v.kind == kind:
+        return v
+    if v.const is not None and kind != "bool":
+        return Val(f"i64({int(v.const)})" if kind == "i64" else f"{kind}({number(float(v.const))})", kind, const=v.const)
+    if kind == "bool":
+        return truth(v)
+    if v.kind == "bool":
+        return Val(f"select({v.text}, {kind}(1), {kind}(0))", kind, v.vec)
+    return Val(f"cast({ELEMENT_OF[kind]!r}, {v.text})", kind, v.vec)
+
+
+def linear(e: Expr, var: str) -> tuple[int, Expr] | None:
+    """(c, rest) with e = c * var + rest and rest free of var, or None."""
+    if var not in variables(e):
+        return 0, e
+    if isinstance(e, Var):
+        return 1, Const(0)
+    if not isinstance(e, Call):
+        return None
+    parts = [linear(a, var) for a in e.args]
+    if e.op in ("add", "sub") and parts[0] is not None and parts[1] is not None:
+        sign = 1 if e.op == "add" else -1
+        return parts[0][0] + sign * parts[1][0], call(e.op, parts[0][1], parts[1][1])
+    if e.op == "neg" and parts[0] is not None:
+        return -parts[0][0], call("neg", parts[0][1])
+    if e.op == "mul":
+        for i, j in ((0, 1), (1, 0)):
+            c, p = e.args[i], parts[j]
+            if isinstance(c, Const) and isinstance(c.value, int) and p is not None:
+                return c.value * p[0], call("mul", c, p[1])
+    return None

@@ -1,0 +1,183 @@
+"""Lines of kernel text, safe names, and what every part of the emitter must know about the kernel it writes."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from memcomp.codegen.tvm.isa import Isa
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Access, Const, Expr, walk
+from memcomp.ir.tile import Dim, Dot, Fold, Load, Loop, Map, Param, Statement, Store, Tile, TileKernel, TileProgram, When
+
+ELEMENT = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
+           "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
+TILE_ELEMENT = {"f64": "float64", "f32": "float32", "i64": "int64", "bool": "int32"}
+_TAKEN = {"T", "I", "inf", "nan", "f32", "f64", "i64", "main", *keyword.kwlist}
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Where in its loops an expression is evaluated.
+
+    lane: the dim laid across `width` lanes, whose first lane is element `base` (text of an int64); scalars: text of every
+    other variable; held: values of tiles at this point, by tile name, as register names.
+    """
+
+    scalars: dict[str, str]
+    lane: str = ""
+    width: int = 1
+    base: str = ""
+    held: dict[str, str] = field(default_factory=dict)
+
+    def at(self, **scalars: str) -> Point:
+        return replace(self, scalars=self.scalars | scalars)
+
+
+class Writer:
+    """Text of one kernel."""
+
+    def __init__(self, program: TileProgram, kernel: TileKernel, isa: Isa, names: Names) -> None:
+        self.program, self.kernel, self.isa, self.names = program, kernel, isa, names
+        self.tiles: dict[str, Tile] = {t.name: t for t in kernel.tiles}
+        self.dims: dict[str, Dim] = {d.name: d for d in kernel.dims}
+        self.params: dict[str, Param] = {p.name: p for p in program.params}
+        self.lines: list[str] = []
+        self.depth = 1
+        self.counts: dict[str, str] = {}
+        self.in_place: dict[str, Load] = {}   # tiles that are never filled: their reader goes to the param itself
+        self.units: dict[str, int] = {}       # per param the position whose stride is 1, or -1
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self.depth + text)
+
+    @contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        self.line(head)
+        self.depth += 1
+        start = len(self.lines)
+        yield
+        if len(self.lines) == start:
+            self.line("pass")
+        self.depth -= 1
+
+    def keep(self, value: str, stem: str = "x") -> str:
+        """A register holding `value`, computed here."""
+        name = self.names.fresh(stem)
+        self.line(f"{name} = reg({value})")
+        return name
+
+    # -- dims --------------------------------------------------------------------------------------------------------
+
+    def count(self, dim: str) -> str:
+        """Text of the number of points of a dim, here."""
+        c = self.dims[dim].count
+        return f"i64({c.value})" if isinstance(c, Const) else self.counts[dim]
+
+    def fixed(self, dim: str) -> int | None:
+        c = self.dims[dim].count
+        return int(c.value) if isinstance(c, Const) else None
+
+    def vector(self, dim: str) -> int:
+        """Lanes that one machine vector of this dim uses: fewer than the machine has only for a short dim."""
+        return min(self.isa.lanes, power_of_two(self.dims[dim].capacity))
+
+    def padded(self, dim: str) -> int:
+        v = self.vector(dim)
+        return -(-self.dims[dim].capacity // v) * v
+
+    def wide(self, dim: str) -> int:
+        """Lanes of an element-wise step: two machine vectors where that divides the tile, to overlap latencies."""
+        v = self.vector(dim)
+        return 2 * v if v == self.isa.lanes and self.padded(dim) % (2 * v) == 0 else v
+
+    def shape(self, tile: Tile) -> tuple[int, ...]:
+        if not tile.dims:
+            return (1,)
+        return (*(self.dims[d].capacity for d in tile.dims[:-1]), self.padded(tile.dims[-1]))
+
+    def full(self, dim: str, step: int) -> bool:
+        """Is the count a known multiple of `step`?"""
+        n = self.fixed(dim)
+        return n is not None and n % step == 0
+
+    def tile_at(self, tile: str, dims: dict[str, str], last: str | None = None) -> str:
+        """Text of an element (or of a vector, when the last index is given) of a tile."""
+        t = self.tiles[tile]
+        index = [dims[d] for d in t.dims[:-1]] + [last if last is not None else dims[t.dims[-1]]] if t.dims else ["0"]
+        return f"{self.names[tile]}[{', '.join(index)}]"
+
+
+class Names:
+    """Identifiers that are free in kernel text; the user's names where they are identifiers."""
+
+    def __init__(self, taken: set[str]) -> None:
+        self.used = set(taken) | _TAKEN
+        self.known: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> str:
+        if name not in self.known:
+            self.known[name] = self.fresh(re.sub(r"\W", "_", name.replace("'", "_new")), plain=True)
+        return self.known[name]
+
+    def fresh(self, stem: str, plain: bool = False) -> str:
+        if not stem.isidentifier():
+            stem = f"v{stem}" if f"v{stem}".isidentifier() else "v"
+        name, k = (stem if plain else f"{stem}1"), 1
+        while name in self.used:
+            k += 1
+            name = f"{stem}{k}"
+        self.used.add(name)
+        return name
+
+    def forget(self, names: set[str]) -> None:
+        """Let another kernel bind these names anew."""
+        for n in names:
+            self.known.pop(n, None)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def statements(body: tuple[Statement, ...]) -> Iterator[Statement]:
+    """All statements, in text order, inner ones after their Loop or When."""
+    for s in body:
+        yield s
+        if isinstance(s, (Loop, When)):
+            yield from statements(s.body)
+        if isinstance(s, When):
+            yield from statements(s.orelse)
+
+
+def expressions(s: Statement) -> tuple[Expr, ...]:
+    """What a statement reads, its own nested statements left out."""
+    if isinstance(s, Load):
+        return (s.source,)
+    if isinstance(s, (Map, Fold)):
+        return (s.body,)
+    if isinstance(s, Dot):
+        return (s.a, s.b)
+    if isinstance(s, Store):
+        return (*s.target.index,)
+    if isinstance(s, Loop):
+        return (s.lo, s.hi)
+    return (s.cond,)
+
+
+def read_tiles(s: Statement, tiles: dict[str, Tile]) -> set[str]:
+    """Tiles that a statement reads, its own nested statements left out."""
+    found = {n.tensor for e in expressions(s) for n in walk(e) if isinstance(n, Access) and n.tensor in tiles}
+    if isinstance(s, Store) or (isinstance(s, (Fold, Dot)) and s.accumulate):
+        found.add(s.tile)
+    return found
+
+
+def element(dtype: str, where: str) -> str:
+    if dtype not in ELEMENT:
+        raise Refusal(f"{where} is stored as {dtype}", hint=f"the tvm backend reads {', '.join(ELEMENT)}")
+    return ELEMENT[dtype]
