@@ -17,8 +17,8 @@ _FLIP = {"gt": "lt", "ge": "le"}
 class Half:
     """The condition `step * loop variable + sum(coefficient * dim) + plain + data < 0` over integers.
 
-    plain: free of dims and of the loop variable.  data: what is left, read from tiles over dims (`-pos[p0]`); free of the
-    loop variable.  The dims of `data` are those of its accesses.
+    plain: free of dims and of the loop variable.  data: what is left, read from tiles over dims (`-pos[p0]`); free of
+    the loop variable.  The dims of `data` are those of its accesses.
     """
 
     step: int
@@ -43,7 +43,7 @@ def half(
     if cond.op in _FLIP:
         a, b = b, a
     strict = cond.op in ("lt", "gt")
-    terms = linear(a - b if strict else a - b - 1, integers=integers)  # type: ignore[operator]
+    terms = linear(a - b if strict else a - b - 1, integers=integers)
     if terms is None:
         return None
     step, along, plain, data = 0, dict[str, int](), list[Expr](), list[Expr]()

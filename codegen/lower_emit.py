@@ -3,9 +3,9 @@ stores, and the loop with its run-time bounds.
 
 Points that a guard excludes are kept out by, in this order: the count of a dim (tails), the bounds of the loop (tiles
 that hold no live point), and a select on the earliest tile from which every reader then finds its identity
-(`-inf` before an exponential makes 0 after it), skipped on tiles where the guard holds everywhere.  Policy: in a product
-a weight that is exactly 0 at an excluded point makes the product 0 only while the other factor is finite, so excluded
-points inside a loaded tile (never those in a tail) must hold finite values, as in torch.
+(`-inf` before an exponential makes 0 after it), skipped on tiles where the guard holds everywhere.  Policy: in a
+product a weight that is exactly 0 at an excluded point makes the product 0 only while the other factor is finite, so
+excluded points inside a loaded tile (never those in a tail) must hold finite values, as in torch.
 """
 
 from __future__ import annotations

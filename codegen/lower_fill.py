@@ -37,7 +37,7 @@ def covers(g: GroupOps, a: Access, shape: tuple[Expr, ...]) -> bool:
 
 
 def _counts_through(g: GroupOps, i: Expr, n: Expr) -> bool:
-    """Mixed radix: the smallest stride is 1, each next one the one before times that digit's extent; the last ends at n."""
+    """Mixed radix: strides start at 1, each is the one before times that digit's extent, and the last ends at n."""
     terms = linear(i)
     if terms is None or terms.get(None, 0) or any(t is not None and not isinstance(t, Var) for t in terms):
         return False
@@ -85,8 +85,10 @@ def _fill(name: str, p: Param, empty: float) -> TileKernel:
     *front, last = p.shape or (Const(1),)
     grid = tuple((f"x{k}", n) for k, n in enumerate(front))
     start = call("mul", Var("y1"), WIDE)
-    dim = Dim("y0", WIDE, simplify(call("min", WIDE, last - start), index=True), start)  # type: ignore[operator]
-    index = (*(Var(v) for v, _ in grid), call("add", start, Var("y0"))) if p.shape else ()
+    dim = Dim("y0", WIDE, simplify(call("min", WIDE, last - start), index=True), start)
+    index: tuple[Expr, ...] = ()
+    if p.shape:
+        index = (*(Var(v) for v, _ in grid), call("add", start, Var("y0")))
     tile = Tile(f"{p.name}_t", ("y0",) if p.shape else (), dtype)
     return TileKernel(
         name,

@@ -170,7 +170,7 @@ class _Grouping:
             self.dims[inner.lower()] = Dim(
                 inner.lower(),
                 size,
-                simplify(call("min", size, extent - start), index=True),  # type: ignore[operator]
+                simplify(call("min", size, extent - start), index=True),
                 simplify(start),
             )
         for r in self.group.space:

@@ -15,17 +15,19 @@ work(k) <= C.  So a level receives, from the level behind it,
 
     sum over T of bytes(T) * product of the extents of the loops k that T lacks and where work(k) > C.
 
-If not even a tile fits, each statement of the group reads again what it needs, and temporaries, else kept, are written
-once and read by each of their readers across the boundary.
+Where not even a tile fits, the share 1 - C / work(tile) of it crosses the boundary for each statement of the group that
+reads an argument again, and for temporaries, else kept, once as they are written and once for each reader.
 Without mapping every statement is a group of its own without loops: it reads its inputs and writes its output.
 
 Time: per group the largest of operations / peak (times the idle share of the last round of tasks), transcendentals /
-their peak, and traffic / bandwidth of each level; groups follow one another.
+their peak, and traffic / bandwidth of each level behind the second; groups follow one another.  What moves between the
+nearest two (registers and cache) is counted but bounds nothing: an emitter cuts tiles into registers once more.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,13 +49,17 @@ class LevelCost:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """flops: additions, multiplications, maxima; special: exp, log, division and so on; the rest in bytes, seconds."""
+    """flops: additions, multiplications, maxima; special: exp, log, division and so on; the rest in bytes, seconds.
+
+    seconds: as mapped; floor: the roofline, with compulsory traffic and every unit busy.
+    """
 
     flops: float
     special: float
     compulsory: float
     levels: tuple[LevelCost, ...]
     seconds: float
+    floor: float
 
     @property
     def traffic(self) -> float:
@@ -77,13 +83,15 @@ def cost(program: Program, sizes: Mapping[str, int], target: Target) -> Cost:
     levels = []
     for at, level in enumerate(target.levels[1:], 1):
         near = target.levels[at - 1]
-        held = target.levels[at]
-        footprint = max((x.held(held.bytes * held.count) for x in nests), default=0.0)
+        footprint = max((x.held(level.bytes) for x in nests), default=0.0)
         if at == len(target.levels) - 1:
             footprint = _arguments(c, n, nests)
-        levels.append(LevelCost(level.name, sum(x.traffic(near.bytes * near.count) for x in nests), footprint))
+        levels.append(LevelCost(level.name, sum(x.traffic(near.bytes) for x in nests), footprint))
     seconds = sum(_seconds(x, target) for x in nests)
-    return Cost(flops, special, compulsory(program, sizes), tuple(levels), seconds)
+    least = compulsory(program, sizes)
+    floor = max(sum(f / target.peak(d) for x in nests for d, f in x.by_dtype.items()), special / target.special,
+                least / target.memory.bandwidth)
+    return Cost(flops, special, least, tuple(levels), seconds, floor)
 
 
 def compulsory(program: Program, sizes: Mapping[str, int]) -> float:
@@ -94,10 +102,10 @@ def compulsory(program: Program, sizes: Mapping[str, int]) -> float:
         if t.role == "temp":
             continue
         names = (t.name, t.name + "'")
-        touched = [[a for e in c.einsums for a in _reads(e) if a.tensor in names],
-                   [o for e in c.einsums for o in e.outs if o.tensor in names]]
-        for accesses in touched:
-            asked = sum(n.points({v for i in a.index for v in variables(i)}) for a in accesses)
+        read = [a for e in c.einsums for a in _reads(e) if a.tensor in names and t.role != "out"]
+        written = [o for e in c.einsums for o in e.outs if o.tensor in names]
+        for accesses in (read, written):
+            asked = sum(n.points(set(vs)) for vs in {frozenset(v for i in a.index for v in variables(i)) for a in accesses})
             total += min(asked, n.elements(t)) * width(c, t.name)
     return total
 
@@ -112,8 +120,8 @@ def _seconds(x: _Nest, target: Target) -> float:
     rounds = -(-x.tasks // target.threads) * target.threads / x.tasks if x.tasks else 0.0
     busy = sum(flops / target.peak(dtype) for dtype, flops in x.by_dtype.items()) * rounds
     times = [busy, x.special / target.special * rounds]
-    for near, level in zip(target.levels, target.levels[1:], strict=False):
-        times.append(x.traffic(near.bytes * near.count) / level.bandwidth)
+    for near, level in zip(target.levels[1:], target.levels[2:], strict=False):
+        times.append(x.traffic(near.bytes) / level.bandwidth)
     return max(times)
 
 
@@ -134,7 +142,12 @@ class _Nest:
         # argument -> (variables, statements that touch it so); temporary -> variables
         self.outer: dict[str, dict[frozenset[str], int]] = {}
         self.inner: dict[str, frozenset[str]] = {}
+        self.readers: Counter[str] = Counter()
+        self.size: dict[str, tuple[int, int]] = {}
+        self.touched: dict[tuple[str, frozenset[str], int], float] = {}
+        self.crossed: dict[float, float] = {}
         for e in einsums:
+            self.readers.update({a.tensor for a in _reads(e)})
             for name, vs in {(a.tensor, self._variables(a)) for a in _reads(e)}:
                 if name not in written:
                     self._touch(name, vs)
@@ -192,9 +205,14 @@ class _Nest:
 
     def _bytes(self, name: str, vs: frozenset[str], fixed: int) -> float:
         """Bytes of one tensor touched while the first `fixed` loops stand still."""
-        still = set(self.loops[:fixed])
-        touched = math.prod(self._extent(v) for v in vs if v not in still)
-        return float(min(touched, self.n.elements(tensor_of(self.c, name)))) * width(self.c, name)
+        key = name, vs, fixed
+        if key not in self.touched:
+            if name not in self.size:
+                self.size[name] = self.n.elements(tensor_of(self.c, name)), width(self.c, name)
+            elements, each = self.size[name]
+            still = set(self.loops[:fixed])
+            self.touched[key] = float(min(math.prod(self._extent(v) for v in vs if v not in still), elements)) * each
+        return self.touched[key]
 
     def work(self, fixed: int) -> float:
         arguments = sum(max(self._bytes(t, vs, fixed) for vs in ways) for t, ways in self.outer.items())
@@ -206,15 +224,20 @@ class _Nest:
         return max((w for w in sets if w <= capacity), default=sets[-1])
 
     def traffic(self, capacity: float) -> float:
+        """Bytes across the boundary behind a level of this capacity."""
+        if capacity not in self.crossed:
+            self.crossed[capacity] = self._traffic(capacity)
+        return self.crossed[capacity]
+
+    def _traffic(self, capacity: float) -> float:
         total = 0.0
-        no_tile = self.work(len(self.loops)) > capacity
+        tile = self.work(len(self.loops))
+        over = 1.0 - capacity / tile if tile > capacity else 0.0
         spilled = [k for k in range(len(self.loops)) if self.work(k + 1) > capacity]
         for name, ways in self.outer.items():
             for vs, readers in ways.items():
                 again = math.prod(self._extent(self.loops[k]) for k in spilled if self.loops[k] not in vs)
-                total += self._bytes(name, vs, 0) * again * (readers if no_tile else 1)
-        if no_tile:
-            for name, vs in self.inner.items():
-                readers = sum(name in e.reads() for e in self.einsums)
-                total += (1 + readers) * math.prod(self._extent(v) for v in vs) * width(self.c, name)
+                total += self._bytes(name, vs, 0) * (again + over * (readers - 1))
+        for name, vs in self.inner.items():
+            total += over * (1 + self.readers[name]) * self._bytes(name, vs, 0)
         return total

@@ -164,10 +164,12 @@ class TileProgram:
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """Emitted text.  `entry` is called as entry(*tensors, *sizes) in the order of `program.params` and
-    `program.sizes`; work params included.  Text until built."""
+    `program.sizes`; work params included.  Text until built.  isa: the instruction set the text is written for, where
+    the backend knows several."""
 
     name: str
     backend: str
     source: str
     entry: str
     program: TileProgram = field(repr=False)
+    isa: str = ""

@@ -171,7 +171,7 @@ class _Task:
 
     def _sum_of_products(self, a: Array, b: Array, dims: tuple[str, ...], kept: int) -> Array:
         axes = tuple(range(kept, len(dims)))
-        return np.sum(np.broadcast_to(a * b, self.shape(dims)), axis=axes)
+        return np.asarray(np.sum(np.broadcast_to(a * b, self.shape(dims)), axis=axes))
 
     def fit(self, x: Any, t: Tile) -> Array:
         return np.array(np.broadcast_to(x, self.shape(t.dims)), dtype=_numpy(t.dtype, self.real))

@@ -15,12 +15,11 @@ is counted within one round of it.  Integer and bool inputs (page tables, length
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from memcomp.ir.cascade import Cascade, Einsum
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, reads, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, reads, walk
 from memcomp.ir.poly import cofactor
 from memcomp.ir.program import Program
 from memcomp.ir.simplify import polynomial, simplify
@@ -59,14 +58,66 @@ def traversals(program: Program | Cascade) -> tuple[Traversal, ...]:
     """All fibers of all tensors that are read, in order of declaration, then of first writing."""
     c = program.cascade if isinstance(program, Program) else program
     names = dict.fromkeys([t.name for t in c.tensors] + [n for e in c.einsums for n in e.names])
-    families = _families(c)
-    out: list[Traversal] = []
-    for name in names:
-        for fiber in _fibers(c, name, families):
-            found = _count(c, fiber)
-            if found is not None:
-                out.append(found)
-    return tuple(out)
+    iterative = {r.var for r in c.ranks if r.iterative}
+    steps = tuple(_Step(tuple(_use(a) for a in _accesses(e)), tuple(_use(o, iterative) for o in e.outs))
+                  for e in c.einsums)
+    families = _families(c, steps)
+    found = (_count(steps, fiber) for name in names for fiber in _fibers(c, steps, name, families))
+    return tuple(t for t in found if t is not None)
+
+
+# -- statements, reduced to what walks along what ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """walked: its variables, outermost (largest stride) first; data: it gathers; fixed: a constant; forward: a prefix
+    of elements is enough for a prefix of values; plain: the variable alone; steps: it is `v+1` of an iterative rank."""
+
+    walked: tuple[str, ...]
+    data: bool
+    fixed: bool
+    forward: bool
+    plain: bool
+    steps: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    tensor: str
+    index: tuple[_Index, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    uses: tuple[_Use, ...]
+    outs: tuple[_Use, ...]
+
+
+def _accesses(e: Einsum) -> dict[Access, None]:
+    """Reads of a statement, index gathers included."""
+    where = (e.body, *((e.guard,) if e.guard is not None else ()), *(i for o in e.outs for i in o.index))
+    return {n: None for x in where for n in walk(x) if isinstance(n, Access)}
+
+
+def _use(a: Access, iterative: Collection[str] = ()) -> _Use:
+    return _Use(a.tensor, tuple(_index(i, iterative) for i in a.index))
+
+
+def _index(i: Expr, iterative: Collection[str]) -> _Index:
+    i = simplify(i, index=True)
+    walked = tuple(dict.fromkeys(n.name for n in walk(i) if isinstance(n, Var)))
+    plain = isinstance(i, Var)
+    forward = plain or (bool(walked) and not reads(i) and _rising(i, walked))
+    steps = isinstance(i, Call) and i.op == "add" and not reads(i) and any(v in iterative for v in walked)
+    return _Index(walked, bool(reads(i)), isinstance(i, Const), forward, plain, steps)
+
+
+def _rising(i: Expr, names: tuple[str, ...]) -> bool:
+    """Does the index grow with each of its variables?"""
+    p = polynomial(i, index=True)
+    parts = [] if p is None else [cofactor(p, Var(v)) for v in names]
+    return bool(parts) and all(c is not None and all(k > 0 for k in c[0].values()) for c in parts)
 
 
 # -- fibers -----------------------------------------------------------------------------------------------------------
@@ -74,15 +125,16 @@ def traversals(program: Program | Cascade) -> tuple[Traversal, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Fiber:
-    """Dimensions of a tensor that make up one fiber, and the part of it whose passes are counted ("" = all)."""
+    """Dimensions of a tensor that make up one fiber, outermost first.  A fiber is walked at positions, one for each
+    variable; part: the passes over this position are counted, not those over the whole."""
 
     tensor: str
     rank: str
     dims: tuple[int, ...]
-    part: str = ""
+    part: int | None = None
 
 
-def _families(c: Cascade) -> dict[str, tuple[str, ...]]:
+def _families(c: Cascade, steps: tuple[_Step, ...]) -> dict[str, tuple[str, ...]]:
     """Rank -> its parts, outermost first, from `M1 = ceil(M/M0)` and from indices `m1*M0 + m0`."""
     out: dict[str, tuple[str, ...]] = {}
     for r in c.ranks:
@@ -91,65 +143,33 @@ def _families(c: Cascade) -> dict[str, tuple[str, ...]]:
             whole, part = x.args
             if isinstance(whole, Size) and isinstance(part, Size):
                 out[whole.rank] = (r.name, part.rank)
-    for e in c.einsums:
-        for a in _accesses(e):
-            t = c.declared(a.tensor)
-            for d, i in enumerate(a.index):
-                vs = _walked(i)
-                if t is not None and len(vs) > 1:
-                    out.setdefault(t.ranks[d], tuple(v.upper() for v in vs))
+    for use in (u for s in steps for u in s.uses):
+        t = c.declared(use.tensor)
+        for d, i in enumerate(use.index):
+            if t is not None and len(i.walked) > 1:
+                out.setdefault(t.ranks[d], tuple(v.upper() for v in i.walked))
     return out
 
 
-def _fibers(c: Cascade, name: str, families: dict[str, tuple[str, ...]]) -> Iterator[_Fiber]:
-    found = [a for e in c.einsums for a in _accesses(e) if a.tensor == name]
+def _fibers(c: Cascade, steps: tuple[_Step, ...], name: str, families: dict[str, tuple[str, ...]]) -> Iterator[_Fiber]:
+    found = [u for s in steps for u in s.uses if u.tensor == name]
     try:
-        ranks = c.tensor(name).ranks
+        t = c.tensor(name)
     except KeyError:  # its writers name no single rank: `verify` says so
         return
-    t = c.declared(name)
-    if not found or (t is not None and t.dtype in _STEERING):
+    if not found or (c.declared(name) is not None and t.dtype in _STEERING):
         return
-    for whole, parts in families.items():
-        dims = tuple(ranks.index(p) for p in parts if p in ranks)
-        if len(dims) == len(parts) > 1:
-            yield _Fiber(name, whole, dims)
-    for d, rank in enumerate(ranks):
-        mates = next((p for p in families.values() if rank in p and all(x in ranks for x in p)), (rank,))
-        dims = tuple(ranks.index(p) for p in mates) if len(mates) > 1 else (d,)
-        walks = {_walked(a.index[d]) for a in found if d < len(a.index)} - {()}
-        yield _Fiber(name, rank, dims, rank if len(dims) > 1 else "")
-        if len(walks) == 1 and len(vs := next(iter(walks))) > 1:
-            for v in vs:
-                yield _Fiber(name, v.upper(), (d,), v.upper())
-
-
-@lru_cache(maxsize=1 << 10)
-def _accesses(e: Einsum) -> tuple[Access, ...]:
-    """Reads of a statement, index gathers included."""
-    where = (e.body, *((e.guard,) if e.guard is not None else ()), *(i for o in e.outs for i in o.index))
-    return tuple(dict.fromkeys(n for x in where for n in walk(x) if isinstance(n, Access)))
-
-
-@lru_cache(maxsize=1 << 12)
-def _walked(i: Expr) -> tuple[str, ...]:
-    """Variables of an index, outermost (largest stride) first."""
-    return tuple(dict.fromkeys(n.name for n in walk(simplify(i, index=True)) if isinstance(n, Var)))
-
-
-@lru_cache(maxsize=1 << 12)
-def _forward(i: Expr) -> bool:
-    """Does the index visit elements in the order of its variables, so that a prefix is enough?"""
-    if reads(i):
-        return False
-    p = polynomial(i, index=True)
-    if p is None:
-        return False
-    for v in variables(i):
-        parts = cofactor(p, Var(v))
-        if parts is None or any(k < 0 for k in parts[0].values()):
-            return False
-    return True
+    joint = {whole: tuple(t.ranks.index(p) for p in parts) for whole, parts in families.items()
+             if len(parts) > 1 and set(parts) <= set(t.ranks)}
+    for whole, dims in joint.items():
+        yield _Fiber(name, whole, dims)
+    for d, rank in enumerate(t.ranks):
+        dims = next((dims for dims in joint.values() if d in dims), (d,))
+        yield _Fiber(name, rank, dims, dims.index(d) if len(dims) > 1 else None)
+        ways = {u.index[d].walked for u in found if u.index[d].walked}
+        if len(ways) == 1 and len(names := next(iter(ways))) > 1:
+            for k, v in enumerate(names):
+                yield _Fiber(name, v.upper(), (d,), k)
 
 
 # -- counting ---------------------------------------------------------------------------------------------------------
@@ -182,96 +202,75 @@ class _Read:
     witness: tuple[tuple[str, str], ...]
 
 
-def _stepped(c: Cascade) -> dict[str, list[tuple[int, str]]]:
-    """Tensor -> (dimension, variable) where it is written at `v+1` and v runs in order: at `v` it is the last round's."""
-    order = {r.var for r in c.ranks if r.iterative}
-    out: dict[str, list[tuple[int, str]]] = {}
-    for e in c.einsums:
-        for o in e.outs:
-            for d, i in enumerate(o.index):
-                if isinstance(i, Call) and i.op == "add" and len(vs := variables(i) & order) == 1:
-                    out.setdefault(o.tensor, []).append((d, *vs))
-    return out
-
-
-def _count(c: Cascade, fiber: _Fiber) -> Traversal | None:
-    along = {v for e in c.einsums for a in _accesses(e) if a.tensor == fiber.tensor for d in fiber.dims
-             for v in _walked(a.index[d])} if not fiber.part else {fiber.part.lower()}
-    earlier = {t: [(d, v) for d, v in steps if v not in along] for t, steps in _stepped(c).items()}
+def _count(steps: tuple[_Step, ...], fiber: _Fiber) -> Traversal | None:
+    direct = [_positions(u, fiber) for s in steps for u in s.uses if u.tensor == fiber.tensor]
+    along = {v for p in direct for k, (v,) in enumerate(p) if fiber.part in (None, k)}
+    # written at v+1 of an iterative rank that the fiber does not walk along: at v it stands for the last round's
+    last_round = {(o.tensor, d): i.walked for s in steps for o in s.outs for d, i in enumerate(o.index)
+                  if o.tensor != fiber.tensor and i.steps and not along & set(i.walked)}
     states: dict[str, _State] = {}
-    best, direct = 0, set[int]()
+    best, read_in = 0, set[int]()
     witness: tuple[tuple[str, str], ...] = ()
     for _ in range(2):  # a prefix read looks at what a later statement writes
-        best, direct, witness = 0, set(), ()
-        for e in c.einsums:
-            found = _reads(e, fiber, states, earlier)
+        best, read_in, witness = 0, set(), ()
+        for s in steps:
+            found = [r for u in s.uses if not any(i.plain and last_round.get((u.tensor, d)) == i.walked
+                                                  for d, i in enumerate(u.index)) for r in _reads(u, s, fiber, states)]
             if not found:
                 continue
             walks_all = any(r.whole for r in found)
             number = max(r.passes + (r.late and walks_all) for r in found)
             worst = max(found, key=lambda r: (r.passes + (r.late and walks_all), len(r.witness)))
-            chain = worst.witness + (((worst.tensor, e.out.tensor),) if worst.late and walks_all else ())
+            chain = worst.witness + (((worst.tensor, s.outs[0].tensor),) if worst.late and walks_all else ())
             if walks_all:
                 if number > best:
                     best, witness = number, chain
                 if any(r.tensor == fiber.tensor and r.whole for r in found):
-                    direct.add(number)
-            for o in e.outs:
+                    read_in.add(number)
+            for o in s.outs:
                 if o.tensor != fiber.tensor:
                     new = _made(o, fiber, found, number, not walks_all and any(r.late for r in found), chain)
                     states[o.tensor] = _joined(states.get(o.tensor), new)
-    return Traversal(fiber.tensor, fiber.rank, best, witness, tuple(sorted(direct))) if best else None
+    return Traversal(fiber.tensor, fiber.rank, best, witness, tuple(sorted(read_in))) if best else None
 
 
-def _focus(fiber: _Fiber, vs: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
-    """Positions whose loss ends the pass: the counted part, or the outermost position of the whole fiber."""
-    if not fiber.part:
-        return (0,)
-    at = tuple(k for k, p in enumerate(vs) if fiber.part.lower() in p)
-    return at or (0,)
+def _positions(u: _Use, fiber: _Fiber) -> tuple[tuple[str, ...], ...]:
+    return tuple((v,) for d in fiber.dims for v in u.index[d].walked)
 
 
-def _reads(e: Einsum, fiber: _Fiber, states: dict[str, _State], earlier: dict[str, list[tuple[int, str]]]
-           ) -> list[_Read]:
-    own = set(e.names)
-    out: list[_Read] = []
-    for a in _accesses(e):
-        if a.tensor == fiber.tensor:
-            position = tuple((v,) for d in fiber.dims if d < len(a.index) for v in _walked(a.index[d]))
-            if position:
-                out.append(_Read(a.tensor, position, True, 1, False, ()))
-        elif a.tensor in states and a.tensor not in own:
-            if any(d < len(a.index) and a.index[d] == Var(v) for d, v in earlier.get(a.tensor, ())):
-                continue  # made from the last round's fiber, not from this one
-            s = states[a.tensor]
-            for walk_, whole in zip(s.walks, s.whole, strict=True):
-                late, walked = s.late, list[tuple[str, ...]]()
-                for dims in walk_:
-                    index = [a.index[d] for d in dims if d < len(a.index)]
-                    walked.append(tuple(v for i in index if not reads(i) for v in _walked(i)))
-                    for i in index:
-                        if not isinstance(i, Const) and not (variables(i) and _forward(i)):
-                            late = True  # the last element, a gather or a walk backwards need all that comes before
-                out.append(_Read(a.tensor, tuple(walked), whole and all(walked), s.passes, late, s.witness))
-            if not s.walks:
-                out.append(_Read(a.tensor, (), False, s.passes, s.late, s.witness))
-    return out
+def _reads(u: _Use, s: _Step, fiber: _Fiber, states: dict[str, _State]) -> Iterator[_Read]:
+    """What one access means for the fiber: nothing, or one reading for each way its tensor walks along the fiber."""
+    if u.tensor == fiber.tensor:
+        if position := _positions(u, fiber):
+            yield _Read(u.tensor, position, True, 1, False, ())
+        return
+    state = states.get(u.tensor)
+    if state is None or any(o.tensor == u.tensor for o in s.outs):
+        return
+    for walk_, whole in zip(state.walks, state.whole, strict=True):
+        index = [[u.index[d] for d in dims] for dims in walk_]
+        position = tuple(tuple(v for i in part if not i.data for v in i.walked) for part in index)
+        # the last element, a gather or a walk backwards need all that comes before
+        late = state.late or any(not i.fixed and not i.forward for part in index for i in part)
+        yield _Read(u.tensor, position, whole and all(position), state.passes, late, state.witness)
+    if not state.walks:
+        yield _Read(u.tensor, (), False, state.passes, state.late, state.witness)
 
 
-def _made(o: Access, fiber: _Fiber, found: list[_Read], number: int, late: bool,
+def _made(o: _Use, fiber: _Fiber, found: list[_Read], number: int, late: bool,
           chain: tuple[tuple[str, str], ...]) -> _State:
     """The state of a tensor written at `o` from these reads."""
     # a scatter does not walk along anything
-    place = {v: d for d, i in reversed(list(enumerate(o.index))) if not reads(i) for v in variables(i)}
+    place = {v: d for d, i in reversed(list(enumerate(o.index))) if not i.data for v in i.walked}
     walks: dict[tuple[tuple[int, ...], ...], bool] = {}
     for r in found:
         dims = tuple(tuple(dict.fromkeys(place[v] for v in p if v in place)) if p and p[0] in place else ()
                      for p in r.position)
-        whole = r.whole and all(v in place for p in r.position for v in p)
-        lost = [k for k, (p, d) in enumerate(zip(r.position, dims, strict=True)) if p and not d]
-        if set(lost) & set(_focus(fiber, r.position)):
+        focus = fiber.part or 0  # the whole ends where its outermost position does
+        if focus < len(dims) and r.position[focus] and not dims[focus]:
             late = True
         if any(dims):
+            whole = r.whole and all(v in place for p in r.position for v in p)
             walks[dims] = walks.get(dims, False) or whole
     return _State(tuple(walks), tuple(walks.values()), number, late, chain)
 

@@ -1,4 +1,4 @@
-"""What ranks are to a statement and to a group of statements: common, streamed, private.  Shared by the rewrites that map."""
+"""What ranks are to a statement and to a group of statements: common, streamed, private."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WHOLE = 256  # a rank of at most so many points may be a tile dim as it is
 
 
 def largest(c: Cascade, rank: str) -> int | None:
-    """The greatest extent a rank can have where that is a number: fixed, a knob's largest choice, or derived from such."""
+    """The greatest extent of a rank where that is a number: fixed, or a knob's largest choice."""
     x = c.rank(rank).extent
     if isinstance(x, Knob):
         return max(x.choices)

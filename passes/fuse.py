@@ -16,8 +16,8 @@ def fuse(program: Program) -> Program:
     """Cut the cascade into mapping groups, each as long as one kernel can be.
 
     A loop over an iterative rank is one group with its initialisations, with what only it reads, and with everything
-    after it that stays at the points of one task.  The rest are chains that share their points.  What must be
-    complete before it is read at other points (a merge over shares, a second pass, a scattered state) starts a new group.
+    after it that stays at the points of one task.  The rest are chains that share their points.  What must be complete
+    before it is read at other points (a merge over shares, a second pass, a scattered state) starts a new group.
 
     before:
         program p

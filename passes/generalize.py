@@ -1,11 +1,11 @@
-"""Fixed extents that a kernel need not know become run-time symbols, so that equal layers and other lengths share it."""
+"""Fixed extents that a kernel need not know become run-time symbols: equal layers and other lengths share it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from memcomp.ir.cascade import Cascade, Einsum, extent_of
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, substitute, variables, walk
 from memcomp.ir.program import Program
 from memcomp.ir.simplify import linear, simplify
 from memcomp.passes._roles import accesses, out_vars, product_operands
@@ -139,12 +139,12 @@ def _relation(c: Cascade, rank: str, i: Expr, iterated: set[str]) -> tuple[str, 
         if not isinstance(term, Var) or k <= 0 or extent_of(c, term.name.upper()) is None:
             return None
         extent = extent + (Size(term.name.upper()) - 1) * k
-    fixed = {Size(r.name): Const(extent_of(c, r.name) or 0) for r in c.ranks if extent_of(c, r.name) is not None}
-    from memcomp.ir.expr import substitute
-
+    fixed: dict[Expr, Expr] = {
+        Size(r.name): Const(extent_of(c, r.name) or 0) for r in c.ranks if extent_of(c, r.name) is not None
+    }
     if simplify(substitute(extent, fixed)) != Const(n):
         return None
-    small = {Size(v.upper()): fixed[Size(v.upper())] for v in variables(i) if _stays(c, v, i)}
+    small: dict[Expr, Expr] = {Size(v.upper()): fixed[Size(v.upper())] for v in variables(i) if _stays(c, v, i)}
     return rank, simplify(substitute(extent, small))
 
 

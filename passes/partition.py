@@ -20,9 +20,9 @@ def partition(program: Program, *, lanes: int = 16) -> Program:
 
     lanes: elements of a vector of the target; row tiles are one, two or four vectors wide.
 
-    Row ranks are those that some streamed operand of a product lacks (queries: a key row serves all of them).  A long row
-    rank is cut and laid across the lanes, so that elements of the streamed operands are broadcast; short ones stay in
-    the tile, so that each streamed row is read once for all of them.  Other ranks run in parallel.
+    Row ranks are those that some streamed operand of a product lacks (queries: a key row serves all of them).  A long
+    row rank is cut and laid across the lanes, so that elements of the streamed operands are broadcast; short ones stay
+    in the tile, so that each streamed row is read once for all of them.  Other ranks run in parallel.
 
     before:
         program p
@@ -72,6 +72,8 @@ class _Mapper:
 
     def _with(self, c: Cascade, g: Group) -> Program:
         groups = list(self.program.mapping.groups)
+        if groups[self.at] == g and c is self.program.cascade:
+            return self.program
         groups[self.at] = g
         return replace(self.program, cascade=c, mapping=replace(self.program.mapping, groups=tuple(groups)))
 
@@ -169,7 +171,8 @@ class _Mapper:
             for n in ("".join(x.upper() for x in long) + "_" * k for k in range(1, 99))
             if not {n, f"{n}0", f"{n}1"} & taken
         )
-        flat, extent, table = Var(name.lower()), None, dict[Expr, Expr]()
+        flat, table = Var(name.lower()), dict[Expr, Expr]()
+        extent: Expr | None = None
         for x in reversed(long):
             part: Expr = flat if extent is None else call("floordiv", flat, extent)
             extent = Size(x.upper()) if extent is None else call("mul", extent, Size(x.upper()))

@@ -183,6 +183,7 @@ def test_laws(p: Program) -> None:
         assert all(math.isfinite(x) and x >= 0 for x in (got.flops, got.special, got.compulsory, got.seconds))
         flow = [level.traffic for level in got.levels]
         assert flow == sorted(flow, reverse=True)
+        assert got.seconds * (1 + 1e-12) >= got.floor > 0
         assert got.seconds >= got.traffic / machine.memory.bandwidth * (1 - 1e-12)
         assert previous is None or got.traffic <= previous.traffic
         previous = got

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, variables
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
 from memcomp.ir.ops import MONOIDS, OPS
+from memcomp.ir.simplify import linear, simplify
 from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, Tile, TileKernel, TileProgram, When
 
 _INFIX = {o.name: o.infix for o in OPS.values() if o.infix and o.name not in ("and", "or")}
@@ -78,8 +79,6 @@ _SPECIAL = {"and", "or", "not", "neg", "relu", "recip", "rsqrt", "ceildiv", "rea
 
 
 def _calls(tp: TileProgram) -> set[str]:
-    from memcomp.ir.expr import walk
-
     found: set[str] = set()
 
     def visit(body: tuple[Statement, ...]) -> None:
@@ -159,15 +158,23 @@ class _Writer:
             spec = f"{sub(s.a)},{sub(s.b)}->{''.join(letters[d] for d in t.dims)}"
             got = f"np.einsum({spec!r}, {s.a.tensor}, {s.b.tensor})"
             return f"{t.name} + {got}" if s.accumulate else got
-        dims = (*t.dims, *s.over)
-        x = self.full(self.text(s.body, dims), s.body, dims, Tile("", dims, t.dtype))
-        axes = tuple(range(len(t.dims), len(dims)))
+        dims = self.fold_order(s, t)
+        x = self.full(self.text(s.body, dims), s.body, dims, t)
+        axes = tuple(k for k, d in enumerate(dims) if d in s.over)
         got = x
         if axes:
             initial = "" if s.monoid in ("and", "or") else f", initial={self.identity(s.monoid, t.dtype)}"
             got = f"{_FOLD[s.monoid]}({x}, axis={axes[0] if len(axes) == 1 else axes}{initial})"
-            got = f"np.asarray({got}, {_DTYPE[t.dtype]})"
         return _JOIN[s.monoid].format(t.name, got) if s.accumulate else got
+
+    def fold_order(self, s: Fold, t: Tile) -> tuple[str, ...]:
+        """Order of the reduced array's axes: that of a tile which has them all, so that nothing is transposed."""
+        want = (*t.dims, *s.over)
+        for n in walk(s.body):
+            if isinstance(n, Access) and set(own := tuple(i.name for i in n.index if isinstance(i, Var))) == set(want):
+                if tuple(d for d in own if d not in s.over) == t.dims:
+                    return own
+        return want
 
     def identity(self, monoid: str, dtype: str) -> str:
         x = MONOIDS[monoid].identity
@@ -181,9 +188,22 @@ class _Writer:
         kind = _DTYPE[t.dtype]
         if isinstance(e, Const):
             return f"np.full({shape}, {text}, {kind})"
-        if set(dims) <= _covered(e) and not _varies(e):
-            return f"np.asarray({text}, {kind})"
-        return f"np.array(np.broadcast_to({text}, {shape}), {kind})"
+        if not set(dims) <= variables(e):
+            return f"np.array(np.broadcast_to({text}, {shape}), {kind})"
+        return text if self.kind(e) == t.dtype else f"np.asarray({text}, {kind})"
+
+    def kind(self, e: Expr) -> str:
+        """The dtype numpy gives a body: that of its tiles; "weak" for constants, "" where it may be another."""
+        if isinstance(e, Const):
+            return "weak"
+        if isinstance(e, Access) and e.tensor in self.tiles:
+            return self.tiles[e.tensor].dtype
+        if not isinstance(e, Call) or (e.op not in _INFIX and e.op not in _FUNCTION and e.op not in _SPECIAL):
+            return ""
+        if OPS[e.op].result in ("bool", "int"):
+            return OPS[e.op].result if OPS[e.op].result == "bool" else ""
+        kinds = {self.kind(a) for a in (e.args[1:] if e.op == "where" else e.args)} - {"weak"}
+        return kinds.pop() if len(kinds) == 1 else ""
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -213,9 +233,6 @@ class _Writer:
     def slice(self, i: Expr, own: list[str]) -> str | None:
         if not own:
             return self.text(i, ())
-        from memcomp.ir.expr import call
-        from memcomp.ir.simplify import linear, simplify
-
         d = own[0]
         terms = linear(i)
         if terms is None or any(t is not None and d in variables(t) and t != Var(d) for t in terms):
@@ -308,12 +325,3 @@ def _number(x: bool | int | float) -> str:
     if isinstance(x, float) and not math.isfinite(x):
         return "np.nan" if math.isnan(x) else "np.inf" if x > 0 else "-np.inf"
     return repr(x) if not isinstance(x, (int, float)) or x >= 0 or isinstance(x, bool) else f"({x!r})"
-
-
-def _covered(e: Expr) -> set[str]:
-    return variables(e)
-
-
-def _varies(e: Expr) -> bool:
-    """A bare tile: copied, so that two names never share one array."""
-    return isinstance(e, Access)

@@ -30,7 +30,7 @@ def stored(p: Param, text: str) -> str:
     if p.dtype == "bf16":
         return f"to_bf16(cast('float32', {text}))"
     if p.dtype == "bool":
-        return f"cast('bool', {text} != 0)"
+        return f"ne({text}, 0)"
     return f"cast({_STORED[p.dtype]!r}, {text})"
 
 

@@ -12,7 +12,7 @@ from memcomp.codegen.tvm.words import WORDS
 from memcomp.ir.errors import Refusal
 from memcomp.ir.tile import Kernel
 
-_ISA = {f"tvm-{i.name}": i for i in (AVX512, AVX2, SSE, NEON, PLAIN)}
+_ISA = {i.name: i for i in (AVX512, AVX2, SSE, NEON, PLAIN)}
 _compiling = threading.Lock()
 
 
@@ -64,7 +64,7 @@ def _unit(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def emit_like(kernel: Kernel, layout: Layout) -> Kernel:
-    return emit(kernel.program, _ISA[kernel.backend], layout)
+    return emit(kernel.program, _ISA[kernel.isa], layout)
 
 
 def compiled(kernel: Kernel) -> Callable[..., Any]:
@@ -80,8 +80,8 @@ def compiled(kernel: Kernel) -> Callable[..., Any]:
         module = launcher.with_launcher(tvm.IRModule({"main": function}))
         with _compiling:
             tirx.compilation_pipeline.register_tir_pipeline("memcomp", _pipeline)
-            loaded = tirx.build(module, target=machine(_ISA[kernel.backend]), pipeline="memcomp")
-    except tvm.error.TVMError as error:
+            loaded = tirx.build(module, target=machine(_ISA[kernel.isa]), pipeline="memcomp")
+    except RuntimeError as error:  # every error of TVM's own derives from it
         raise Refusal(f"TVM does not compile {kernel.name}", str(error).strip().splitlines()[-1]) from error
     launcher.install(loaded)
     return loaded[kernel.entry]  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ def emit(tp: TileProgram, target: Target | Isa | str, layout: Layout | None = No
     shape = target if isinstance(target, Isa) else isa(target)
     units = layout if layout is not None else tuple(len(p.shape) - 1 for p in tp.params)
     source = _program(tp, shape, units)
-    return Kernel(tp.name, f"tvm-{shape.name}", source, "main", tp)
+    return Kernel(tp.name, "tvm", source, "main", tp, shape.name)
 
 
 def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
@@ -44,6 +44,8 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
     probe = Writer(tp, TileKernel("", (), (), (), ()), shape, names)
     for p, u in zip(tp.params, units, strict=True):
         lines += _param(probe, p, u)
+    for p, u in zip(tp.params, units, strict=True):
+        lines += _bits(probe, p, u)
     for k in tp.kernels:
         w = Writer(tp, k, shape, names)
         w.units = {p.name: u for p, u in zip(tp.params, units, strict=True)}
@@ -57,23 +59,30 @@ def _param(w: Writer, p: Param, unit: int) -> list[str]:
     """Declare a tensor: extents over the sizes, any strides but the one that is 1, aligned to its elements only."""
     name, kind = w.names[p.name], element(p.dtype, p.name)
     size = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i16": 2}.get(p.dtype, 1)
-    if not p.shape:
-        text = [f"    {name} = T.match_buffer({name}_arg, (), {kind!r}, align={size})"]
-        return text + ([f"    {name}_bits = T.decl_buffer((), 'uint16', data={name}.data, align=2)"] if p.dtype == "bf16" else [])
-    strides = []
-    lines = []
-    for k in range(len(p.shape)):
-        if k == unit:
-            strides.append("i64(1)")
-        else:
-            s = w.names.fresh(f"{name}_stride")
-            lines.append(f"    {s} = T.int64()")
-            strides.append(s)
-    extents = ", ".join(Expressions(w, Point({})).index(e) for e in p.shape)
-    lines.append(f"    {name} = T.match_buffer({name}_arg, ({extents},), {kind!r}, strides=({', '.join(strides)},), align={size})")
-    if p.dtype == "bf16":  # as bits: TVM's own bf16 arithmetic is rewritten behind our back
-        lines.append(f"    {name}_bits = T.decl_buffer(({extents},), 'uint16', data={name}.data, strides=({', '.join(strides)},), align=2)")
-    return lines
+    strides = [_stride(name, k, unit) for k in range(len(p.shape))]
+    lines = [f"    {s} = T.int64()" for k, s in enumerate(strides) if k != unit]
+    return [*lines, f"    {name} = T.match_buffer({name}_arg, {_extents(w, p)}, {kind!r}{_strides(strides)}, align={size})"]
+
+
+def _bits(w: Writer, p: Param, unit: int) -> list[str]:
+    """bf16 is read and written as its bits: TVM would rewrite arithmetic on the type itself."""
+    if p.dtype != "bf16":
+        return []
+    name = w.names[p.name]
+    strides = _strides([_stride(name, k, unit) for k in range(len(p.shape))])
+    return [f"    {name}_bits = T.decl_buffer({_extents(w, p)}, 'uint16', data={name}.data{strides}, align=2)"]
+
+
+def _stride(name: str, k: int, unit: int) -> str:
+    return "i64(1)" if k == unit else f"{name}_stride{k}"
+
+
+def _strides(strides: list[str]) -> str:
+    return f", strides=({', '.join(strides)},)" if strides else ""
+
+
+def _extents(w: Writer, p: Param) -> str:
+    return f"({''.join(Expressions(w, Point({})).index(e) + ', ' for e in p.shape)})"
 
 
 def _kernel(w: Writer) -> None:

@@ -97,7 +97,7 @@ class Expressions:
             return Val(scalar_element(self.w, e, self.point), kind)
         element = {"bool": "int32"}.get(kind, ELEMENT_OF.get(kind, ""))
         got = self._one_by_one(lambda one: f"cast({element!r}, {scalar_element(self.w, e, one)})", element, None)
-        return Val(f"({got} != 0)" if kind == "bool" else got, kind, self.point.width > 1)
+        return Val(f"ne({got}, 0)" if kind == "bool" else got, kind, self.point.width > 1)
 
     def _one_by_one(self, text: object, element: str, limit: int | None) -> str:
         """A vector gathered lane by lane; lanes past the dim's count are not read."""
@@ -141,7 +141,7 @@ class Expressions:
             kind = "f32"
         text = [convert(a, kind).text for a in args]
         if e.op in _COMPARE:
-            return Val(f"({text[0]} {_COMPARE[e.op]} {text[1]})", "bool", vec)
+            return Val(compared(e.op, *text), "bool", vec)
         return Val(self._operator(e.op, text, kind), kind, vec)
 
     def _operator(self, op: str, x: list[str], kind: str) -> str:
@@ -181,7 +181,7 @@ class Expressions:
         # +-(base + l) + rest ? 0
         bound = f"-({rest.text}) - {p.base}" if got[0] == 1 else f"({rest.text}) - {p.base}"
         op = e.op if got[0] == 1 else {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}.get(e.op, e.op)
-        return Val(f"(lane({p.width}) {_COMPARE[op]} clip({bound}))", "bool", True)
+        return Val(compared(op, f"lane({p.width})", f"clip({bound})"), "bool", True)
 
 
 TILE = {"f64": "float64", "f32": "float32", "i64": "int64", "bool": "int32"}
@@ -192,7 +192,11 @@ def kind_of(dtype: str) -> str:
 
 
 def _loaded(text: str, dtype: str, vec: bool) -> Val:
-    return Val(f"({text} != 0)" if dtype == "bool" else text, dtype, vec)
+    return Val(f"ne({text}, 0)" if dtype == "bool" else text, dtype, vec)
+
+
+def compared(op: str, a: str, b: str) -> str:
+    return f"{op}({a}, {b})" if op in ("eq", "ne") else f"({a} {_COMPARE[op]} {b})"
 
 
 def constant(x: bool | int | float) -> Val:
@@ -215,7 +219,7 @@ def joined(args: list[Val]) -> str:
 
 
 def truth(v: Val) -> Val:
-    return v if v.kind == "bool" else Val(f"({v.text} != {v.kind}(0))", "bool", v.vec)
+    return v if v.kind == "bool" else Val(f"ne({v.text}, {v.kind}(0))", "bool", v.vec)
 
 
 def convert(v: Val, kind: str) -> Val:

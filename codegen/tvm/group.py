@@ -286,7 +286,7 @@ class Nest:
                 text = f"join({s.monoid!r}, {self._old(t, point)}, {text})"
             kind = t.dtype
             if kind == "bool":
-                text = f"({text} != 0)"
+                text = f"ne({text}, 0)"
             held = self._finish(t, text, kind, replace(point, held=held), held, passing)
         return held
 

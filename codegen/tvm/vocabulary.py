@@ -7,7 +7,6 @@ print the whole expression once per use (exponential in a chain).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +81,7 @@ def f64(x: float) -> Value:
 
 
 def _pair(a: Value, b: Value) -> tuple[Value, Value]:
+    b = like(a, b) if isinstance(b, (int, float)) else b
     w = max(width(a), width(b))
     return splat(a, w), splat(b, w)
 
@@ -91,6 +91,14 @@ def select(test: Value, yes: Value, no: Value) -> Value:
     if width(test) == 1 and w > 1:
         test = splat(test, w)
     return tirx.Select(test, splat(yes, w), splat(no, w))
+
+
+def eq(a: Value, b: Value) -> Value:
+    return tirx.EQ(*_pair(a, b))
+
+
+def ne(a: Value, b: Value) -> Value:
+    return tirx.NE(*_pair(a, b))
 
 
 def land(a: Value, b: Value) -> Value:
@@ -110,7 +118,7 @@ def maximum(a: Value, b: Value) -> Value:
     a, b = _pair(a, b)
     if dtype(a) in ("float32", "float64"):
         a = reg(a)
-        return select(a != a, a, T.max(a, b))  # the machine's maximum already hands on a NaN in its second operand
+        return select(ne(a, a), a, T.max(a, b))  # the machine's maximum already hands on a NaN in its second operand
     return T.max(a, b)
 
 
@@ -119,7 +127,7 @@ def minimum(a: Value, b: Value) -> Value:
     a, b = _pair(a, b)
     if dtype(a) in ("float32", "float64"):
         a = reg(a)
-        return select(a != a, a, T.min(a, b))
+        return select(ne(a, a), a, T.min(a, b))
     return T.min(a, b)
 
 
@@ -199,7 +207,7 @@ def to_bf16(x: Value) -> Value:
     one = tirx.const(1, "uint32")
     shift = tirx.const(16, "uint32")
     rounded = (u + tirx.const(0x7FFF, "uint32") + ((u >> shift) & one)) >> shift
-    return cast("uint16", select(x != x, splat(tirx.const(0x7FC0, "uint32"), width(x)), rounded))
+    return cast("uint16", select(ne(x, x), splat(tirx.const(0x7FC0, "uint32"), width(x)), rounded))
 
 
 def masked_load(address: Value, mask: Value, element: str) -> Value:
@@ -211,8 +219,3 @@ def masked_load(address: Value, mask: Value, element: str) -> Value:
 def masked_store(address: Value, mask: Value, x: Value) -> None:
     """Lanes where the mask is false are not written."""
     T.evaluate(T.call_llvm_intrin("void", "llvm.masked.store", splat(x, width(mask)), address, mask))
-
-
-def number(x: float) -> str:
-    """A float as text that `f32(...)` and `f64(...)` read back."""
-    return repr(x) if math.isfinite(x) else "nan" if math.isnan(x) else "inf" if x > 0 else "-inf"

@@ -49,8 +49,8 @@ def find_regions(gm: fx.GraphModule) -> tuple[list[Region], list[Refused]]:
         except Refusal as why:
             refused.append(Refused(source(group.ends[-1]), "; ".join(s for s in (why.what, why.hint) if s)))
     taken = {n for g in regions for n in g.nodes}
-    for node, why in _missed(gm, taken, {r.where for r in refused}):
-        refused.append(Refused(source(node), why))
+    for node, reason in _missed(gm, taken, {r.where for r in refused}):
+        refused.append(Refused(source(node), reason))
     return regions, refused
 
 
@@ -151,22 +151,28 @@ def _region(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: s
         m = meta(n)
         if isinstance(m, torch.Tensor) and m.is_complex():
             raise Refusal("complex numbers")
-    last: Refusal | None = None
-    for whole in (True, False):
+        if table.base_name(n) == ATTENTION:
+            _agree(n)
+    stop: set[fx.Node] = set()
+    while True:
         try:
-            return _read(gm, group, order, name, whole)
+            return _read(gm, group, order, name, stop)
         except _Order as why:
-            last = why
-    assert last is not None
-    raise last
+            if why.nodes <= stop:
+                raise
+            stop |= why.nodes
 
 
 class _Order(Refusal):
-    """The region cannot be computed at one place of the graph; reading less through may help."""
+    """The region cannot be computed at one place of the graph; not reading through `nodes` may help."""
+
+    def __init__(self, what: str, nodes: Iterable[fx.Node]) -> None:
+        self.nodes = frozenset(nodes)
+        super().__init__(what)
 
 
-def _read(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: str, whole: bool) -> Region:
-    r = Reader(gm, group.core, whole)
+def _read(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: str, stop: set[fx.Node]) -> Region:
+    r = Reader(gm, group.core, stop)
     nodes = set(group.core)
     outputs: list[tuple[fx.Node, Value]] = []
     for n in sorted(group.core, key=order.__getitem__):
@@ -180,12 +186,13 @@ def _read(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: str
             nodes |= chain
             outputs.append((end, v))
     done = finish(r, _program_name(outputs[-1][0]), outputs)
-    anchor = _place(order, nodes, [n for n, _ in outputs], done.inputs, [n for _, n in done.sizes if isinstance(n, fx.Node)])
-    _check_convex(nodes, done.inputs)
-    _check_mutation(gm, order, nodes | set(r.through), done.inputs, order[anchor])
-    orders = tuple(_order(n) for n, _ in outputs)
-    return Region(name, done.program, done.inputs, done.sizes, tuple(n for n, _ in outputs),
-                  tuple(sorted(nodes, key=order.__getitem__)), source(outputs[-1][0]), orders, anchor)
+    ends = tuple(n for n, _ in outputs)
+    sizes = [n for _, n in done.sizes if isinstance(n, fx.Node)]
+    anchor = _place(order, nodes, ends, [*done.inputs, *sizes], set(r.through))
+    _check_convex(nodes, done.inputs, set(r.through))
+    _check_mutation(gm, order, nodes, done.inputs, set(r.through), order[anchor])
+    return Region(name, done.program, done.inputs, done.sizes, ends, tuple(sorted(nodes, key=order.__getitem__)),
+                  source(ends[-1]), tuple(_order(n) for n in ends), anchor)
 
 
 def _trailing(r: Reader, node: fx.Node, v: Value) -> tuple[fx.Node, Value, set[fx.Node]]:
@@ -219,18 +226,18 @@ def _rearranged(r: Reader, v: Value) -> bool:
 
 
 def _place(order: dict[fx.Node, int], nodes: set[fx.Node], outputs: Sequence[fx.Node], inputs: Sequence[fx.Node],
-           sizes: Sequence[fx.Node]) -> fx.Node:
+           through: set[fx.Node]) -> fx.Node:
     """The node before which the region can be computed as a whole."""
     last = max(outputs, key=order.__getitem__)
     users = [u for n in outputs for u in n.users if u not in nodes]
     first = min(users, key=order.__getitem__, default=last)
     place = last if order[last] < order[first] else first
-    if any(order[i] >= order[place] for i in (*inputs, *sizes)):
-        raise _Order("an input is computed after the first use of a result")
+    if any(order[i] >= order[place] for i in inputs):
+        raise _Order("an input is computed after the first use of a result", through)
     return place
 
 
-def _check_convex(nodes: set[fx.Node], inputs: Sequence[fx.Node]) -> None:
+def _check_convex(nodes: set[fx.Node], inputs: Sequence[fx.Node], through: set[fx.Node]) -> None:
     after: set[fx.Node] = set()
     todo = [u for n in nodes for u in n.users if u not in nodes]
     while todo:
@@ -239,7 +246,7 @@ def _check_convex(nodes: set[fx.Node], inputs: Sequence[fx.Node]) -> None:
             after.add(n)
             todo += n.users
     if bad := [n for n in inputs if n in after or n in nodes]:
-        raise _Order(f"{table.base_name(bad[0]) or bad[0]} stands between its nodes and cannot be read")
+        raise _Order(f"{table.base_name(bad[0]) or bad[0]} stands between its nodes and cannot be read", through)
 
 
 ALIASING = ("view", "expand", "permute", "transpose", "t", "numpy_T", "getattr", "slice", "narrow", "select", "split",
@@ -254,15 +261,15 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def _check_mutation(gm: fx.GraphModule, order: dict[fx.Node, int], nodes: set[fx.Node], inputs: Sequence[fx.Node],
-                    place: int) -> None:
+                    through: set[fx.Node], place: int) -> None:
     """No input may be written between the place where the graph reads it and the region's place."""
     writes = [(order[n], _root(n)) for n in gm.graph.nodes if table.mutates(n) and n.all_input_nodes]
-    for leaf in inputs:
-        root = _root(leaf)
-        reading = [order[n] for n in nodes if table.base_name(n) not in ALIASING
+    for root in {_root(leaf) for leaf in inputs}:
+        reading = [n for n in nodes | through if table.base_name(n) not in ALIASING
                    and any(_root(a) is root for a in n.all_input_nodes)]
-        if any(w is root and k > min(reading, default=place) and k < place for k, w in writes):
-            raise _Order(f"{root} is written while the region would read it")
+        early = {n for n in reading if any(w is root and order[n] < k < place for k, w in writes)}
+        if early:
+            raise _Order(f"{root} is written while the region would read it", early & through)
 
 
 def _order(node: fx.Node) -> tuple[int, ...]:

@@ -42,12 +42,12 @@ class Reader(Reading):
     """One region being read.
 
     core: nodes that must be read.  Every other node is read through when that costs no memory traffic (views, index
-    arithmetic, masks) and is an in-tensor otherwise.  whole: allow reading through at all.
+    arithmetic, masks) and is an in-tensor otherwise.  stop: nodes that must not be read through.
     """
 
-    def __init__(self, gm: fx.GraphModule, core: Iterable[fx.Node], whole: bool = True) -> None:
+    def __init__(self, gm: fx.GraphModule, core: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> None:
         super().__init__()
-        self.gm, self.core, self.whole = gm, frozenset(core), whole
+        self.gm, self.core, self.stop = gm, frozenset(core), frozenset(stop)
         self.memo: dict[fx.Node, Read] = {}
         self.leaves: dict[fx.Node, str] = {}
         self.leaf_of: dict[str, fx.Node] = {}
@@ -75,8 +75,8 @@ class Reader(Reading):
         return out
 
     def _outer(self, node: fx.Node) -> Read:
-        rule = table.rule(node) if self.whole else None
-        if rule is not None and rule.kind not in ("reduce", "contract") and not self._constant_attr(node):
+        rule = table.rule(node) if node not in self.stop else None
+        if rule is not None and rule.kind not in ("reduce", "contract"):
             size = len(self.statements)
             try:
                 out = self.apply(rule, node)
@@ -124,9 +124,6 @@ class Reader(Reading):
             if size_name(s) not in self.ranges:
                 self.ranges[size_name(s)] = symbol_range(self.gm, s)
 
-    def _constant_attr(self, node: fx.Node) -> bool:
-        return node.op in ("placeholder", "get_attr")
-
     def leaf(self, node: fx.Node) -> Value:
         """An in-tensor of the region (a 0-dimensional constant of the graph is its number)."""
         t = meta(node)
@@ -149,7 +146,7 @@ class Reader(Reading):
     def apply(self, rule: table.Rule, node: fx.Node) -> Read:
         """Run a rule on the values of the node's arguments."""
         args, kwargs = table.normal(rule, node)
-        out = rule.read(self, node, *(self.argument(a) for a in args), **{k: self.argument(a) for k, a in kwargs.items()})
+        out: Read = rule.read(self, node, *(self.argument(a) for a in args), **{k: self.argument(a) for k, a in kwargs.items()})
         m = meta(node)
         if isinstance(out, Value) and isinstance(m, torch.Tensor):
             if len(out.dims) != m.ndim or any(_differ(a, b) for a, b in zip(out.shape, shape_of(m), strict=True)):

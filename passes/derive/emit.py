@@ -114,15 +114,15 @@ class Writer:
         """A named tile map over the variables of `e` (in the order of `space`)."""
         key = (e, guard)
         if key not in self._maps:
-            used = variables(self.cut.extent).union(variables(e), *(variables(c) for c in guard))
+            body = self.tile(e)
+            where = self._guard(guard)
+            used = variables(body) | (variables(where) if where is not None else set())
             index: list[Expr] = []
             for v in space:
                 if v == self.cut.carried:
                     index += self.cut.point
                 elif v in used:
                     index.append(Var(v))
-            body = self.tile(e)
-            where = self._guard(guard)
             out = Access(self.fresh(hint), tuple(index))
             self.body.append(Einsum((out,), body, None, where))
             self._maps[key] = out

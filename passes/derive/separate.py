@@ -420,7 +420,7 @@ def collect(terms: list[Term]) -> list[Term]:
     """Like terms become one: equal a-side, exponents and conditions; the c-sides add up to one expression."""
     groups: dict[object, list[Term]] = {}
     for t in terms:
-        if t.coef != 0:
+        if t.coef != 0 and not any(Call("not", (c,)) in conds for conds in (t.when, t.if_) for c in conds):
             tag = (_frozen(t.a), _frozen(t.ea), _frozen(t.ec), frozenset(t.when), frozenset(t.if_))
             groups.setdefault(tag, []).append(t)
     out: list[Term] = []

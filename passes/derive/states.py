@@ -93,6 +93,8 @@ class Stage:
         sides = self.sides(over)
         if monoid not in MONOIDS or MONOIDS[monoid].outs != 1:
             raise NoLaw(monoid, body, f"{monoid} keeps more than one value per point")
+        if sides.free(body) and monoid != "prod":
+            return body, Lifted(body, lambda x: x, laws=("a constant",))  # where a point takes part
         if monoid in ("max", "min"):
             lifted = lift(body, sides, self.facts)
             if lifted.flip:

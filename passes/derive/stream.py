@@ -267,8 +267,8 @@ class _Stream:
     def _write(self, look: View, stage: Stage, cut: Cut, accepted: dict[str, object]) -> list[Einsum]:
         inline = Inliner(self.program.cascade, look)
         tiled = {t: s for t, s in look.writer.items() if look.sides[t] == "carried"}
-        named = {inline.expr(Access(t, s.out.index), s.guards()): t for t, s in tiled.items()
-                 if s.reduce is None and s.guard is None}
+        bodies = {t: inline.expr(s.out, ()) for t, s in tiled.items() if s.reduce is None and s.guard is None}
+        named = {e: t for t, e in bodies.items() if variables(e) == set(tiled[t].space())}
         w = Writer(cut, stage, tiled, named, self._fresh)
         spaces = {n: s.space() for s in self.program.cascade.einsums for n in s.names}
         every = tuple(dict.fromkeys(v for sp in spaces.values() for v in sp))

@@ -1,0 +1,65 @@
+"""Programs made ready for `lower`, and inputs of any size for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memcomp.codegen.lower_pieces import Sizes
+from memcomp.ir.expr import Access, Const, Expr, Size, Var
+from memcomp.ir.ops import OPS
+from memcomp.ir.program import Mapping, Program, close, knobs
+from memcomp.ir.text import parse
+from memcomp.passes.fuse import fuse
+from memcomp.passes.partition import partition
+
+CASES = Path(__file__).parent / "cases"
+ONEPASS = tuple(sorted(f.stem for f in CASES.glob("onepass_*.mc")))
+CHAINS = ("attention_3pass", "attention_backward", "attention_lse", "causal_gqa", "cascade_2", "layer_norm", "softcap_window")
+
+
+def load(name: str) -> Program:
+    """The program of tests/cases without its mapping."""
+    return replace(parse((CASES / f"{name}.mc").read_text()), mapping=Mapping())
+
+
+def mapped(program: Program, choice: int = 0) -> Program:
+    """Fused, partitioned, and every knob closed with its `choice`-th value (or its last)."""
+    p = partition(fuse(program))
+    return close(p, {k.name: k.choices[min(choice, len(k.choices) - 1)] for k in knobs(p)})
+
+
+def symbols(program: Program) -> list[str]:
+    return [r.name for r in program.cascade.ranks if r.extent is None]
+
+
+def extent(e: Expr, sizes: dict[str, int]) -> int:
+    if isinstance(e, Const):
+        return int(e.value)
+    if isinstance(e, Size):
+        return sizes[e.rank]
+    assert not isinstance(e, (Access, Var))
+    return int(OPS[e.op].numpy(*(extent(a, sizes) for a in e.args)))
+
+
+def inputs(program: Program, sizes: dict[str, int], rng: np.random.Generator, scale: float = 1.0) -> dict[str, Any]:
+    """Normal values; truth values; integers that are positions: -1 (nothing) up to the last key."""
+    closed = Sizes(program.cascade)
+    out: dict[str, Any] = {}
+    for t in program.cascade.inputs():
+        shape = tuple(extent(closed.extent(r), sizes) for r in t.ranks)
+        if t.dtype == "bool":
+            out[t.name] = rng.random(shape) < 0.6
+        elif t.dtype[0] in "iu":
+            out[t.name] = rng.integers(-1, max(sizes.get("M", 1), 1), shape)
+        else:
+            out[t.name] = scale * rng.normal(size=shape)
+    return out
+
+
+def same(got: Any, want: Any, rtol: float, atol: float) -> bool:
+    """Equal up to rounding, NaN and infinities in the same places."""
+    return got.shape == want.shape and bool(np.allclose(got, want, rtol=rtol, atol=atol, equal_nan=True))
