@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from memcomp.codegen.lower_emit import Emitter
 from memcomp.codegen.lower_fill import fills
-from memcomp.codegen.lower_fuse import buffers, compose, keep_old, kind
+from memcomp.codegen.lower_fuse import buffers, compose, keep_old, kind, split_products
 from memcomp.codegen.lower_ops import OLD, GroupOps, group_ops
 from memcomp.codegen.lower_pieces import Sizes, kernels_of
 from memcomp.codegen.lower_tiles import tile_dtype
@@ -93,10 +93,11 @@ def _kernel(program: Program, c: Cascade, g: GroupOps, params: dict[str, Param],
     _workspace_reads(c, g, dropped)
     dtype = _dtypes(c, g, params)
     compose(g)
+    split_products(g)
     keep_old(g)
     for o in g.ops:
-        if o.target not in dtype:  # copies of carried tiles
-            dtype[o.target] = dtype[o.target.removesuffix("_old")]
+        if o.target not in dtype:  # copies of carried tiles, factors of products
+            dtype[o.target] = dtype.get(o.target.removesuffix("_old")) or _real(params)
     home = buffers(g, dtype)
     return Emitter(g, params, dtype, home).kernel(f"{program.name}_{g.group.name}")
 
@@ -131,15 +132,19 @@ def _dtypes(c: Cascade, g: GroupOps, params: dict[str, Param]) -> dict[str, str]
     for o in g.ops:
         if (t := c.declared(o.target.removesuffix("'"))) is not None:
             out[o.target] = tile_dtype(t.dtype)
-    wide = any(p.dtype == "f64" for p in params.values())
     kinds: dict[str, set[str]] = {}
     for _ in range(2):
         for o in g.ops:
             if c.declared(o.target.removesuffix("'")) is None:
                 found = kinds.setdefault(o.target, set())
                 found.add(kind(o.body, {**stored, **out}))
-                real = "f64" if wide else "f32"
+                real = _real(params)
                 out[o.target] = (
                     real if "real" in found else "i64" if "int" in found else "bool" if "bool" in found else real
                 )
     return out
+
+
+def _real(params: dict[str, Param]) -> str:
+    """dtype of undeclared real tiles: f64 where a param is."""
+    return "f64" if any(p.dtype == "f64" for p in params.values()) else "f32"

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 
-from memcomp.codegen.lower_ops import LOOP, OLD, POST, GroupOps, Op
-from memcomp.ir.expr import Access, Call, Expr, Var, substitute
+from memcomp.codegen.lower_ops import LOOP, OLD, POST, PRE, GroupOps, Op, lane_last
+from memcomp.ir.expr import Access, Call, Expr, Var, reads, substitute, variables
 from memcomp.ir.ops import MONOIDS, OPS
 
 
@@ -41,9 +42,8 @@ def addends(e: Expr, op: str) -> list[Expr]:
 
 
 def is_product(o: Op) -> bool:
-    """A sum of products of elements: what becomes a `Dot`."""
-    parts = factors(o.body)
-    return o.monoid == "sum" and len(parts) > 1 and sum(isinstance(p, Access) for p in parts) >= 2
+    """A sum of products of data: what becomes a `Dot`."""
+    return o.monoid == "sum" and len([p for p in factors(o.body) if reads(p) and variables(p) & set(o.over)]) > 1
 
 
 def _inline(g: GroupOps, k: int) -> bool:
@@ -112,6 +112,49 @@ def _merge(g: GroupOps, k: int) -> bool:
 
 def _old(o: Op) -> Access:
     return Access(o.target + OLD, tuple(Var(d) for d in o.dims))
+
+
+def split_products(g: GroupOps) -> None:
+    """Sums of products get two operands that are elements: what is computed in a factor becomes a tile of its own,
+    before the loop where it does not move along it; of several factors those over the fewest dims go first."""
+    for o in list(g.ops):
+        if not is_product(o):
+            continue
+        parts = [p for p in factors(o.body) if variables(p) & set(o.over)]
+        rest = [p for p in factors(o.body) if not variables(p) & set(o.over)]
+        dims = {p: variables(p) & set(g.dims) for p in parts}
+        while len(parts) > 2:
+            a, b = min(combinations(parts, 2), key=lambda two: (len(dims[two[0]] | dims[two[1]]), parts.index(two[0])))
+            both = Call("mul", (a, b))
+            dims[both] = dims[a] | dims[b]
+            parts = [both, *(p for p in parts if p not in (a, b))]
+        if set(o.dims) - dims[parts[0]] - dims[parts[1]]:
+            continue
+        at = next(k for k, x in enumerate(g.ops) if x is o)
+        made: list[Expr] = []
+        for n, p in enumerate(parts):
+            if isinstance(p, Access):
+                made.append(p)
+                continue
+            own = tuple(d for d in lane_last(g.group, (*o.over, *o.dims)) if d in dims[p])
+            phase = o.phase if o.phase != LOOP or _moves(g, p) else PRE
+            factor = Op(f"{o.target}_factor{n}", own, p, phase=phase)
+            before = at if phase == o.phase else next(k for k, x in enumerate(g.ops) if x.phase > PRE)
+            g.ops.insert(before, factor)
+            at += 1
+            made.append(Access(factor.target, tuple(Var(d) for d in own)))
+        body = made[0]
+        for p in (*made[1:], *rest):
+            body = Call("mul", (body, p))
+        g.ops[at] = replace(o, body=body)
+
+
+def _moves(g: GroupOps, e: Expr) -> bool:
+    """Does the expression change along the loop: by its variable, dims cut along it, or what it reads?"""
+    roots = [x for o in g.ops for a in o.accesses() for x in a.index] + [c for o in g.ops for c in o.guards]
+    streamed = {g.loop} | {v for x in roots if g.loop in variables(x) for v in variables(x) & set(g.dims)}
+    inside = {o.target for o in g.ops if o.phase == LOOP} | {n + OLD for n in g.carried}
+    return bool(variables(e) & streamed or reads(e) & inside)
 
 
 def keep_old(g: GroupOps) -> None:

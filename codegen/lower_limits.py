@@ -44,7 +44,8 @@ class Limits(Tiles):
         return self.scalars[key]
 
     def full(self, guards: tuple[Expr, ...]) -> Expr | None:
-        """A scalar condition under which all `guards` (over tiles) hold at every point of the tile; None: unknown."""
+        """A scalar condition under which all `guards` (over tiles) hold at every point of the tile; None: unknown, or
+        never the case."""
         parts = []
         for guard in guards:
             if not variables(guard) & set(self.g.dims):
@@ -53,8 +54,16 @@ class Limits(Tiles):
             h = self.half(guard)
             if h is None:
                 return None
-            parts.append(bounds.holds_everywhere(h.step, self.g.loop, self.extreme(h, True)))
+            everywhere = bounds.holds_everywhere(h.step, self.g.loop, self.extreme(h, True))
+            if proves(call("not", everywhere), self.ranges()):
+                return None
+            parts.append(everywhere)
         return conjunction(parts)
+
+    def ranges(self) -> dict[str, tuple[Expr | int | None, Expr | int | None]]:
+        """Of grid and loop variables."""
+        out: dict[str, tuple[Expr | int | None, Expr | int | None]] = {v: (0, n) for v, n in self.g.grid}
+        return out | ({self.g.loop: (0, self.g.steps)} if self.g.loop else {})
 
     def _counts(self) -> None:
         """Guards that cut off the tail of a dim in everything that reduces or stores it become the dim's count."""

@@ -6,7 +6,7 @@ its element at the loop variable reads `X@old`, the element after it is the tile
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from memcomp.codegen.lower_pieces import Sizes, normal, ragged_guards, stream
@@ -60,6 +60,13 @@ class GroupOps:
     carried: dict[str, int] = field(default_factory=dict)  # iterative tensor -> position of its iterative index
     stores: dict[str, Access] = field(default_factory=dict)  # group tensor -> element written, over dims and grid
     each_step: set[str] = field(default_factory=set)  # carried tensors stored after every step, not once
+
+
+def lane_last(group: Group, names: Iterable[str]) -> tuple[str, ...]:
+    """Dims of a tile: as given, the group's lane last."""
+    out = list(dict.fromkeys(names))
+    lane = (group.lane or "").lower()
+    return tuple([d for d in out if d != lane] + [d for d in out if d == lane])
 
 
 def group_ops(c: Cascade, group: Group, members: list[Einsum], outside: Callable[[str], list[Access]]) -> GroupOps:
@@ -201,18 +208,9 @@ class _Grouping:
                 )
         return var
 
-    def order(self, names: list[str]) -> tuple[str, ...]:
-        """Dims of a tile: as given, the lane last."""
-        out = list(dict.fromkeys(names))
-        lane = (self.group.lane or "").lower()
-        if lane in out:
-            out.remove(lane)
-            out.append(lane)
-        return tuple(out)
-
     def index_dims(self, index: tuple[Expr, ...]) -> tuple[str, ...]:
         names = [self.dim(n.name) for i in index for n in walk(i) if isinstance(n, Var)]
-        return self.order([n for n in names if n is not None])
+        return lane_last(self.group, (n for n in names if n is not None))
 
     def tile_dims(self, name: str) -> tuple[str, ...]:
         return self.index_dims(self.writers[name].index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memcomp.codegen.lower_laws import Fills
-from memcomp.codegen.lower_ops import LOOP, POST, PRE, GroupOps, Op
+from memcomp.codegen.lower_ops import LOOP, POST, PRE, GroupOps, Op, lane_last
 from memcomp.ir.expr import Access, Call, Expr, Var, call, rebuild, variables, walk
 from memcomp.ir.simplify import proves, simplify
 from memcomp.ir.tile import Dim, Load, Param, Statement, Tile
@@ -69,15 +69,12 @@ class Tiles:
             for n in walk(i):
                 if isinstance(n, Var) and n.name in self.g.dims and n.name not in dims:
                     dims.append(n.name)
-        lane = (self.g.group.lane or "").lower()
-        if lane in dims:
-            dims.remove(lane)
-            dims.append(lane)
+        own = lane_last(self.g.group, dims)
         name = self.fresh(f"{a.tensor}_t")
-        self.tiles[f"load {name}"] = Tile(name, tuple(dims), tile_dtype(self.params[a.tensor].dtype))
+        self.tiles[f"load {name}"] = Tile(name, own, tile_dtype(self.params[a.tensor].dtype))
         self.dtype[name] = tile_dtype(self.params[a.tensor].dtype)
         self.body[phase].append(Load(name, self.clamped(a)))
-        got = Access(name, tuple(Var(d) for d in dims))
+        got = Access(name, tuple(Var(d) for d in own))
         self.loaded[a, phase] = got
         return got
 

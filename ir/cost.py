@@ -105,7 +105,8 @@ def compulsory(program: Program, sizes: Mapping[str, int]) -> float:
         read = [a for e in c.einsums for a in _reads(e) if a.tensor in names and t.role != "out"]
         written = [o for e in c.einsums for o in e.outs if o.tensor in names]
         for accesses in (read, written):
-            asked = sum(n.points(set(vs)) for vs in {frozenset(v for i in a.index for v in variables(i)) for a in accesses})
+            ways = {frozenset(v for i in a.index for v in variables(i)) for a in accesses}
+            asked = sum(n.points(set(vs)) for vs in ways)
             total += min(asked, n.elements(t)) * width(c, t.name)
     return total
 

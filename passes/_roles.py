@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from memcomp.ir.cascade import Cascade, Einsum, Knob
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, transform, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, transform, variables, walk
 
 WHOLE = 256  # a rank of at most so many points may be a tile dim as it is
 
@@ -41,11 +41,11 @@ def factors(e: Expr) -> list[Expr]:
     return [f for a in e.args for f in factors(a)] if isinstance(e, Call) and e.op == "mul" else [e]
 
 
-def product_operands(e: Einsum) -> list[Access]:
+def product_operands(e: Einsum) -> list[Expr]:
     """The factors of a sum of products that carry a summed variable; none where the statement is not one."""
     if e.reduce is None or e.reduce.monoid != "sum":
         return []
-    found = [f for f in factors(e.body) if isinstance(f, Access) and variables(f) & set(e.reduce.over)]
+    found = [f for f in factors(e.body) if reads(f) and variables(f) & set(e.reduce.over)]
     return found if len(found) > 1 else []
 
 
@@ -81,3 +81,12 @@ def closed(c: Cascade, e: Expr) -> Expr:
         return n
 
     return transform(e, f)
+
+
+def shared(c: Cascade, loop: list[Einsum], var: str) -> tuple[str, ...]:
+    """Variables of which every task of a loop over `var` has its own values: those of all carried tensors, but for
+    short ones that some product of the loop lacks (a task for each would compute that product again)."""
+    mine = carried(c)
+    states = [e for e in loop if any(n in mine and mine[n][1] is e and mine[n][0] == var for n in e.names)]
+    products = [set(out_vars(e)) for e in loop if product_operands(e)]
+    return tuple(v for v in common(states or loop) if v != var and (not whole(c, v) or all(v in p for p in products)))

@@ -9,7 +9,7 @@ from memcomp.ir.cascade import Cascade, Einsum, is_init
 from memcomp.ir.expr import Size, Var
 from memcomp.ir.program import Group, Mapping, Program
 from memcomp.ir.simplify import simplify
-from memcomp.passes._roles import accesses, carried, common, out_vars, whole
+from memcomp.passes._roles import accesses, carried, common, out_vars, shared, whole
 
 
 def fuse(program: Program) -> Program:
@@ -85,11 +85,8 @@ class _Fusion:
         run = [k for k, path in enumerate(self.loops) if path and path[0] == loop]
         g = len(self.parts_)
         self.parts_.append([])
-        states = [
-            self.all[k] for k in run if any(n in self.carried and not is_init(self.all[k]) for n in self.all[k].names)
-        ]
-        shared = tuple(v for v in common(states or [self.all[k] for k in run]) if v != loop[0])
-        self.shared.append(shared)
+        own = shared(self.c, [self.all[k] for k in run], loop[0])
+        self.shared.append(own)
         for k in run:
             self._put(k, g)
         grown = True
@@ -98,12 +95,12 @@ class _Fusion:
 
     def _joins(self, k: int, g: int) -> bool:
         """Take statement k into group g: before the loop where only the group reads it, or after it."""
-        e, shared = self.all[k], set(self.shared[g])
-        private = set(e.space()) - shared
+        e, own = self.all[k], set(self.shared[g])
+        private = set(e.space()) - own
         if (
             len(e.outs) > 1
             or not all(whole(self.c, v) for v in private)
-            or set(e.reduce.over if e.reduce else ()) & shared
+            or set(e.reduce.over if e.reduce else ()) & own
         ):
             return False
         mine = {n for j in self.parts_[g] for n in self.all[j].names}
@@ -111,8 +108,8 @@ class _Fusion:
         declared = self.c.declared(e.out.tensor.removesuffix("'"))
         temp = declared is None or declared.role == "temp"
         feeds = bool(users) and all(self.group.get(j) == g for j in users) and temp
-        follows = bool(e.reads() & mine) and shared <= set(out_vars(e))
-        if not ((feeds and (shared <= set(out_vars(e)) or e.reduce is None)) or follows):
+        follows = bool(e.reads() & mine) and own <= set(out_vars(e))
+        if not ((feeds and (own <= set(out_vars(e)) or e.reduce is None)) or follows):
             return False
         if any(self._reaches(g, w) for n in e.reads() - mine for w in self.writers.get(n, ())):
             return False  # it waits for something that waits for this group
@@ -169,18 +166,18 @@ class _Fusion:
                 if any(self.loops[j] for j in self.parts_[g]):
                     continue
                 members = [self.all[j] for j in self.parts_[g]]
-                shared = common([*members, e])
-                spaces = [set(m.space()) - set(shared) for m in (*members, e)]
+                points = common([*members, e])
+                spaces = [set(m.space()) - set(points) for m in (*members, e)]
                 mine = {n for m in members for n in m.names}
                 if (
-                    shared
+                    points
                     and all(whole(self.c, v) for s in spaces for v in s)
                     and len({len(m.outs) for m in members}) == 1
                     and self._aligned(e, g)
                     and not any(self._reaches(g, w) for n in e.reads() - mine for w in self.writers.get(n, ()))
                 ):
                     self._put(k, g)
-                    self.shared[g] = shared
+                    self.shared[g] = points
                     return
         self.parts_.append([])
         self.shared.append(out_vars(e))

@@ -66,7 +66,6 @@ def generalize(program: Program) -> Program:
 def _free(c: Cascade) -> set[str]:
     """Ranks with a number that is only a length: streamed, or common to all reductions; and ranks only indexed."""
     fixed = {r.name for r in c.ranks if extent_of(c, r.name) is not None}
-    given = {r for t in c.inputs() for r in t.ranks}
     made = {v for e in c.einsums for v in out_vars(e)}
     reduced = {v for e in c.einsums for v in (e.reduce.over if e.reduce else ())}
     products = {v for e in c.einsums if product_operands(e) and e.reduce for v in e.reduce.over}
@@ -83,8 +82,6 @@ def _free(c: Cascade) -> set[str]:
     for r in sorted(fixed):
         v, n = r.lower(), extent_of(c, r) or 0
         iterated = v in made | reduced
-        if r not in given:
-            continue
         if not iterated or v in streamed or (v in shared and not (v in rows and n <= SMALL and v not in guarded)):
             out.add(r)
     return out
@@ -113,7 +110,8 @@ def _tie(c: Cascade, free: set[str], derived: dict[str, Expr]) -> set[str]:
                     pinned |= (ranks | {rank}) & free
                 else:
                     derived[tied[0]] = tied[1]
-    pinned |= {r for r in free if r not in named}
+    given = {r for t in c.inputs() for r in t.ranks}
+    pinned |= {r for r in free if r not in named | set(derived) or r not in given | set(derived)}
     for r, x in derived.items():  # no circles, and numbers stay where everything they rest on does
         sizes = {n.rank for n in walk(x) if isinstance(n, Size)}
         if sizes & set(derived) or not sizes & free:
@@ -129,6 +127,8 @@ def _relation(c: Cascade, rank: str, i: Expr, iterated: set[str]) -> tuple[str, 
         if n is not None and isinstance(k, int) and extent_of(c, outer) == n * k:
             return outer, simplify(Size(rank) * k)
         return None
+    if isinstance(i, Var) and n is not None and extent_of(c, i.name.upper()) == n:
+        return i.name.upper(), Size(rank)
     terms = linear(i)
     if terms is None or n is None or rank in iterated or not variables(i):
         return None

@@ -10,9 +10,9 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, substitute, variables
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Group, Program
-from memcomp.passes._roles import carried, common, largest, out_vars, product_operands, whole
+from memcomp.passes._roles import common, largest, out_vars, product_operands, shared, whole
 
-ROWS = 64  # row ranks of at most so many points together stay whole tile dims
+ROWS = 32  # row ranks of at most so many points together stay whole tile dims
 
 
 def partition(program: Program, *, lanes: int = 16) -> Program:
@@ -80,10 +80,9 @@ class _Mapper:
     # -- a loop ------------------------------------------------------------------------------------------------------
 
     def _loop(self, c: Cascade, g: Group, members: list[Einsum], v: str) -> Group:
-        states = [w for n, (u, w, _) in carried(c).items() if u == v and n in g.tensors]
-        shared = [x for x in common(states or [e for e in members if v in out_vars(e)]) if x != v]
+        own = shared(c, [e for e in members if v in out_vars(e)], v)
         operands = [a for e in members for a in product_operands(e) if v in variables(a)]
-        rows = [x for x in shared if any(x not in variables(a) for a in operands)]
+        rows = [x for x in own if any(x not in variables(a) for a in operands)]
         long = [x for x in rows if not whole(c, x) or (largest(c, x.upper()) or 0) > ROWS]
         cut, held = "", list[str]()
         if long:
@@ -94,7 +93,7 @@ class _Mapper:
                 points *= largest(c, x.upper()) or 1
                 if points <= ROWS:
                     held.append(x)
-        space = tuple(f"{x.upper()}1" if x == cut else x.upper() for x in shared if x not in held)
+        space = tuple(f"{x.upper()}1" if x == cut else x.upper() for x in own if x not in held)
         if not cut:
             return replace(g, space=space, loop_order=(v.upper(),))
         size = Knob(f"{cut}0", (self.lanes, 2 * self.lanes, 4 * self.lanes))
@@ -134,25 +133,25 @@ class _Mapper:
 
     def _cut(self, c: Cascade, g: Group, members: list[Einsum], long: list[str]) -> Group:
         """The last common rank is cut into tiles, the one before it too where a product can reuse what it loads."""
-        shared = list(common(members))
+        points = list(common(members))
         cut: list[tuple[str, Expr | Knob]] = []
         held: list[str] = []
         product = any(product_operands(e) for e in members)
-        wide = any(set(out_vars(e)) - set(shared) for e in members)  # tiles have a dim of their own for the lanes
-        for x, size in zip(reversed(shared), () if wide else (4 * self.lanes, self.lanes), strict=False):
+        wide = any(set(out_vars(e)) - set(points) for e in members)  # tiles have a dim of their own for the lanes
+        for x, size in zip(reversed(points), () if wide else (4 * self.lanes, self.lanes), strict=False):
             n = largest(c, x.upper())
             if n is not None and n <= size:
                 held.append(x)
                 if not product:
                     break
-            elif self._free(c, x) and (len(shared) > 1 or not long):
+            elif self._free(c, x) and (len(points) > 1 or not long):
                 cut.append((x.upper(), Const(size)))
                 if not product:
                     break
             else:
                 break
         names = {r for r, _ in cut}
-        space = tuple(f"{x.upper()}1" if x.upper() in names else x.upper() for x in shared if x not in held)
+        space = tuple(f"{x.upper()}1" if x.upper() in names else x.upper() for x in points if x not in held)
         streams = tuple((x.upper(), Const(16 * self.lanes if not cut else 4 * self.lanes)) for x in long)
         return replace(g, partition=(*cut, *streams), space=space, loop_order=tuple(f"{x.upper()}1" for x in long))
 

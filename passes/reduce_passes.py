@@ -26,5 +26,23 @@ def reduce_passes(program: Program, *, splits: int | None = None, tile: tuple[in
         GM[p] = max{m} S[p, m]
         D[p] = sum{m} exp(S[p, m] - GM[p])
     after:
+        program tiny on cpu
+        rank P
+        rank M
+        rank M0 = ?m0 in 32|64|128
+        rank M1 = ceil(M/M0) iter
+        in S[P, M]: f32
+        out D[P]: f32
+        RGM[0, p] = -inf
+        RD[0, p] = 0.0
+        LGM[m1, p] = max{m0} S[p, m1*M0 + m0] where m1*M0 + m0 < M
+        RGM[m1 + 1, p] = max(RGM[m1, p], LGM[m1, p])
+        FGM[m1, p] = where(RGM[m1 + 1, p] == -inf, 0.0, RGM[m1 + 1, p])
+        EGM[p, m1, m0] = exp(S[p, m1*M0 + m0] - FGM[m1, p]) where m1*M0 + m0 < M
+        LD[m1, p] = sum{m0} EGM[p, m1, m0] where m1*M0 + m0 < M
+        PGM[m1, p] = exp(RGM[m1, p] - FGM[m1, p])
+        PD[m1, p] = RD[m1, p] * PGM[m1, p]
+        RD[m1 + 1, p] = LD[m1, p] + PD[m1, p]
+        D[p] = RD[M1, p]
     """
     return streamed(program, splits, tile, frame, ranks)

@@ -16,7 +16,8 @@ import memcomp
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("memcomp.pipeline.forget", lambda: None)  # kernels stay built: they depend on their digest only
     torch.manual_seed(0)
     torch._dynamo.reset()
     memcomp.reset()
@@ -114,6 +115,7 @@ def test_check_takes_a_module_and_integer_outputs() -> None:
 
 
 def test_dump_prints_the_stations_asked_for(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("memcomp.pipeline._BUILT", {})  # a kernel that is there is not made again
     monkeypatch.setenv("MEMCOMP_DUMP", "capture,reduce_passes,tvm")
     memcomp.compile(attention, *inputs(), rest="eager", strict=True)
     seen = capfd.readouterr().err

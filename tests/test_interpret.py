@@ -441,7 +441,7 @@ y[m1] = sum{m0} x[m1*M0 + m0] * 1.0 where m1*M0 + m0 < N
         interpret(p, {"x": normal(3)}, {"m0": 3})
 
 
-def test_scores_of_4096_stay_small_in_memory() -> None:
+def test_long_scores_stay_small_in_memory() -> None:
     p = program("""rank P
 rank M
 rank E

@@ -87,6 +87,11 @@ def compiled(kernel: Kernel) -> Callable[..., Any]:
     return loaded[kernel.entry]  # type: ignore[no-any-return]
 
 
+def written_for(kernel: Kernel) -> Isa:
+    """The instruction set named in the first line of the text."""
+    return _ISA[kernel.source.split("\n", 1)[0].removeprefix("# ")]
+
+
 def machine(isa: Isa) -> Any:
     import tvm
 

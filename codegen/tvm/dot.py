@@ -173,7 +173,7 @@ def _outer(w: Writer, s: Dot, a: Operand, b: Operand, point: Point) -> None:
         def step(q: Point) -> None:
             inside = {d: q.scalars[d] for d in s.over}
             x = w.names.fresh("b")
-            w.line(f"{x} = {b.vec(w, q, lane, lanes, base, _edge(w, b, lane, base, lanes))}")
+            w.let(x, f"{b.vec(w, q, lane, lanes, base, _edge(w, b, lane, base, lanes))}")
             for r, total in zip(rows, totals, strict=True):
                 value = a.one(w, r.at(**inside))
                 w.line(f"{total}[at({lanes})] = {total}[at({lanes})] + {value} * {x}")
@@ -219,11 +219,11 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
                 inside = {d: q.scalars[d] for d in deeper}
                 for p in points:
                     xs.append(w.names.fresh("a"))
-                    w.line(f"{xs[-1]} = {a.vec(w, p.at(**inside), along, n, at, mask)}")
+                    w.let(xs[-1], a.vec(w, p.at(**inside), along, n, at, mask))
                 for k in range(outs):
                     ys.append(w.names.fresh("b"))
                     here = q.at(**{key: f"({base} + i64({k}))"})
-                    w.line(f"{ys[-1]} = reg({b.vec(w, here, along, n, at, mask)})")
+                    w.let(ys[-1], f"reg({b.vec(w, here, along, n, at, mask)})")
                 for r, x in zip(totals, xs, strict=True):
                     for total, y in zip(r, ys, strict=True):
                         w.line(f"{total}[at({n})] = {total}[at({n})] + {x} * {y}")
@@ -234,7 +234,7 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
         flat = [f"{n}[at({lanes})]" for r in totals for n in r]
         flat += [f"splat(f32(0.0), {lanes})"] * (power_of_two(len(flat)) - len(flat))
         sums = w.names.fresh("sums")
-        w.line(f"{sums} = row_sums([{', '.join(flat)}])")
+        w.let(sums, f"row_sums([{', '.join(flat)}])")
         for k, p in enumerate(points):
             out = w.tile_at(t.name, p.scalars, f"at({outs}, {base})")
             got = f"piece({sums}, {k * outs}, {outs})" if len(flat) > outs else sums

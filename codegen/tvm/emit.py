@@ -38,7 +38,7 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
     names = Names(set(WORDS))
     for p in tp.params:
         names[p.name]
-    lines = ["@T.prim_func(s_tir=True)",
+    lines = [f"# {shape.name}", "@T.prim_func(s_tir=True)",
              f"def main({', '.join([f'{names[p.name]}_arg: T.handle' for p in tp.params] + [f'{names[s]}: T.int64' for s in tp.sizes])}):",
              '    T.func_attr({"global_symbol": "main"})']
     probe = Writer(tp, TileKernel("", (), (), (), ()), shape, names)
@@ -90,9 +90,9 @@ def _kernel(w: Writer) -> None:
     w.line(f"# {k.name}")
     total = names.fresh("points")
     extents = [Expressions(w, Point({})).index(e) for _, e in k.grid]
-    w.line(f"{total} = {' * '.join(extents) if extents else 'i64(1)'}")
+    w.let(total, f"{' * '.join(extents) if extents else 'i64(1)'}")
     chunk, chunks, point = names.fresh("chunk"), names.fresh("chunks"), names.fresh("point")
-    w.line(f"{chunks} = T.min({total}, i64({CHUNKS}))")
+    w.let(chunks, f"T.min({total}, i64({CHUNKS}))")
     with w.block(f"for {chunk} in T.parallel({chunks}):"):
         start = len(w.lines)
         depth = w.depth
@@ -103,11 +103,11 @@ def _kernel(w: Writer) -> None:
                 v = names[k.grid[n][0]]
                 scalars[k.grid[n][0]] = v
                 if n == 0:
-                    w.line(f"{v} = {rest}")
+                    w.let(v, rest)
                 else:
-                    w.line(f"{v} = T.floormod({rest}, {extents[n]})")
+                    w.let(v, f"T.floormod({rest}, {extents[n]})")
                     nxt = names.fresh("rest")
-                    w.line(f"{nxt} = T.floordiv({rest}, {extents[n]})")
+                    w.let(nxt, f"T.floordiv({rest}, {extents[n]})")
                     rest = nxt
             Body(w).run(k.body, Point(scalars))
         text = "\n".join(w.lines[start:])
@@ -152,7 +152,7 @@ class Body:
             if variables(d.count) <= set(point.scalars):
                 name = w.names.fresh(f"n_{w.names[d.name]}")
                 text = Expressions(w, point).index(d.count)
-                w.line(f"{name} = {text}")
+                w.let(name, text)
                 w.counts[d.name] = name
 
     def _statement(self, s: Statement | Group, point: Point) -> None:

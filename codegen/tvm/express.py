@@ -66,7 +66,7 @@ class Expressions:
         v = self._call(e)
         if self.repeated[e] > 1:
             name = self.w.names.fresh("x")
-            self.w.line(f"{name} = {v.text}" if v.kind == "bool" else f"{name} = reg({v.text})")
+            self.w.let(name, v.text if v.kind == "bool" else f"reg({v.text})")
             v = Val(name, v.kind, v.vec)
             self.memo[e] = v
         return v

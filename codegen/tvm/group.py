@@ -123,7 +123,7 @@ class Nest:
             n = w.fixed(dim)
             steps = f"i64({-(-n // width)})" if n is not None else f"T.floordiv({w.count(dim)} + i64({width - 1}), i64({width}))"
             with w.block(f"for {j} in T.serial({steps}):"):
-                w.line(f"{base} = {j} * i64({width})")
+                w.let(base, f"{j} * i64({width})")
                 yield base
 
         return loop()
@@ -174,7 +174,7 @@ class Nest:
     def _named(self, text: str, kind: str, stem: str) -> str:
         if kind == "bool":
             name = self.w.names.fresh(stem)
-            self.w.line(f"{name} = {text}")
+            self.w.let(name, text)
             return name
         return self.w.keep(text, stem)
 

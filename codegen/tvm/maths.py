@@ -14,7 +14,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.script import tirx as T
 
-from memcomp.codegen.tvm.vocabulary import Value, bits, cast, dtype, eq, like, maximum, minimum, ne, reg, select
+from memcomp.codegen.tvm.vocabulary import Value, bits, cast, dtype, eq, isnan, like, maximum, minimum, reg, select
 
 _EXP = (1.0, 1.0, 0.4999999403953552, 0.16666515171527863, 0.04166845604777336, 0.008369418792426586,
         0.0013813144760206342)
@@ -77,7 +77,7 @@ def _split(x: Value) -> tuple[Value, Value, Value, Value]:
 def _log_edges(x: Value, y: Value) -> Value:
     y = select(eq(x, like(x, 0.0)), like(x, -float("inf")), y)
     y = select(eq(x, like(x, float("inf"))), x, y)
-    return reg(select(x < like(x, 0.0), like(x, float("nan")), select(ne(x, x), x, y)))
+    return reg(select(x < like(x, 0.0), like(x, float("nan")), select(isnan(x), x, y)))
 
 
 def log(x: Value) -> Value:

@@ -98,7 +98,11 @@ def eq(a: Value, b: Value) -> Value:
 
 
 def ne(a: Value, b: Value) -> Value:
-    return tirx.NE(*_pair(a, b))
+    return tirx.Not(eq(a, b))  # TVM's own inequality is false where an operand is NaN
+
+
+def isnan(x: Value) -> Value:
+    return T.isnan(x)
 
 
 def land(a: Value, b: Value) -> Value:
@@ -118,7 +122,7 @@ def maximum(a: Value, b: Value) -> Value:
     a, b = _pair(a, b)
     if dtype(a) in ("float32", "float64"):
         a = reg(a)
-        return select(ne(a, a), a, T.max(a, b))  # the machine's maximum already hands on a NaN in its second operand
+        return select(isnan(a), a, T.max(a, b))  # the machine's maximum already hands on a NaN in its second operand
     return T.max(a, b)
 
 
@@ -127,7 +131,7 @@ def minimum(a: Value, b: Value) -> Value:
     a, b = _pair(a, b)
     if dtype(a) in ("float32", "float64"):
         a = reg(a)
-        return select(ne(a, a), a, T.min(a, b))
+        return select(isnan(a), a, T.min(a, b))
     return T.min(a, b)
 
 
@@ -207,7 +211,7 @@ def to_bf16(x: Value) -> Value:
     one = tirx.const(1, "uint32")
     shift = tirx.const(16, "uint32")
     rounded = (u + tirx.const(0x7FFF, "uint32") + ((u >> shift) & one)) >> shift
-    return cast("uint16", select(ne(x, x), splat(tirx.const(0x7FC0, "uint32"), width(x)), rounded))
+    return cast("uint16", select(isnan(x), splat(tirx.const(0x7FC0, "uint32"), width(x)), rounded))
 
 
 def masked_load(address: Value, mask: Value, element: str) -> Value:

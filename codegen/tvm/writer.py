@@ -54,6 +54,10 @@ class Writer:
     def line(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)
 
+    def let(self, name: str, value: str) -> None:
+        """Bind a name to a value, once (a plain assignment would make a variable in memory)."""
+        self.line(f"{name}: T.let = {value}")
+
     @contextmanager
     def block(self, head: str) -> Iterator[None]:
         self.line(head)
@@ -67,7 +71,7 @@ class Writer:
     def keep(self, value: str, stem: str = "x") -> str:
         """A register holding `value`, computed here."""
         name = self.names.fresh(stem)
-        self.line(f"{name} = reg({value})")
+        self.let(name, f"reg({value})")
         return name
 
     # -- dims --------------------------------------------------------------------------------------------------------

@@ -163,6 +163,14 @@ def _region(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: s
             stop |= why.nodes
 
 
+def _agree(node: fx.Node) -> None:
+    """torch's shape rule does not tie the lengths of keys and values, which a kernel relies on: ask, and so guard."""
+    named = {**dict(zip(("query", "key", "value"), node.args, strict=False)), **node.kwargs}
+    q, k, v = (meta(named[name]) for name in ("query", "key", "value"))
+    if not (k.shape[-2] == v.shape[-2] and q.shape[-1] == k.shape[-1]):
+        raise Refusal("keys and values, or queries and keys, differ in length")
+
+
 class _Order(Refusal):
     """The region cannot be computed at one place of the graph; not reading through `nodes` may help."""
 
@@ -221,7 +229,7 @@ def _trailing(r: Reader, node: fx.Node, v: Value) -> tuple[fx.Node, Value, set[f
 def _rearranged(r: Reader, v: Value) -> bool:
     if any(len(d) != 1 for d in v.dims):
         return False
-    e = r.simplify(v.at(tuple(r.probe(f.extent) for f in v.factors)))
+    e = r.probe(v)
     return isinstance(e, Access) and all(isinstance(i, (Var, Const)) for i in e.index)
 
 

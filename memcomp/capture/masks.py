@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memcomp.ir.expr import Access, Call, Const, Expr, Var, conjunction, conjuncts, reads, substitute, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjunction, conjuncts, reads, substitute, walk
 from memcomp.ir.ops import OPS
-from memcomp.ir.simplify import linear, proves, simplify
+from memcomp.ir.simplify import Ranges, linear, proves, simplify
 
 INF = math.inf
 LOWEST = (-3.4028234663852886e38, -3.3895313892515355e38, -65504.0, -1.7976931348623157e308)
@@ -102,10 +102,18 @@ class Reading:
         self.integers: set[str] = set()
 
     def simplify(self, e: Expr) -> Expr:
-        return simplify(e, self.ranges, integers=self.integers)
+        return simplify(e, self._known(e), integers=self.integers & reads(e))
 
     def proves(self, e: Expr) -> bool:
-        return proves(e, self.ranges, integers=self.integers)
+        return proves(e, self._known(e), integers=self.integers & reads(e))
+
+    def _known(self, e: Expr) -> Ranges:
+        """The ranges that matter to `e`: few, so that equal questions are answered once."""
+        names = {n.name if isinstance(n, Var) else n.rank for n in walk(e) if isinstance(n, (Var, Size))}
+        found = {n: self.ranges[n] for n in names if n in self.ranges}
+        bounds = [b for pair in found.values() for b in pair if b is not None and not isinstance(b, int)]
+        more = {n.rank for b in bounds for n in walk(b) if isinstance(n, Size)}
+        return {**{n: self.ranges[n] for n in more if n in self.ranges}, **found}
 
     def tame(self, e: Expr) -> bool:
         """Is `e` finite wherever the data is?  (Inputs count as finite.)"""

@@ -56,6 +56,7 @@ class Reader(Reading):
         self.statements: list[Einsum] = []
         self.names: set[str] = set()
         self.dtypes: dict[str, str] = {}
+        self.probes: dict[tuple[int, Extent], str] = {}
 
     # -- nodes ----------------------------------------------------------------------------------------------------
 
@@ -90,8 +91,7 @@ class Reader(Reading):
     def _may_read_through(self, kind: str, out: Read) -> bool:
         if not isinstance(out, Value):
             return all(self._may_read_through(kind, v) for v in out)
-        probe = tuple(self.probe(f.extent) for f in out.factors)
-        e = self.simplify(out.at(probe))
+        e = self.probe(out)
         nodes = list(walk(e))
         accesses = [n for n in nodes if isinstance(n, Access)]
         if len(nodes) > 400 or any(a.tensor not in self.leaf_of for a in accesses):
@@ -111,11 +111,15 @@ class Reader(Reading):
     def _leaf_real(self, tensor: str) -> bool:
         return bool(meta(self.leaf_of[tensor]).dtype.is_floating_point) if tensor in self.leaf_of else True
 
-    def probe(self, e: Extent) -> Expr:
-        """A variable that ranges over an extent, for looking at expressions."""
-        name = f"probe{len(self.ranges)}"
-        self._range(name, e)
-        return Var(name)
+    def probe(self, v: Value) -> Expr:
+        """The element of `v` at free variables, one per factor, to look at."""
+        index = []
+        for k, f in enumerate(v.factors):
+            name = self.probes.setdefault((k, f.extent), f"probe{len(self.probes)}")
+            if name not in self.ranges:
+                self._range(name, f.extent)
+            index.append(Var(name))
+        return self.simplify(v.at(tuple(index)))
 
     def _range(self, variable: str, e: Extent) -> None:
         """Let `variable` run over 0..e, with what torch's guards know of the symbols in `e`."""
@@ -259,12 +263,12 @@ class Reader(Reading):
         return Value(tuple(dims), like.dtype, lambda ix: Access(name, ix))
 
     def _is_plain(self, v: Value) -> bool:
-        e = self.simplify(v.at(tuple(self.probe(f.extent) for f in v.factors)))
+        e = self.probe(v)
         return isinstance(e, (Access, Const)) or not any(t in self.written for t in reads(e))
 
     def named(self, v: Value, hint: str) -> Value:
         """`v` itself where it is one element of one tensor, else materialised."""
-        e = self.simplify(v.at(tuple(self.probe(f.extent) for f in v.factors)))
+        e = self.probe(v)
         return v if isinstance(e, Access) else self.materialise(v, hint)
 
 

@@ -12,7 +12,7 @@ from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, conj
 from memcomp.ir.ops import MONOIDS
 from memcomp.passes.derive.linear import to_expr
 from memcomp.passes.derive.separate import LN2, product, raised
-from memcomp.passes.derive.states import OrderState, Stage, SumState
+from memcomp.passes.derive.states import OrderState, Stage, SumState, finite
 
 INF = math.inf
 
@@ -388,8 +388,3 @@ def exponential(parts: list[tuple[Expr, float]]) -> Expr:
     if len(parts) == 1 and parts[0][1] == LN2:
         return Call("exp2", (parts[0][0],))
     return Call("exp", (to_expr(parts),))
-
-
-def finite(rho: Expr, kind: str) -> Expr:
-    """The reference used in tiles and frame changes: 0 while nothing was seen (any reference is legal)."""
-    return Call("where", (Call("eq", (rho, Const(INF if kind == "min" else -INF))), Const(0.0), rho))

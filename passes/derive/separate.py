@@ -67,7 +67,10 @@ Powers = tuple[tuple[Expr, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """coef * prod a**p * exp(ea) * prod c**p * exp(ec) where `when` (carried) and `if_` (constant) hold."""
+    """coef * prod a**p * exp(ea) * prod c**p * exp(ec) where `when` (carried) and `if_` (constant) hold.
+
+    mask: where the exponential is not exp(-inf) = 0; unlike `when` it does not keep an infinite c-side out.
+    """
 
     coef: float = 1.0
     a: Powers = ()
@@ -76,11 +79,17 @@ class Term:
     ec: Powers = ()
     when: tuple[Expr, ...] = ()
     if_: tuple[Expr, ...] = ()
+    mask: tuple[Expr, ...] = ()
 
     def times(self, other: Term) -> Term:
         return Term(self.coef * other.coef, _multiplied(self.a, other.a), _joined(self.ea, other.ea),
                     _multiplied(self.c, other.c), _joined(self.ec, other.ec),
-                    tuple(dict.fromkeys(self.when + other.when)), tuple(dict.fromkeys(self.if_ + other.if_)))
+                    tuple(dict.fromkeys(self.when + other.when)), tuple(dict.fromkeys(self.if_ + other.if_)),
+                    tuple(dict.fromkeys(self.mask + other.mask)))
+
+    @property
+    def conditional(self) -> bool:
+        return bool(self.when or self.if_ or self.mask)
 
     def power(self, p: float) -> Term:
         return replace(self, coef=self.coef ** p if p != 1 else self.coef, a=_powered(self.a, p),
@@ -271,7 +280,7 @@ class Separator:
 
     def _single(self, e: Expr, op: str, whole: Expr) -> Term:
         parts = self.terms(e)
-        if len(parts) == 1 and not parts[0].when and not parts[0].if_ and parts[0].coef != 0:
+        if len(parts) == 1 and not parts[0].conditional and parts[0].coef != 0:
             return parts[0]
         if self.sides(e) == "carried":
             return Term(a=((e, 1),))
@@ -287,15 +296,15 @@ class Separator:
         base = BASE[e.op]
         ea: Linear = {}
         ec: Linear = {}
-        when: list[Expr] = []
+        mask: list[Expr] = []
         todo = flatten(arg, spread=self._multiplied)
         while todo:
             k, x = todo.pop(0)
-            mask = masked(x) if k > 0 else None
-            if mask is not None and self.sides(mask[0]) in ("carried", "neutral"):
-                when.append(mask[0])
+            hidden = masked(x) if k > 0 else None
+            if hidden is not None and self.sides(hidden[0]) in ("carried", "neutral"):
+                mask.append(hidden[0])
                 self.laws.setdefault("exp(-inf) = 0: a mask is a guard")
-                todo[:0] = flatten(mask[1], k, spread=self._multiplied)
+                todo[:0] = flatten(hidden[1], k, spread=self._multiplied)
             elif self.sides.free(x):
                 accumulate(ec, x, k * base)
             elif self.sides(x) == "carried":
@@ -308,7 +317,7 @@ class Separator:
             if ea and (lam := ratio(keyed(ea), keyed(dict(g.level)))) is not None:
                 ec = added(ec, {g.rho: lam}, scaled(dict(g.offset), -lam))
                 ea = {g.shift: lam}
-        return [Term(ea=tuple(ea.items()), ec=tuple(ec.items()), when=tuple(dict.fromkeys(when)))]
+        return [Term(ea=tuple(ea.items()), ec=tuple(ec.items()), mask=tuple(dict.fromkeys(mask)))]
 
     _on_exp2 = _on_exp
 
@@ -317,7 +326,7 @@ class Separator:
         if self.sides(e) == "carried" and not self.gauges:
             return self._atom(e)
         t = self._single(e.args[0], e.op, e)
-        if t.when or t.if_ or t.coef <= 0 or not all(self._nonneg(x, p) for x, p in t.a + t.c):
+        if t.conditional or t.coef <= 0 or not all(self._nonneg(x, p) for x, p in t.a + t.c):
             raise NoLaw(e.op, e, f"{e.op} takes * to + only where every factor is proved positive")
         self.laws.setdefault(f"{e.op} takes * to +")
         k = LOGS[e.op]
@@ -371,7 +380,7 @@ class Separator:
             t = self._single(e.args[0], e.op, e)
             everywhere = row.hom == ("mul", "mul") and row.domain == "real"
             known = everywhere or all(self._nonneg(x, p) for x, p in t.c)
-            if known and not t.when and not t.if_ and row.degree is not None:
+            if known and not t.when and not t.if_ and (not t.mask or row.degree and row.degree > 0) and row.degree is not None:
                 return [self._homogeneous(e.op, row.degree, t)]
             raise NoLaw(e.op, e, f"{e.op} lets a factor out only where it is proved >= 0")
         raise NoLaw(e.op, e, "neither additive nor multiplicative in the table" if row.hom is None else
@@ -380,7 +389,8 @@ class Separator:
     def _homogeneous(self, op: str, degree: float, t: Term) -> Term:
         self.laws.setdefault(f"{op} is homogeneous of degree {degree:g}")
         c = tuple((x if self.facts.nonneg(x) else Call("abs", (x,)), p * degree) for x, p in t.c)
-        outside = Term(coef=abs(t.coef) ** degree, ea=_powered(t.ea, degree), c=c, ec=_powered(t.ec, degree))
+        outside = Term(coef=abs(t.coef) ** degree, ea=_powered(t.ea, degree), c=c, ec=_powered(t.ec, degree),
+                       mask=t.mask)
         body = product(t.a)
         if t.coef < 0:
             body = Call("neg", (body,))
@@ -421,7 +431,8 @@ def collect(terms: list[Term]) -> list[Term]:
     groups: dict[object, list[Term]] = {}
     for t in terms:
         if t.coef != 0 and not any(Call("not", (c,)) in conds for conds in (t.when, t.if_) for c in conds):
-            tag = (_frozen(t.a), _frozen(t.ea), _frozen(t.ec), frozenset(t.when), frozenset(t.if_))
+            tag = (_frozen(t.a), _frozen(t.ea), _frozen(t.ec), frozenset(t.when), frozenset(t.if_),
+                   frozenset(t.mask))
             groups.setdefault(tag, []).append(t)
     out: list[Term] = []
     for group in groups.values():

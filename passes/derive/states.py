@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from memcomp.ir.cascade import Einsum
-from memcomp.ir.expr import Access, Expr, variables
+from memcomp.ir.expr import Access, Call, Const, Expr, variables
 from memcomp.ir.ops import MONOIDS
 from memcomp.passes.derive.facts import Facts, Interval
 from memcomp.passes.derive.linear import added, flatten, keyed, linear, ratio, to_expr
@@ -78,6 +78,7 @@ class Stage:
     orders: list[OrderState] = field(default_factory=list)
     gauges: dict[str, Gauge] = field(default_factory=dict)
     sums: list[SumState] = field(default_factory=list)
+    made: set[str] = field(default_factory=set)  # gauges that no reduction of the program asked for
     gauge_vars: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gauge_over: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -171,7 +172,7 @@ class Stage:
             span = self.facts.interval(to_expr(t.ea))
             if -BOUNDED <= span.lo and span.hi <= BOUNDED:
                 continue
-            points = tuple(dict.fromkeys(guard + t.when))
+            points = tuple(dict.fromkeys(guard + t.when + t.mask))
             if not any(_fits(g, t.ea, points) for g in out):
                 out.append(self._found(t.ea, points, s) or self._made(s, "max", dict(t.ea), points))
         return out
@@ -194,6 +195,7 @@ class Stage:
     def _made(self, s: Einsum, kind: str, ea: dict[Expr, float], points: tuple[Expr, ...]) -> Gauge:
         assert s.reduce is not None
         name = self.fresh({"max": "RMAX", "min": "RMIN"}.get(kind, "RREF"))
+        self.made.add(name)
         return self._gauge(name, kind, to_expr(ea.items()), points, s.reduce.over)
 
     def _cancelling(self, s: Einsum, terms: list[Term], guard: tuple[Expr, ...]) -> list[Gauge]:
@@ -205,7 +207,7 @@ class Stage:
             weighted = False
             for t in terms:
                 power = dict(t.a).get(x, 0)
-                rest = (frozenset((y, p) for y, p in t.a if y != x), frozenset(t.ea), frozenset(t.when))
+                rest = (frozenset((y, p) for y, p in t.a if y != x), frozenset(t.ea), frozenset(t.when + t.mask))
                 rests.setdefault(rest, set()).add(power)
                 weighted = weighted or (power > 1 and bool(t.ea))
             if not any(len(powers) > 1 for powers in rests.values()) or any(x == y for t in terms for y, _ in t.ea):
@@ -241,8 +243,8 @@ class Stage:
                 es.append((shifts[x], lam))  # type: ignore[index]
             else:
                 bounded.append((x, lam))
-        state = self._state(s, tuple(a), tuple(ds), tuple(es), tuple(bounded), tuple(dict.fromkeys(guard + t.when)))
-        return replace(t, a=(), ea=(), when=(), c=((self.final(state), 1), *t.c))
+        state = self._state(s, tuple(a), tuple(ds), tuple(es), tuple(bounded), tuple(dict.fromkeys(guard + t.when + t.mask)))
+        return replace(t, a=(), ea=(), mask=(), c=((self.final(state), 1), *t.c))
 
     def _state(self, s: Einsum, a: Powers, ds: tuple[tuple[str, int], ...], es: tuple[tuple[str, float], ...],
                bounded: Powers, guard: tuple[Expr, ...]) -> SumState:
@@ -304,3 +306,8 @@ def _unmasked(body: Expr, monoid: str, sides: Sides) -> tuple[Expr, tuple[Expr, 
         return body, ()
     inner = to_expr(_linear(rest))
     return (inner, tuple(conds)) if not sides.free(inner) else (body, ())
+
+
+def finite(rho: Expr, kind: str) -> Expr:
+    """The reference used in tiles and frame changes: 0 while nothing was seen (any reference is legal)."""
+    return Call("where", (Call("eq", (rho, Const(math.inf if kind == "min" else -math.inf))), Const(0.0), rho))

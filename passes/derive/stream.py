@@ -10,6 +10,7 @@ from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Tensor, written_rank
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjunction, reads, transform, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Program
+from memcomp.passes.derive.closing import Closing
 from memcomp.passes.derive.emit import Cut, Writer
 from memcomp.passes.derive.facts import Facts
 from memcomp.passes.derive.finals import Finals
@@ -171,10 +172,10 @@ class _Stream:
     def _side(self, look: View, s: Einsum) -> str:
         return look.sides[s.names[0]]
 
-    def _accept(self, rest: list[Einsum], look: View, stage: Stage) -> tuple[dict[str, object], dict[str, NoLaw]]:
+    def _accept(self, rest: list[Einsum], look: View, stage: Stage) -> tuple[dict[str, list[Term] | Expr], dict[str, NoLaw]]:
         """Order reductions first (they are the gauges of sums), then sums."""
         inline = Inliner(self.program.cascade, look)
-        accepted: dict[str, object] = {}
+        accepted: dict[str, list[Term] | Expr] = {}
         refused: dict[str, NoLaw] = {}
         todo = [s for s in rest if reduces(s, look.v)]
         for sums in (False, True):
@@ -209,62 +210,24 @@ class _Stream:
                 raise NoLaw("reduce", body, f"{t} reduces another rank over a reduced value")
 
     def _finish(self, rest: list[Einsum], look: View, stage: Stage, finals: Finals,
-                accepted: dict[str, object]) -> dict[str, Einsum]:
+                accepted: dict[str, list[Term] | Expr]) -> dict[str, Einsum]:
         """Finalise statements of accepted reductions, and of what is computed from them."""
+        inline = Inliner(self.program.cascade, look)
         out: dict[str, Einsum] = {}
         for s in rest:
             name = s.names[0]
             if name in accepted:
-                out[name] = self._final(s, accepted[name], look, stage, finals)
+                close = Closing(stage, finals, self.ends)
+                value, guard = accepted[name], inline.guard(s)
+                out[name] = close.sum(s, value, guard) if isinstance(value, list) else close.order(s, value, guard)
             elif self._side(look, s) == "late" and not reduces(s, look.v) and len(s.outs) == 1:
                 if s.reduce is None:  # another reduction reads its operands by name
-                    guard = conjunction([finals.expr(g) for g in s.guards()])
-                    out[name] = replace(s, body=finals.expr(s.body), guard=guard)
+                    where = conjunction([finals.expr(g) for g in s.guards()])
+                    out[name] = replace(s, body=finals.expr(s.body), guard=where)
                     finals.learn(s, s.body, finals.term(s.body))
         return out
 
-    def _final(self, s: Einsum, value: object, look: View, stage: Stage, finals: Finals) -> Einsum:
-        assert s.reduce is not None
-        inline = Inliner(self.program.cascade, look)
-        guard = inline.guard(s)
-        if isinstance(value, list):
-            terms = [finals.normal(t) for t in value]
-            unsafe = [t for t in terms if not _tame(t, stage) and not self._alive_by(t, guard, stage)]
-            parts = [finals.build(t) for t in terms]
-            body = parts[0] if parts else Const(0.0)
-            for p in parts[1:]:
-                body = Call("add", (body, p))
-            one = terms[0] if len(terms) == 1 else None
-            empty: Expr = Const(0.0)
-        else:
-            body = value  # type: ignore[assignment]  # -inf - -inf must stay NaN: nothing is cancelled here
-            unsafe = [] if isinstance(body, Access) else [Term()]
-            one = finals.term(body) if isinstance(body, Access) else None
-            empty = Const(MONOIDS[s.reduce.monoid].identity)
-        plain = replace(s, body=body, reduce=None, guard=None)
-        if unsafe:
-            cond, open_ = stage.facts.alive(s.reduce.over, guard)
-            if open_:
-                points = stage.final(stage.count(s, guard))
-                cond = Call("gt", (points, Const(0.0)))
-            if cond is not None:
-                return replace(plain, body=Call("where", (cond, body, empty)))
-        finals.learn(plain, body, one)
-        return plain
-
-    def _alive_by(self, t: Term, guard: tuple[Expr, ...], stage: Stage) -> bool:
-        """Is the term chosen only where some extreme over (at least) these points is not the identity?"""
-        for o in stage.orders:
-            if o.monoid in ("max", "min") and set(guard) <= set(o.guard) and o.name in self.ends:
-                end, identity = self.ends[o.name], Const(MONOIDS[o.monoid].identity)
-                strict = ("gt", "lt") if o.monoid == "max" else ("lt", "gt")
-                if any(c in (Call(strict[0], (end, identity)), Call(strict[1], (identity, end)),
-                             Call("ne", (end, identity)), Call("ne", (identity, end)),
-                             Call("not", (Call("eq", (end, identity)),))) for c in t.if_):
-                    return True
-        return False
-
-    def _write(self, look: View, stage: Stage, cut: Cut, accepted: dict[str, object]) -> list[Einsum]:
+    def _write(self, look: View, stage: Stage, cut: Cut, accepted: dict[str, list[Term] | Expr]) -> list[Einsum]:
         inline = Inliner(self.program.cascade, look)
         tiled = {t: s for t, s in look.writer.items() if look.sides[t] == "carried"}
         bodies = {t: inline.expr(s.out, ()) for t, s in tiled.items() if s.reduce is None and s.guard is None}
@@ -338,13 +301,6 @@ class _Stream:
 
 def _ragged(extent: Expr) -> bool:
     return bool(variables(extent)) or any(isinstance(n, Access) for n in walk(extent))
-
-
-def _tame(t: Term, stage: Stage) -> bool:
-    """Is the c-side finite (or zero) when no point takes part?  Products of neutral values and empty sums are."""
-    sums = {s.name for s in stage.sums} | {"G" + s.name[1:] for s in stage.sums}
-    return not t.ec and all(p > 0 and isinstance(x, Access) and (x.tensor in sums or not stage.late(x.tensor))
-                            and x.tensor not in {o.name for o in stage.orders} for x, p in t.c)
 
 
 def _roots(c: Cascade) -> set[str]:

@@ -1,0 +1,104 @@
+"""Closing a reduction: its value from finished states, chosen to be the identity where no point took part.
+
+A state over no points is the monoid's identity.  What multiplies or maps it may then be inf or NaN (1/0, log 0), while
+the reduction itself is the identity: such values are chosen by a condition, in closed form where the guards are
+affine, else by a count of points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from memcomp.ir.cascade import Einsum
+from memcomp.ir.expr import Access, Call, Const, Expr, substitute, walk
+from memcomp.ir.ops import MONOIDS
+from memcomp.passes.derive.finals import Finals
+from memcomp.passes.derive.separate import Term
+from memcomp.passes.derive.states import Stage, finite
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """ends: state or reference -> how its finished value is read."""
+
+    stage: Stage
+    finals: Finals
+    ends: Mapping[str, Access]
+
+    def sum(self, s: Einsum, terms: list[Term], guard: tuple[Expr, ...]) -> Einsum:
+        """The finalise map of an accepted sum."""
+        done = [replace(self._grounded(self.finals.normal(t)), when=t.when) for t in terms]
+        conds = [self._alive(s, t, guard) for t in done]
+        body: Expr | None = None
+        same = len(set(conds)) == 1
+        for t, cond in zip(done, conds, strict=True):
+            part = self.finals.build(t if same or cond is None else replace(t, if_=(cond, *t.if_)))
+            body = part if body is None else Call("add", (body, part))
+        plain = replace(s, body=Const(0.0) if body is None else body, reduce=None, guard=None)
+        if same and conds[0] is not None:
+            return replace(plain, body=Call("where", (conds[0], plain.body, Const(0.0))))
+        if not any(conds):
+            self.finals.learn(plain, plain.body, done[0] if len(done) == 1 else None)
+        return plain
+
+    def order(self, s: Einsum, value: Expr, guard: tuple[Expr, ...]) -> Einsum:
+        """The finalise map of an accepted order reduction; nothing is cancelled, so that -inf - -inf stays NaN."""
+        assert s.reduce is not None
+        plain = replace(s, body=value, reduce=None, guard=None)
+        if isinstance(value, Access):
+            self.finals.learn(plain, value, self.finals.term(value))
+            return plain
+        cond = self._some(s, guard)
+        if cond is None:
+            return plain
+        return replace(plain, body=Call("where", (cond, value, Const(MONOIDS[s.reduce.monoid].identity))))
+
+    def _some(self, s: Einsum, guard: tuple[Expr, ...]) -> Expr | None:
+        """The condition that a point takes part; None where one always does."""
+        assert s.reduce is not None
+        cond, rest = self.stage.facts.alive(s.reduce.over, guard)
+        if rest:
+            return Call("gt", (self.stage.final(self.stage.count(s, guard)), Const(0.0)))
+        return cond
+
+    def _alive(self, s: Einsum, t: Term, guard: tuple[Expr, ...]) -> Expr | None:
+        points = tuple(dict.fromkeys(guard + t.when))
+        return None if self._tame(t) or self._chosen(t, points) else self._some(s, points)
+
+    def _tame(self, t: Term) -> bool:
+        """Is the c-side finite where no point takes part?  Products of neutral values and of empty sums are."""
+        sums = {self.ends[s.name].tensor for s in self.stage.sums if s.name in self.ends}
+        return not t.ec and all(
+            p > 0 and all(n.tensor in sums or not self.stage.late(n.tensor) and n.tensor not in self._extremes()
+                          for n in walk(x) if isinstance(n, Access)) and (isinstance(x, Access) or _plain(x))
+            for x, p in t.c)
+
+    def _extremes(self) -> set[str]:
+        return {self.ends[o.name].tensor for o in self.stage.orders if o.name in self.ends}
+
+    def _chosen(self, t: Term, points: tuple[Expr, ...]) -> bool:
+        """Is the term chosen only where some extreme over (at most) these points is not the identity?"""
+        for o in self.stage.orders:
+            if o.monoid in ("max", "min") and set(points) <= set(o.guard) and o.name in self.ends:
+                end, identity = self.ends[o.name], Const(MONOIDS[o.monoid].identity)
+                above, below = ("gt", "lt") if o.monoid == "max" else ("lt", "gt")
+                known = (Call(above, (end, identity)), Call(below, (identity, end)), Call("ne", (end, identity)),
+                         Call("ne", (identity, end)), Call("not", (Call("eq", (end, identity)),)))
+                if any(c in known for c in t.if_):
+                    return True
+        return False
+
+    def _grounded(self, t: Term) -> Term:
+        """Where an extreme made for safety multiplies a state, it is 0 while nothing was seen (the state is, too)."""
+        table: dict[Expr, Expr] = {}
+        for name, g in self.stage.gauges.items():
+            if name in self.stage.made and g.kind in ("max", "min"):
+                table[self.ends[name]] = finite(self.ends[name], g.kind)
+        return replace(t, c=tuple((substitute(x, table), p) for x, p in t.c)) if table else t
+
+
+def _plain(e: Expr) -> bool:
+    """Built from sums and products of elements and numbers alone."""
+    return not isinstance(e, Call) or (e.op in ("add", "sub", "mul", "neg", "square", "real", "where")
+                                       and all(_plain(a) for a in e.args))

@@ -1,0 +1,153 @@
+"""Streaming a long rank: the same numbers, fewer passes, and a reason where it is not done."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memcomp.ir import ops
+from memcomp.ir.interpret import interpret
+from memcomp.ir.program import Program
+from memcomp.ir.text import parse, show
+from memcomp.ir.traversal import passes
+from memcomp.ir.verify import verify
+from memcomp.passes.derive import separate
+from memcomp.passes.reduce_passes import reduce_passes, refusals
+from tests.chains import NAMES, SHAPES, arrays, load
+
+# passes over M before and after, where it is not 3 -> 1
+COUNTS = {
+    "no_max": (2, 1), "sigmoid": (1, 1), "relu_squared": (2, 1), "variance": (2, 1), "rmsnorm_matmul": (2, 1),
+    "quantised": (2, 2), "standardised": (5, 2), "weighted_variance": (4, 2), "probabilities": (3, 2),
+}
+OPTIONS: tuple[dict[str, Any], ...] = ({}, {"splits": 3}, {"frame": "running"}, {"splits": 3, "frame": "running"})
+
+
+def streamed(program: Program, **options: Any) -> Program:
+    carried = any("M" in t.ranks for t in program.cascade.outputs())
+    return reduce_passes(program, tile=(4,), ranks=("M",) if carried else None, **options)
+
+
+def same(want: Any, got: Any) -> bool:
+    """Equal to rounding, with NaN and infinities in the same places."""
+    with np.errstate(all="ignore"):
+        scale = max(1.0, float(np.max(np.abs(want), initial=0.0, where=np.isfinite(want))))
+        close = (want == got) | (np.abs(want - got) <= 1e-12 * scale) | (np.isnan(want) & np.isnan(got))
+    return bool(close.all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeps_the_meaning(name: str) -> None:
+    program = load(name)
+    for options in OPTIONS:
+        new = streamed(program, **options)
+        verify(new)
+        assert parse(show(new)) == new
+        for kind in ("plain", "big", "masked"):
+            for p, m in SHAPES:
+                x = arrays(program, p, m, kind)
+                want, got = interpret(program, x), interpret(new, x)
+                for t in want:
+                    assert same(want[t], got[t]), (t, kind, (p, m), options, want[t], got[t])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_idempotent(name: str) -> None:
+    new = streamed(load(name))
+    assert streamed(new) is new
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_passes(name: str) -> None:
+    """The counter of `ir.traversal` on the emitted program, over the inputs that carry M."""
+    program = load(name)
+    new = streamed(program)
+    before, after = COUNTS.get(name, (3, 1))
+    given = {t.name for t in program.cascade.inputs()}
+    most = max(n for (t, r), n in passes(program).items() if t in given and r == "M")
+    assert most == before
+    assert max(n for (t, r), n in passes(new).items() if t in given and r in ("M", "M1")) == after
+
+
+def test_docstring() -> None:
+    text = reduce_passes.__doc__ or ""
+    before, after = text.split("before:")[1].split("after:")
+    old, new = (parse(textwrap.dedent(t)) for t in (before, after))
+    got = reduce_passes(old)
+    assert replace(got, proofs=()) == replace(new, proofs=())
+
+
+def test_refusals_name_operator_and_law() -> None:
+    (why,) = refusals(streamed(load("quantised")))
+    assert why.where == "Y over M" and "round" in why.why
+    waits = refusals(streamed(load("standardised")))
+    assert {w.where for w in waits} >= {"GM over M", "SD over M"} and all("exp" in w.why for w in waits)
+    assert refusals(streamed(load("plain"))) == ()
+
+
+def test_states_stay_finite_where_the_plain_form_overflows() -> None:
+    """Written without a maximum, scores of 1e4 overflow; a reference is made for them."""
+    program = load("no_max")
+    x = arrays(program, 5, 10, "big")
+    assert np.isnan(interpret(program, x)["O"]).any()
+    stable = interpret(load("causal"), {**x, "Q": x["Q"] * 8})["O"]  # its scores carry 0.125
+    assert same(stable, interpret(streamed(program), x)["O"])
+
+
+def test_nothing_divides_by_a_running_sum() -> None:
+    """ReLU weights that are all zero in the first tile: the divisor waits for the end."""
+    program = load("relu_squared")
+    x = {"Q": np.ones((1, 3)), "K": np.repeat([[-1.0] * 3, [1.0] * 3], 4, axis=0), "V": np.arange(16.0).reshape(8, 2)}
+    assert same(interpret(program, x)["O"], interpret(streamed(program), x)["O"])
+
+
+def test_variance_is_centred() -> None:
+    """Mean 1e8 times the deviation: a sum of squares less the square of the sum would keep no digit."""
+    program = load("variance")
+    x = {"X": np.random.default_rng(0).standard_normal((2, 50)) + 1e8}
+    for frame in ("first", "running"):
+        for splits in (None, 3):
+            got = interpret(streamed(program, frame=frame, splits=splits), x)["VAR"]
+            np.testing.assert_allclose(got, np.var(x["X"], axis=1), rtol=1e-6)
+
+
+def test_bounded_exponents_need_no_reference() -> None:
+    """tanh bounds the scores, so the maximum is dead and goes."""
+    assert "max{" not in show(streamed(load("softcap")))
+    assert "max{" in show(streamed(load("softcap_big")))
+
+
+@pytest.mark.parametrize(("name", "op", "laws"), [
+    ("quantised", "round", {"hom": ("mul", "mul"), "degree": 1.0}),
+    ("greatest", "exp", {"monotone": ("dec",)}),
+])
+def test_a_broken_law_is_caught(name: str, op: str, laws: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A false row in the operator table gives a wrong program, and the comparison sees it."""
+    program = load(name)
+    monkeypatch.setitem(ops.OPS, op, replace(ops.OPS[op], **laws))
+    new = streamed(program)
+    assert new.cascade != program.cascade
+    x = arrays(program, 6, 25, "plain")
+    assert any(not same(want, interpret(new, x)[t]) for t, want in interpret(program, x).items())
+
+
+@pytest.mark.parametrize("broken", ["rate", "frame"])
+def test_a_broken_frame_is_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = load("causal")
+    good = show(streamed(program))
+    line = next(x for x in good.splitlines() if x.startswith("PSD[" if broken == "frame" else "PGM["))
+    head, _, body = line.partition(" = ")
+    bad = good.replace(line, f"{head} = {'RSD[m1, p]' if broken == 'frame' else body.replace('exp(', 'exp(2.0*(') + ')'}")
+    x = arrays(program, 6, 25, "plain")
+    assert not same(interpret(program, x)["O"], interpret(parse(bad), x)["O"])
+
+
+def test_no_named_composite() -> None:
+    from pathlib import Path
+
+    folder = Path(separate.__file__).parent.parent
+    assert not [f for f in folder.rglob("*.py") if "soft" + "max" in f.read_text().lower()]
