@@ -81,7 +81,9 @@ class Limits(Tiles):
                     continue
                 old = self.g.dims[d.name].count
                 count = count if isinstance(old, Const) else joined("min", [old, count])
-                self.g.dims[d.name] = Dim(d.name, d.capacity, count, bounds.start_of(guard, d.name))
+                start = bounds.start_of(guard, d.name)
+                moved = self.g.loop in variables(start)  # else the dim is a rank as it is, or one the mapping has cut
+                self.g.dims[d.name] = Dim(d.name, d.capacity, count, start if moved else d.start)
                 self.counted.add(guard)
 
     def _keeps_inside(self, guard: Expr, o: Op) -> bool:

@@ -216,7 +216,7 @@ def _table(args: argparse.Namespace, columns: tuple[str, ...], rows: Sequence[tu
     table = Table(*columns, box=None, pad_edge=False)
     for r in rows:
         table.add_row(*r)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 
 

@@ -19,7 +19,7 @@ from memcomp.ir.errors import OptionError, Refusal, nearest
 from memcomp.ir.program import Program
 from memcomp.ir.tile import Kernel, TileProgram
 from memcomp.ir.verify import verify
-from memcomp.sizes import evaluate, input_shapes, solve
+from memcomp.sizes import evaluate, input_shapes, solve, sources
 from memcomp.tune import close_knobs
 
 REWRITES = ("canonicalize", "generalize", "reduce_passes", "fuse", "partition")
@@ -48,7 +48,8 @@ class Compiled:
 
 
 _LOCK = threading.RLock()
-_BUILT: dict[tuple[str, str, str, str, int], Compiled] = {}
+_READ: dict[tuple[Program, str, str], Compiled] = {}  # equal layers take the first exit
+_BUILT: dict[tuple[str, tuple[str, ...], str, str, str], Compiled] = {}
 
 
 def observers(config: Config, observe: Observer | None = None) -> Observer:
@@ -131,23 +132,29 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
     sizes: extents that candidates are ranked with, by rank name of `read`; others come from `read`, from a bound, or
     are `EXAMPLE_EXTENT`.  Raises Refusal where a station cannot go on.
     """
-    see = observers(config, observe)
+    backend = backend or backend_of(config.target)
     read = replace(read, target=config.target)
-    verify(read)
-    see("capture", read)
-    before = rewrite(read, config=config, observe=see, names=REWRITES[:1])
-    general = rewrite(before, config=config, observe=see, names=REWRITES[1:2])
-    key = (general.digest, config.target, backend or backend_of(config.target), config.tune, ABI)
+    same = (replace(read, name=""), backend, config.tune)
     with _LOCK:
-        if key in _BUILT and observe is None:
-            return _BUILT[key]
-        mapped = rewrite(general, config=config, observe=see, names=REWRITES[2:])
-        closed = close_knobs(mapped, shape_sizes(read, mapped, sizes or {}), tune=config.tune)
-        see("tune", closed)
-        tiles, kernel = emit(closed, config=config, observe=see, backend=backend)
-        if key not in _BUILT:
-            _BUILT[key] = Compiled(general.digest, before, closed, tiles, kernel, build(kernel))
-        return _BUILT[key]
+        if same in _READ and observe is None:
+            return _READ[same]
+        see = observers(config, observe)
+        verify(read)
+        see("capture", read)
+        before = rewrite(read, config=config, observe=see, names=REWRITES[:1])
+        general = rewrite(before, config=config, observe=see, names=REWRITES[1:2])
+        # a digest does not know names, and sizes that no shape shows are passed by name
+        shown = sources(input_shapes(general.cascade))
+        named = tuple(r.name for r in general.cascade.ranks if r.extent is None and r.name not in shown)
+        key = (general.digest, named, config.target, backend, config.tune)
+        if key not in _BUILT or observe is not None:
+            mapped = rewrite(general, config=config, observe=see, names=REWRITES[2:])
+            closed = close_knobs(mapped, shape_sizes(read, mapped, sizes or {}), tune=config.tune)
+            see("tune", closed)
+            tiles, kernel = emit(closed, config=config, observe=see, backend=backend)
+            if key not in _BUILT:
+                _BUILT[key] = Compiled(general.digest, before, closed, tiles, kernel, build(kernel))
+        return _READ.setdefault(same, _BUILT[key])
 
 
 def fixed(program: Program) -> dict[str, int]:
@@ -171,4 +178,5 @@ def shape_sizes(read: Program, program: Program, known: Mapping[str, int]) -> di
 def forget() -> None:
     """Drop the kernels built so far (running ones stay alive with who uses them)."""
     with _LOCK:
+        _READ.clear()
         _BUILT.clear()

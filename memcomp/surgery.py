@@ -92,9 +92,10 @@ def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original
             out.meta = dict(node.meta)
             node.replace_all_uses_with(out)
     inside = set(region.nodes)
-    outside = {_storage(n) for n in graph.nodes if n not in inside}
-    for node in reversed([n for n in graph.nodes if n in inside and n.op not in ("placeholder", "output")]):
-        if not node.users and not (_writes(node) and _storage(node.all_input_nodes[0]) in outside):
+    nodes = list(graph.nodes)
+    shared = {_storage(n) for n in nodes if n not in inside} if any(map(_writes, inside)) else set()
+    for node in reversed([n for n in nodes if n in inside and n.op not in ("placeholder", "output")]):
+        if not node.users and not (_writes(node) and _storage(node.all_input_nodes[0]) in shared):
             graph.erase_node(node)
 
 

@@ -25,7 +25,7 @@ def load(name: str) -> Program:
 def arrays(program: Program, p: int, m: int, kind: str, seed: int = 1) -> dict[str, Any]:
     """Inputs: plain; big (scores up to 1e4 and more); masked (row 0: no point by mask, -inf where scores are added)."""
     rng = np.random.default_rng(seed)
-    sizes = {"P": p, "M": m, "E": 3, "F": 2}
+    sizes = {"P": p, "M": m, "N": m, "MG": -(-m // 4), "E": 3, "F": 2}
     out: dict[str, Any] = {}
     for t in program.cascade.inputs():
         shape = tuple(sizes[r] for r in t.ranks)
@@ -33,7 +33,9 @@ def arrays(program: Program, p: int, m: int, kind: str, seed: int = 1) -> dict[s
             x: Any = rng.random(shape) < 0.5
             x[:1] = False
         elif t.dtype == "i64":
-            x = rng.integers(0, max(1, m), shape)
+            x = rng.integers(0, max(1, m), shape) if t.name != "len" else rng.integers(0, m + 1, shape)
+        elif t.dtype == "i8":
+            x = rng.integers(-8, 8, shape)
         else:
             x = rng.standard_normal(shape) * (100.0 if kind == "big" else 1.0)
             if kind == "masked" and t.name in ("BI", "X") and len(shape) == 2:

@@ -18,7 +18,15 @@ from memcomp.passes.partition import partition
 
 CASES = Path(__file__).parent / "cases"
 ONEPASS = tuple(sorted(f.stem for f in CASES.glob("onepass_*.mc")))
-CHAINS = ("attention_3pass", "attention_backward", "attention_lse", "causal_gqa", "cascade_2", "layer_norm", "softcap_window")
+CHAINS = (
+    "attention_3pass",
+    "attention_backward",
+    "attention_lse",
+    "causal_gqa",
+    "cascade_2",
+    "layer_norm",
+    "softcap_window",
+)
 
 
 def load(name: str) -> Program:

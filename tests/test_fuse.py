@@ -17,6 +17,7 @@ from memcomp.ir.verify import verify
 from memcomp.passes.fuse import fuse
 from memcomp.passes.generalize import generalize
 from memcomp.passes.partition import partition
+from memcomp.passes.specialize import specialize
 from tests.mapped import CHAINS, ONEPASS, inputs, load, same, symbols
 from tests.programs import programs
 
@@ -78,13 +79,14 @@ def test_numbers_that_indices_rely_on_stay() -> None:
     out O[P]: f32
     O[p] = {} + Y[p]
     """
+
     def free(body: str) -> list[str]:
         return symbols(generalize(parse(textwrap.dedent(text).format(body))))
 
-    assert free("X[p + 3]") == ["P"]            # L follows: L = P + 3
-    assert free("X[p + 2]") == []               # 11 is not the end of what is read
+    assert free("X[p + 3]") == ["P"]  # L follows: L = P + 3
+    assert free("X[p + 2]") == []  # 11 is not the end of what is read
     assert free("X[p*2 % 11]") == []
-    assert free("Z[p // 2]") == ["N"]           # P = N*2
+    assert free("Z[p // 2]") == ["N"]  # P = N*2
     assert free("Z[1]") == ["P"]
 
 
@@ -134,7 +136,57 @@ def test_rows_decide_the_orientation() -> None:
     assert knobs(wide)[-1].choices == (8, 16, 32)
 
 
-@pytest.mark.parametrize("rewrite", [generalize, fuse, partition])
+DIFFERENCE = """
+program difference
+rank H = 6
+rank X = 3
+rank P
+rank M
+in S[H, P, M]: f32
+in V[M]: f32
+out O[X, P]: f32
+temp Z[H, P, M]: f64 empty 2.5
+Z[h, p, m] = tanh(S[h, p, m]) where m <= p
+G[h, p] = max{m} Z[h, p, m]
+N[h, p, m] = exp(Z[h, p, m] - G[h, p])
+D[h, p] = sum{m} N[h, p, m]
+O[x, p] = sum{m} (N[x*2, p, m] / D[x*2, p] - N[x*2 + 1, p, m] / D[x*2 + 1, p]) * V[m]
+"""
+
+
+def test_pairs_of_heads_meet_in_one_task() -> None:
+    """Temporaries follow the points of their reader, down to the inputs, dtype and empty value included."""
+    p = parse(DIFFERENCE)
+    q = specialize(p)
+    verify(q)
+    assert specialize(q) is q
+    written = {e.out.tensor: e for e in q.cascade.einsums}
+    assert len(written) == 9 and not {"Z", "G", "N", "D"} & set(written)
+    assert all("h" not in e.space() for e in q.cascade.einsums)
+    assert {(t.dtype, t.empty) for t in q.cascade.tensors if t.role == "temp"} == {("f64", 2.5)}
+    a = inputs(p, {"P": 5, "M": 7}, np.random.default_rng(0))
+    assert same(interpret(q, a)["O"], interpret(p, a)["O"], 1e-12, 1e-14)
+
+
+def test_no_work_is_added() -> None:
+    """A key head that three query heads read stays one tensor; a result that is also read as it is stays too."""
+    cases = (("S[h // 2, m]", 2, True), ("S[0, m] + S[1, m]", 4, False), ("S[0, m] * S[h, m]", 4, True))
+    for body, j, keep in cases:
+        text = f"""
+        program p
+        rank H = 4
+        rank J = {j}
+        rank M
+        in X[J, M]: f32
+        out O[H, M]: f32
+        S[j, m] = exp(X[j, m])
+        O[h, m] = {body}
+        """
+        p = parse(textwrap.dedent(text))
+        assert (specialize(p) is p) == keep, body
+
+
+@pytest.mark.parametrize("rewrite", [generalize, specialize, fuse, partition])
 def test_docstrings_hold(rewrite: Any) -> None:
     doc = inspect.getdoc(rewrite)
     assert doc is not None

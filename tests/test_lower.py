@@ -25,7 +25,7 @@ from tests.mapped import CHAINS, ONEPASS, inputs, load, mapped, same, symbols
 from tests.programs import arrays, programs
 from tests.references import CASES as REFERENCES
 
-RTOL, ATOL = 1e-9, 1e-11     # of float64 against float64 in another order
+RTOL, ATOL = 1e-9, 1e-11  # of float64 against float64 in another order
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -42,7 +42,7 @@ def agree(program: Any, sizes: dict[str, int], rng: np.random.Generator, choice:
 
 @pytest.mark.parametrize("name", ONEPASS + CHAINS)
 def test_tiles_equal_the_program(name: str) -> None:
-    """At sizes of nothing, of one, below, at and above a tile, that divide no tile; several tile sizes."""
+    """At one point, below, at and above a tile, at sizes that divide no tile; several tile sizes."""
     p, rng = load(name), np.random.default_rng(5)
     for k, (m, n) in enumerate(((1, 1), (7, 9), (16, 16), (33, 21), (70, 17), (64, 40))):
         sizes = {s: m if s == "M" else n if s == "P" else 2 for s in symbols(p)}
@@ -92,7 +92,7 @@ def test_any_program_lowers_or_says_why(program: Any, seed: int) -> None:
         assert same(got[name], want[name], 1e-8, 1e-10), name
 
 
-# -- rows without a live point ------------------------------------------------------------------------------------------
+# -- rows without a live point -----------------------------------------------------------------------------------------
 
 
 def test_rows_without_keys_are_what_the_program_says() -> None:
@@ -115,12 +115,12 @@ def test_a_tail_is_not_read() -> None:
     """Nothing behind the last key may be touched, and NaN in keys that no tile holds may not matter."""
     p = load("onepass_decode_static")
     a = inputs(p, {"B": 2, "J": 1, "M": 40}, np.random.default_rng(3)) | {"pos": np.array([3, 7])}
-    a["V"][:, :, 8:] = np.nan      # tiles of 8: beyond the last live one
+    a["V"][:, :, 8:] = np.nan  # tiles of 8: beyond the last live one
     a["K"][:, :, 8:] = np.inf
     assert np.all(np.isfinite(interpret_tile(lower(mapped(p)), a)["O"]))
 
 
-# -- traffic ------------------------------------------------------------------------------------------------------------
+# -- traffic -----------------------------------------------------------------------------------------------------------
 
 
 def test_one_pass_reads_every_key_once_for_all_rows() -> None:
@@ -142,7 +142,8 @@ def test_a_mask_shrinks_the_loop() -> None:
             a["pos"] = np.full(128, 9)
         read[name] = measure_tile(lower(mapped(p)), a)[1].reads["K"]
         assert full == 3 * 8 * a["K"].size
-    assert read["onepass_causal_gqa"] == full * 9 // 16          # tiles of 16 rows and 8 keys: 2 + 4 + .. + 16 of 16 * 8
+    # tiles of 16 rows and 8 keys: 2 + 4 + .. + 16 of 8 * 16
+    assert read["onepass_causal_gqa"] == full * 9 // 16
     assert read["onepass_window"] <= full * (40 + 16 + 8) / 128
     assert read["onepass_positions"] == full * 16 / 128
 
@@ -152,10 +153,10 @@ def test_three_passes_are_measured_as_three() -> None:
     sizes = {"P": 5, "M": 9}
     tp = lower(mapped(p))
     _, moved = measure_tile(tp, inputs(p, sizes, np.random.default_rng(0)))
-    assert moved.reads["QK"] == 2 * 45 and len(tp.kernels) > 3   # once for the maximum, once for the numerator
+    assert moved.reads["QK"] == 2 * 45 and len(tp.kernels) > 3  # once for the maximum, once for the numerator
 
 
-# -- mutations ----------------------------------------------------------------------------------------------------------
+# -- mutations ---------------------------------------------------------------------------------------------------------
 
 
 def without(body: tuple[Statement, ...], n: list[int]) -> tuple[Statement, ...]:
@@ -175,7 +176,9 @@ def without(body: tuple[Statement, ...], n: list[int]) -> tuple[Statement, ...]:
 
 
 def size_of(body: tuple[Statement, ...]) -> int:
-    return sum(1 + size_of(getattr(s, "orelse", ())) + (size_of(s.body) if isinstance(s, (Loop, When)) else 0) for s in body)
+    return sum(
+        1 + size_of(getattr(s, "orelse", ())) + (size_of(s.body) if isinstance(s, (Loop, When)) else 0) for s in body
+    )
 
 
 @pytest.mark.parametrize("name", ["onepass_causal_gqa", "onepass_decode_gqa", "onepass_window", "onepass_bias"])

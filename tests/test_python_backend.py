@@ -18,8 +18,17 @@ from memcomp.ir.tile_interpret import interpret_tile, solve_sizes
 from tests.mapped import CHAINS, ONEPASS, extent, inputs, load, mapped, same, symbols
 from tests.references import CASES as REFERENCES
 
-NUMPY = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "i64": np.int64, "i32": np.int32, "i16": np.int16,
-         "i8": np.int8, "u8": np.uint8, "bool": np.bool_}
+NUMPY = {
+    "f32": np.float32,
+    "f64": np.float64,
+    "f16": np.float16,
+    "i64": np.int64,
+    "i32": np.int32,
+    "i16": np.int16,
+    "i8": np.int8,
+    "u8": np.uint8,
+    "bool": np.bool_,
+}
 
 
 def run(tp: TileProgram, arrays: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tests.chains import NAMES, SHAPES, arrays, load
 # passes over M before and after, where it is not 3 -> 1
 COUNTS = {
     "no_max": (2, 1), "sigmoid": (1, 1), "relu_squared": (2, 1), "variance": (2, 1), "rmsnorm_matmul": (2, 1),
-    "quantised": (2, 2), "standardised": (5, 2), "weighted_variance": (4, 2), "probabilities": (3, 2),
+    "constants": (2, 1), "other_monoids": (2, 1), "shifted": (2, 1), "quantised": (2, 2), "standardised": (5, 2), "weighted_variance": (4, 2), "probabilities": (3, 2),
 }
 OPTIONS: tuple[dict[str, Any], ...] = ({}, {"splits": 3}, {"frame": "running"}, {"splits": 3, "frame": "running"})
 
@@ -34,6 +34,7 @@ def streamed(program: Program, **options: Any) -> Program:
 
 def same(want: Any, got: Any) -> bool:
     """Equal to rounding, with NaN and infinities in the same places."""
+    want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
     with np.errstate(all="ignore"):
         scale = max(1.0, float(np.max(np.abs(want), initial=0.0, where=np.isfinite(want))))
         close = (want == got) | (np.abs(want - got) <= 1e-12 * scale) | (np.isnan(want) & np.isnan(got))
@@ -43,16 +44,19 @@ def same(want: Any, got: Any) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_keeps_the_meaning(name: str) -> None:
     program = load(name)
-    for options in OPTIONS:
-        new = streamed(program, **options)
+    forms = {show(q): q for q in (streamed(program, **options) for options in OPTIONS)}
+    for text, new in forms.items():
         verify(new)
-        assert parse(show(new)) == new
-        for kind in ("plain", "big", "masked"):
-            for p, m in SHAPES:
-                x = arrays(program, p, m, kind)
-                want, got = interpret(program, x), interpret(new, x)
+        assert parse(text) == new
+    kinds = ("plain", "masked") if name == "no_max" else ("plain", "big", "masked")  # as written it overflows
+    for kind in kinds:
+        for p, m in SHAPES:
+            x = arrays(program, p, m, kind)
+            want = interpret(program, x)
+            for text, new in forms.items():
+                got = interpret(new, x)
                 for t in want:
-                    assert same(want[t], got[t]), (t, kind, (p, m), options, want[t], got[t])
+                    assert same(want[t], got[t]), (t, kind, (p, m), want[t], got[t], text)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,9 +72,9 @@ def test_passes(name: str) -> None:
     new = streamed(program)
     before, after = COUNTS.get(name, (3, 1))
     given = {t.name for t in program.cascade.inputs()}
-    most = max(n for (t, r), n in passes(program).items() if t in given and r == "M")
+    most = max(n for (t, r), n in passes(program).items() if t in given and r in ("M", "N"))
     assert most == before
-    assert max(n for (t, r), n in passes(new).items() if t in given and r in ("M", "M1")) == after
+    assert max(n for (t, r), n in passes(new).items() if t in given and r in ("M", "N", "M1")) == after
 
 
 def test_docstring() -> None:
@@ -85,7 +89,7 @@ def test_refusals_name_operator_and_law() -> None:
     (why,) = refusals(streamed(load("quantised")))
     assert why.where == "Y over M" and "round" in why.why
     waits = refusals(streamed(load("standardised")))
-    assert {w.where for w in waits} >= {"GM over M", "SD over M"} and all("exp" in w.why for w in waits)
+    assert {w.where for w in waits} == {"SD over M", "O over M"} and all("exp" in w.why for w in waits)
     assert refusals(streamed(load("plain"))) == ()
 
 
@@ -121,13 +125,23 @@ def test_bounded_exponents_need_no_reference() -> None:
     assert "max{" in show(streamed(load("softcap_big")))
 
 
-@pytest.mark.parametrize(("name", "op", "laws"), [
-    ("quantised", "round", {"hom": ("mul", "mul"), "degree": 1.0}),
-    ("greatest", "exp", {"monotone": ("dec",)}),
+LIFTED = """program lifted
+rank P
+rank M
+in X[P, M]: f32
+out H[P]: f32
+GM[p] = min{m} X[p, m]
+H[p] = max{m} tanh(X[p, m] - GM[p])
+"""
+
+
+@pytest.mark.parametrize(("text", "op", "laws"), [
+    (show(load("quantised")), "round", {"hom": ("mul", "mul"), "degree": 1.0}),
+    (LIFTED, "tanh", {"monotone": ("dec",)}),
 ])
-def test_a_broken_law_is_caught(name: str, op: str, laws: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_law_is_caught(text: str, op: str, laws: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A false row in the operator table gives a wrong program, and the comparison sees it."""
-    program = load(name)
+    program = parse(text)
     monkeypatch.setitem(ops.OPS, op, replace(ops.OPS[op], **laws))
     new = streamed(program)
     assert new.cascade != program.cascade

@@ -55,7 +55,7 @@ def place(w: Writer, a: Access, point: Point, lane: str = "", lanes: int = 1, ba
             index.append(f"at({lanes}, {at})")
         else:
             index.append(Expressions(w, point).index(i))
-    return f"{view(w, p)}[{', '.join(index) if index else '0'}]"
+    return f"{view(w, p)}[{', '.join(index) if index else '()'}]"
 
 
 def unit(w: Writer, p: Param) -> int:
@@ -138,7 +138,7 @@ def strips(w: Writer, dim: str, body: object, lanes: int = 0) -> None:
     lanes = lanes or w.vector(dim)
     n = w.fixed(dim)
     j = w.names.fresh("j")
-    whole = f"i64({n // lanes})" if n is not None else f"T.floordiv({w.count(dim)}, i64({lanes}))"
+    whole = f"i64({n // lanes})" if n is not None else f"T.truncdiv({w.count(dim)}, i64({lanes}))"
     if n is None or n >= lanes:
         with w.block(f"for {j} in T.serial({whole}):"):
             body(f"{j} * i64({lanes})", lanes, "")  # type: ignore[operator]

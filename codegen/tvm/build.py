@@ -31,40 +31,44 @@ class Launch:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.layout: Layout = tuple(len(p.shape) - 1 for p in kernel.program.params)
-        self.forms: dict[Layout, Callable[..., Any]] = {self.layout: compiled(kernel)}
-        self.entry = self.forms[self.layout]
+        self.usual: Layout = tuple(len(p.shape) - 1 for p in kernel.program.params)
+        self.forms: dict[Layout, Callable[..., Any]] = {self.usual: compiled(kernel)}
+        self.entry = self.forms[self.usual]
+        self.varied = False   # other layouts have been seen: look before calling
 
     def __call__(self, *args: Any) -> None:
-        try:
-            self.entry(*args)
-        except ValueError as error:
-            if "strides" not in str(error):
-                raise
-            self._other(args)
-
-    def _other(self, args: tuple[Any, ...]) -> None:
-        tensors = args[:len(self.layout)]
-        layout = tuple(_unit(tuple(t.shape), tuple(t.stride())) for t in tensors)
-        with _compiling:
-            known = self.forms.get(layout)
+        if not self.varied:
+            try:
+                self.entry(*args)
+                return
+            except ValueError as error:
+                if "strides" not in str(error):
+                    raise
+            self.varied = True
+        tensors = [_plain(t) for t in args[:len(self.usual)]]
+        layout = tuple(_unit(t) for t in tensors)
+        known = self.forms.get(layout)
         if known is None:
-            known = compiled(emit_like(self.kernel, layout))
-            with _compiling:
-                self.forms[layout] = known
-        known(*args)
+            known = compiled(emit(self.kernel.program, _ISA[self.kernel.isa], layout))
+            self.forms[layout] = known
+        known(*tensors, *args[len(self.usual):])
 
 
-def _unit(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """The position with stride 1, the last one if there are several; one element wide dims do not count."""
-    last = len(shape) - 1
-    if last < 0 or shape[last] <= 1 or stride[last] == 1:
-        return last
-    return next((k for k in range(last, -1, -1) if stride[k] == 1 and shape[k] > 1), -1)
+def _plain(t: Any) -> Any:
+    """The same elements; strides that do not matter are those of a fresh tensor."""
+    if t.numel() == 0:
+        return t.new_empty(t.shape)
+    if any(n == 1 and s != 1 for n, s in zip(t.shape, t.stride(), strict=True)):
+        return t.as_strided(t.shape, [1 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)])
+    return t
 
 
-def emit_like(kernel: Kernel, layout: Layout) -> Kernel:
-    return emit(kernel.program, _ISA[kernel.isa], layout)
+def _unit(t: Any) -> int:
+    """The position with stride 1, the last if there are several, -1 if there is none."""
+    strides = t.stride()
+    if strides and strides[-1] == 1:
+        return len(strides) - 1
+    return next((k for k in range(len(strides) - 1, -1, -1) if strides[k] == 1 and t.shape[k] > 1), -1)
 
 
 def compiled(kernel: Kernel) -> Callable[..., Any]:

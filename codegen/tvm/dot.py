@@ -124,7 +124,7 @@ def _rows(w: Writer, dim: str, size: int, point: Point, body) -> None:  # type: 
         body([point])
         return
     n = w.fixed(dim)
-    i, whole = w.names.fresh("i"), f"i64({n // size})" if n is not None else f"T.floordiv({w.count(dim)}, i64({size}))"
+    i, whole = w.names.fresh("i"), f"i64({n // size})" if n is not None else f"T.truncdiv({w.count(dim)}, i64({size}))"
     if n is None or n >= size:
         with w.block(f"for {i} in T.serial({whole}):"):
             body([point.at(**{dim: f"({i} * i64({size}) + i64({r}))"}) for r in range(size)])
@@ -155,7 +155,7 @@ def _outer(w: Writer, s: Dot, a: Operand, b: Operand, point: Point) -> None:
             if n is not None:
                 stop = f"i64({many})"
             else:
-                stop = f"T.max(T.floordiv({w.count(lane)} - i64({start - lanes + 1}), i64({lanes})), i64(0))"
+                stop = f"T.max(T.truncdiv({w.count(lane)} - i64({start - lanes + 1}), i64({lanes})), i64(0))"
                 stop = f"T.min({stop}, i64({many}))"
             with w.block(f"for {j} in T.serial({stop}):"):
                 _block_columns(q, f"({j} * i64({lanes}) + i64({start}))", lanes)
@@ -243,7 +243,7 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
     def columns(q: Point) -> None:
         n = w.fixed(key)
         m = w.names.fresh("m")
-        whole = f"i64({n // keys})" if n is not None else f"T.floordiv({w.count(key)}, i64({keys}))"
+        whole = f"i64({n // keys})" if n is not None else f"T.truncdiv({w.count(key)}, i64({keys}))"
         with w.block(f"for {m} in T.serial({whole}):"):
             _rows(w, row, size, q, lambda rows: block(rows, keys, f"({m} * i64({keys}))"))
         if keys == 1 or (n is not None and n % keys == 0):

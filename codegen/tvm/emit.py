@@ -96,7 +96,7 @@ def _kernel(w: Writer) -> None:
     with w.block(f"for {chunk} in T.parallel({chunks}):"):
         start = len(w.lines)
         depth = w.depth
-        with w.block(f"for {point} in T.serial(T.floordiv({chunk} * {total}, {chunks}), T.floordiv(({chunk} + i64(1)) * {total}, {chunks})):"):
+        with w.block(f"for {point} in T.serial(T.truncdiv({chunk} * {total}, {chunks}), T.truncdiv(({chunk} + i64(1)) * {total}, {chunks})):"):
             scalars: dict[str, str] = {}
             rest = point
             for n in range(len(k.grid) - 1, -1, -1):
@@ -105,9 +105,9 @@ def _kernel(w: Writer) -> None:
                 if n == 0:
                     w.let(v, rest)
                 else:
-                    w.let(v, f"T.floormod({rest}, {extents[n]})")
+                    w.let(v, f"T.truncmod({rest}, {extents[n]})")
                     nxt = names.fresh("rest")
-                    w.let(nxt, f"T.floordiv({rest}, {extents[n]})")
+                    w.let(nxt, f"T.truncdiv({rest}, {extents[n]})")
                     rest = nxt
             Body(w).run(k.body, Point(scalars))
         text = "\n".join(w.lines[start:])

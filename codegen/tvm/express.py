@@ -13,7 +13,7 @@ ELEMENT_OF = {"f32": "float32", "f64": "float64", "i64": "int64"}
 _ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
 _COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _BITS = {"shr": ">>", "shl": "<<", "bitand": "&", "bitor": "|"}
-_INTEGER = {"floordiv": "T.floordiv({}, {})", "mod": "T.floormod({}, {})", "ceildiv": "(-T.floordiv(-({}), {}))"}
+_INTEGER = {"floordiv": "floordiv", "mod": "floormod", "ceildiv": "ceildiv"}
 _REAL = {"exp", "exp2", "log", "log2", "xlogx", "tanh", "sigmoid", "erf", "sqrt", "rsqrt", "recip", "sin", "cos", "pow",
          "floor", "round"}
 
@@ -162,7 +162,7 @@ class Expressions:
         if op in _BITS and kind == "i64":
             return f"({x[0]} {_BITS[op]} {x[1]})"
         if op in _INTEGER and kind == "i64":
-            return _INTEGER[op].format(*x)
+            return f"{_INTEGER[op]}({', '.join(x)})"
         if op in _REAL:
             return f"{op}({', '.join(x)})"
         raise Refusal(f"operator {op!r} on {kind} values", self.w.kernel.name, "the tvm backend has no form for it")

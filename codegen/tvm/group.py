@@ -121,7 +121,7 @@ class Nest:
         def loop():  # type: ignore[no-untyped-def]
             width, j, base = w.wide(dim), w.names.fresh("j"), w.names.fresh("base")
             n = w.fixed(dim)
-            steps = f"i64({-(-n // width)})" if n is not None else f"T.floordiv({w.count(dim)} + i64({width - 1}), i64({width}))"
+            steps = f"i64({-(-n // width)})" if n is not None else f"T.truncdiv({w.count(dim)} + i64({width - 1}), i64({width}))"
             with w.block(f"for {j} in T.serial({steps}):"):
                 w.let(base, f"{j} * i64({width})")
                 yield base

@@ -112,7 +112,9 @@ def tanh(x: Value) -> Value:
 
 
 def sigmoid(x: Value) -> Value:
-    return reg(like(x, 1.0) / (like(x, 1.0) + exp(like(x, 0.0) - x)))
+    x = reg(x)
+    e = reg(exp(like(x, 0.0) - T.abs(x)))  # at most 1: neither tail overflows
+    return reg(select(x < like(x, 0.0), e, like(x, 1.0)) / (like(x, 1.0) + e))
 
 
 def erf(x: Value) -> Value:

@@ -81,6 +81,7 @@ def f64(x: float) -> Value:
 
 
 def _pair(a: Value, b: Value) -> tuple[Value, Value]:
+    a = like(b, a) if isinstance(a, (int, float)) else a
     b = like(a, b) if isinstance(b, (int, float)) else b
     w = max(width(a), width(b))
     return splat(a, w), splat(b, w)
@@ -144,6 +145,34 @@ def clip(x: Value) -> Value:
     """A 64-bit bound as an int32 that compares the same with lane numbers."""
     far = 1 << 30
     return T.Cast("int32", T.max(T.min(x, i64(far)), i64(-far)))
+
+
+# -- integers: TVM's own floor division is rewritten with shared names that its code generator then refuses --------------
+
+
+def floordiv(a: Value, b: Value) -> Value:
+    """Rounded down, for divisors that are not 0 (their lanes past a count may be: those are taken as 1)."""
+    a, b = _pair(a, b)
+    if isinstance(b, tirx.IntImm) and b.value > 0 and b.value & (b.value - 1) == 0:
+        return a >> like(a, b.value.bit_length() - 1)
+    if not isinstance(b, tirx.IntImm):
+        b = select(eq(b, like(b, 0)), like(b, 1), b)
+    q = T.truncdiv(a, b)
+    r = a - q * b
+    inexact = land(ne(r, like(r, 0)), (r ^ b) < like(r, 0))
+    return q - select(inexact, like(q, 1), like(q, 0))
+
+
+def floormod(a: Value, b: Value) -> Value:
+    """a - floordiv(a, b) * b: the sign of b."""
+    a, b = _pair(a, b)
+    return a - floordiv(a, b) * b
+
+
+def ceildiv(a: Value, b: Value) -> Value:
+    """Rounded up."""
+    zero = like(a, 0)
+    return zero - floordiv(zero - a, b)
 
 
 # -- reductions across lanes -------------------------------------------------------------------------------------------

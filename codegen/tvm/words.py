@@ -1,7 +1,7 @@
 """Names that kernel text uses and that therefore no tensor may have (the list without importing tvm)."""
 
 WORDS = frozenset((
-    "acc", "across", "at", "bits", "cast", "clip", "eq", "ne", "from_bf16", "join", "land", "lane", "like", "lnot", "lor", "masked_load",
+    "acc", "across", "at", "bits", "cast", "clip", "eq", "ne", "floordiv", "floormod", "ceildiv", "from_bf16", "join", "land", "lane", "like", "lnot", "lor", "masked_load",
     "masked_store", "maximum", "minimum", "piece", "reg", "row_sums", "select", "splat", "to_bf16", "vector", "width",
     "exp", "exp2", "log", "log2", "tanh", "sigmoid", "erf", "xlogx", "sqrt", "rsqrt", "recip", "sin", "cos", "pow", "floor",
     "round", "absolute", "f32", "f64", "i64", "T", "I", "inf", "nan",

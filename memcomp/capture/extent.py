@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import sympy
@@ -79,9 +80,39 @@ def expression(e: Extent) -> Expr:
         return out
     name = _NAMED.get(type(e).__name__)
     if name is None:
-        raise Refusal(f"the size {e} has no index expression", hint=f"{type(e).__name__} is not an integer operator here")
+        raise Refusal(f"the size {e} has no index expression",
+                      hint=f"{type(e).__name__} is not an integer operator here")
     args = [expression(a) for a in e.args]
     out = args[0]
     for a in args[1:]:
         out = call(name, out, a)
     return out
+
+
+_REAL = {"OpaqueUnaryFn_sqrt": "sqrt", "OpaqueUnaryFn_exp": "exp", "OpaqueUnaryFn_log": "log", "FloatTrueDiv": "div",
+         "IntTrueDiv": "div", "FloatPow": "pow"}
+
+
+def real_expression(e: sympy.Expr, symbol: Callable[[sympy.Symbol], Expr]) -> Expr:
+    """A run-time float as an expression; `symbol` gives the symbols that are floats themselves."""
+    if e.is_Number:
+        return Const(float(e))
+    if e.is_Symbol:
+        return call("real", expression(e)) if e.is_integer else symbol(e)
+    name = type(e).__name__
+    if name == "ToFloat":
+        return call("real", expression(e.args[0]))
+    args = [call("real", expression(a)) if a.is_integer and not a.is_Number else real_expression(a, symbol)
+            for a in e.args]
+    if e.is_Add or e.is_Mul:
+        out = args[0]
+        for a in args[1:]:
+            out = call("add" if e.is_Add else "mul", out, a)
+        return out
+    if e.is_Pow:
+        known = {-1.0: "recip", 0.5: "sqrt", -0.5: "rsqrt", 2.0: "square"}
+        power = args[1].value if isinstance(args[1], Const) else None
+        return call(known[power], args[0]) if power in known else call("pow", *args)
+    if name not in _REAL:
+        raise Refusal(f"the run-time number {e} has no expression", hint=f"{name} has no rule")
+    return call(_REAL[name], *args)

@@ -25,6 +25,7 @@ ATTENTION = "scaled_dot_product_attention"
 PASSES = ("view", "map", "reduce")
 TRAILING = ("view", "transpose", "permute", "same", "convert", "dropout")
 COMPOSITES = ("softmax", "_safe_softmax")
+OPAQUE = ("flex_attention", "_scaled_dot_product", "multi_head_attention", "_transformer_encoder_layer_fwd")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,10 @@ class Group:
 def find_regions(gm: fx.GraphModule) -> tuple[list[Region], list[Refused]]:
     """All regions of a graph in its order, and the attention-like candidates that could not be read.
 
-    The graph is not changed.  Nodes need example values (`example_value` from Dynamo, `val` from export).
+    Nodes need example values (`example_value` from Dynamo, `val` from export).  The graph keeps its meaning; users of a
+    tensor that come after an operator that writes into it are only made to name that operator's result.
     """
+    _name_writes(gm)
     regions: list[Region] = []
     refused: list[Refused] = []
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
@@ -52,6 +55,16 @@ def find_regions(gm: fx.GraphModule) -> tuple[list[Region], list[Refused]]:
     for node, reason in _missed(gm, taken, {r.where for r in refused}):
         refused.append(Refused(source(node), reason))
     return regions, refused
+
+
+def _name_writes(gm: fx.GraphModule) -> None:
+    """`x.mul_(2); y = x + 1` becomes `w = x.mul_(2); y = w + 1`: the same tensor, but each value has one name."""
+    passed: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        passed.add(node)
+        target = node.args[0] if node.args else None
+        if table.returns_target(node) and isinstance(target, fx.Node):
+            target.replace_all_uses_with(node, delete_user_cb=lambda u: u not in passed)
 
 
 # -- candidates ---------------------------------------------------------------------------------------------------
@@ -89,6 +102,15 @@ def _is_anchor(gm: fx.GraphModule, node: fx.Node) -> bool:
     return first.ndim >= 2 and not (isinstance(first.shape[-1], int) and first.shape[-1] == 1)
 
 
+def _batched(node: fx.Node) -> bool:
+    """Do both operands of the contraction carry a batch rank?"""
+    if table.base_name(node) == "einsum":
+        left, _, right = str(node.args[0]).partition("->")
+        shared = set.intersection(*(set(x) for x in left.replace(" ", "").split(",")))
+        return bool(shared & set(right))
+    return all(meta(n).ndim > 2 for n in _tensors(node.all_input_nodes))
+
+
 def _groups(gm: fx.GraphModule) -> list[Group]:
     anchors = {n for n in gm.graph.nodes if _is_anchor(gm, n)}
     reach: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -98,7 +120,7 @@ def _groups(gm: fx.GraphModule) -> list[Group]:
             continue
         r = table.rule(n)
         passing = r is not None and r.kind in PASSES
-        reach[n] = frozenset().union(*(reach[a] for a in n.all_input_nodes)) if passing and n.all_input_nodes else frozenset()
+        reach[n] = frozenset(a for i in n.all_input_nodes for a in reach[i]) if passing else frozenset()
     feeds: dict[fx.Node, set[fx.Node]] = {}
     for n in gm.graph.nodes:
         if n in anchors:
@@ -109,9 +131,8 @@ def _groups(gm: fx.GraphModule) -> list[Group]:
               if table.rule(n) is not None and table.base_name(n) == ATTENTION]
     for ends, makers in _joined(feeds):
         core = _between(ends, makers, reach, anchors)
-        batched = all(meta(n).ndim > 2 for n in ends)
         reducing = any((r := table.rule(n)) is not None and r.kind == "reduce" for n in core)
-        if batched or reducing:
+        if reducing or all(_batched(n) for n in (*ends, *makers)):
             groups.append(Group(frozenset(core), tuple(ends)))
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
     return sorted(groups, key=lambda g: max(order[n] for n in g.ends))
@@ -166,7 +187,7 @@ def _region(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: s
 def _agree(node: fx.Node) -> None:
     """torch's shape rule does not tie the lengths of keys and values, which a kernel relies on: ask, and so guard."""
     named = {**dict(zip(("query", "key", "value"), node.args, strict=False)), **node.kwargs}
-    q, k, v = (meta(named[name]) for name in ("query", "key", "value"))
+    q, k, v = (meta(n) for n in (named.get("query"), named.get("key"), named.get("value")) if isinstance(n, fx.Node))
     if not (k.shape[-2] == v.shape[-2] and q.shape[-1] == k.shape[-1]):
         raise Refusal("keys and values, or queries and keys, differ in length")
 
@@ -196,8 +217,8 @@ def _read(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: str
     done = finish(r, _program_name(outputs[-1][0]), outputs)
     ends = tuple(n for n, _ in outputs)
     sizes = [n for _, n in done.sizes if isinstance(n, fx.Node)]
-    anchor = _place(order, nodes, ends, [*done.inputs, *sizes], set(r.through))
     _check_convex(nodes, done.inputs, set(r.through))
+    anchor = _place(order, nodes, ends, [*done.inputs, *sizes], set(r.through))
     _check_mutation(gm, order, nodes, done.inputs, set(r.through), order[anchor])
     return Region(name, done.program, done.inputs, done.sizes, ends, tuple(sorted(nodes, key=order.__getitem__)),
                   source(ends[-1]), tuple(_order(n) for n in ends), anchor)
@@ -270,14 +291,20 @@ def _root(node: fx.Node) -> fx.Node:
 
 def _check_mutation(gm: fx.GraphModule, order: dict[fx.Node, int], nodes: set[fx.Node], inputs: Sequence[fx.Node],
                     through: set[fx.Node], place: int) -> None:
-    """No input may be written between the place where the graph reads it and the region's place."""
-    writes = [(order[n], _root(n)) for n in gm.graph.nodes if table.mutates(n) and n.all_input_nodes]
+    """What is read through may not be written later, nor an input between where the graph and the region read it."""
+    writes = [(order[n], _root(n)) for n in gm.graph.nodes
+              if table.mutates(n) and table.rule(n) is None and n.all_input_nodes]
+    last = max(order[n] for n in nodes)
+    changed = {w for k, w in writes if k < last and (w in nodes or w in through)}
+    if changed:
+        raise _Order(f"{next(iter(changed))} is written after it was made", changed & through)
     for root in {_root(leaf) for leaf in inputs}:
         reading = [n for n in nodes | through if table.base_name(n) not in ALIASING
                    and any(_root(a) is root for a in n.all_input_nodes)]
-        early = {n for n in reading if any(w is root and order[n] < k < place for k, w in writes)}
-        if early:
-            raise _Order(f"{root} is written while the region would read it", early & through)
+        moved = {n for n in reading if any(w is root and min(order[n], place) <= k < max(order[n], place)
+                                           for k, w in writes)}
+        if moved:
+            raise _Order(f"{root} is written while the region would read it", moved & through)
 
 
 def _order(node: fx.Node) -> tuple[int, ...]:
@@ -312,15 +339,19 @@ def _missed(gm: fx.GraphModule, taken: set[fx.Node], reported: set[str]) -> list
         name = table.base_name(n)
         if n in taken or source(n) in reported:
             continue
-        if "flex_attention" in name or "_scaled_dot_product" in name:
-            out.append((n, f"{name} has no rule"))
-        elif name in COMPOSITES and _after_contraction(gm, n):
-            out.append((n, "its weights do not reach a second contraction through operators that have rules"))
+        if any(x in name for x in OPAQUE):
+            out.append((n, f"{name} is one operator here and has no rule"))
+        elif name in COMPOSITES and (between := _after_contraction(gm, n)) is not None:
+            out.append((n, f"{between[0]} stands between the contraction and it" if between else
+                        "its weights do not reach a second contraction through operators that have rules"))
     return out
 
 
-def _after_contraction(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _after_contraction(gm: fx.GraphModule, node: fx.Node) -> list[str] | None:
+    """None: no contraction of data feeds the node; else the operators on the way that cannot be read."""
     seen: set[fx.Node] = set()
+    between: list[str] = []
+    found = False
     todo = list(node.all_input_nodes)
     while todo:
         n = todo.pop()
@@ -328,8 +359,12 @@ def _after_contraction(gm: fx.GraphModule, node: fx.Node) -> bool:
             continue
         seen.add(n)
         if _is_anchor(gm, n):
-            return True
-        r = table.rule(n)
-        if r is not None and r.kind in PASSES or table.mutates(n):
-            todo += n.all_input_nodes
-    return False
+            found = True
+            continue
+        r, inputs = table.rule(n), _tensors(n.all_input_nodes)
+        if r is None or r.kind not in PASSES:
+            if len(inputs) != 1:
+                continue
+            between.append(table.base_name(n))
+        todo += inputs
+    return between if found else None

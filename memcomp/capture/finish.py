@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
 import torch
 from torch import fx
 
-from memcomp.capture.extent import Extent, expression, extent, product, same, size_name
+from memcomp.capture.extent import Extent, expression, extent, product, same, size_name, tidy
 from memcomp.capture.reader import DTYPE, Reader, meta, shape_of, symbol_range
-from memcomp.capture.value import Factor, Value, join
+from memcomp.capture.value import Value, join
 from memcomp.ir.cascade import Cascade, Einsum, Rank, Tensor
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, Size, Var, substitute, transform, variables, walk
@@ -28,8 +28,9 @@ class Finished:
 
 def finish(r: Reader, name: str, outputs: Sequence[tuple[fx.Node, Value]]) -> Finished:
     """Close the reading: `outputs` are the nodes and their values, in order."""
-    outs = [_output(r, v, "O" if len(outputs) == 1 else f"O{k}") for k, (_, v) in enumerate(outputs)]
-    statements = _needed(r.statements, {t.name for t in outs})
+    out_names: dict[str, str] = {}
+    outs = [_output(r, v, "O" if len(outputs) == 1 else f"O{k}", out_names) for k, (_, v) in enumerate(outputs)]
+    statements = _needed([_renamed(s, out_names) for s in r.statements], {t.name for t in outs})
     used = list(dict.fromkeys(a.tensor for s in statements for a in _accesses(s) if a.tensor in r.leaf_of))
     ins = [_input(r, t, statements) for t in used]
     doubles = all(meta(n).dtype == torch.float64 for n, _ in outputs)
@@ -37,9 +38,7 @@ def finish(r: Reader, name: str, outputs: Sequence[tuple[fx.Node, Value]]) -> Fi
     solved, ranks, sizes = _sizes(r, ins, outs, temps, statements)
     statements = [_map(s, lambda e: _sized(e, solved)) for s in statements]
     names = _names(r, statements, used)
-    rename = lambda s: _map(s, lambda e: transform(  # noqa: E731
-        e, lambda x: Access(names.get(x.tensor, x.tensor), x.index) if isinstance(x, Access) else x))
-    statements = [rename(s) for s in statements]
+    statements = [_renamed(s, names) for s in statements]
     ins = [replace(t, name=names[t.name]) for t in ins]
     cascade = Cascade(tuple(ranks), (*ins, *temps, *outs), tuple(statements))
     return Finished(Program(name, cascade, target="cpu"), tuple(r.leaf_of[t] for t in used), tuple(sizes))
@@ -50,10 +49,18 @@ def _accesses(s: Einsum) -> list[Access]:
     return [n for e in es for n in walk(e) if isinstance(n, Access)]
 
 
-def _map(s: Einsum, f: object) -> Einsum:
-    assert callable(f)
-    outs = tuple(Access(f(Access(o.tensor, ())).tensor, tuple(f(i) for i in o.index)) for o in s.outs)
+def _map(s: Einsum, f: Callable[[Expr], Expr]) -> Einsum:
+    outs = tuple(Access(o.tensor, tuple(f(i) for i in o.index)) for o in s.outs)
     return Einsum(outs, f(s.body), s.reduce, None if s.guard is None else f(s.guard))
+
+
+def _renamed(s: Einsum, names: Mapping[str, str]) -> Einsum:
+    """The statement with tensors called as `names` says."""
+    def f(x: Expr) -> Expr:
+        return Access(names.get(x.tensor, x.tensor), x.index) if isinstance(x, Access) else x
+
+    s = _map(s, lambda e: transform(e, f))
+    return Einsum(tuple(Access(names.get(o.tensor, o.tensor), o.index) for o in s.outs), s.body, s.reduce, s.guard)
 
 
 def _needed(statements: Sequence[Einsum], roots: set[str]) -> list[Einsum]:
@@ -66,8 +73,11 @@ def _needed(statements: Sequence[Einsum], roots: set[str]) -> list[Einsum]:
     return keep[::-1]
 
 
-def _output(r: Reader, v: Value, hint: str) -> Tensor:
-    """Write `v` to an out-tensor: its last statement writes there directly where it is only rearranged."""
+def _output(r: Reader, v: Value, hint: str, out_names: dict[str, str]) -> Tensor:
+    """Write `v` to an out-tensor: its last statement writes there directly where it is only rearranged.
+
+    out_names: temporaries that are out-tensors as they stand, to be renamed when all outputs are known.
+    """
     n = len(v.factors)
     hints = [("B", "H", "P", "F")[k + max(0, 4 - n)] if k + max(0, 4 - n) < 4 else "X" for k in range(n)]
     axes = r.axes(v.factors, hints, set())
@@ -85,7 +95,10 @@ def _output(r: Reader, v: Value, hint: str) -> Tensor:
         r.names -= set(r.statements[at].names)
     name = r.fresh(hint)
     empty = 0.0
-    if at is None:
+    if at is None and isinstance(e, Access) and e.tensor in r.written and e.index == tuple(index) \
+            and e.tensor not in out_names:
+        out_names[e.tensor], empty = name, r.written[e.tensor].empty
+    elif at is None:
         r.statements.append(Einsum((Access(name, tuple(index)),), e))
     else:
         s = r.statements[at]
@@ -176,7 +189,7 @@ def _sizes(r: Reader, ins: Sequence[Tensor], outs: Sequence[Tensor], temps: Sequ
             unknown = [s for s in _symbols(e) if size_name(s) not in solved]
             if len(unknown) == 1 and sympy.diff(e, unknown[0]) == 1:
                 rest = sympy.expand(e - unknown[0])
-                solved[size_name(unknown[0])] = simplify(Size(x) - _sized(expression(rest if not rest.is_Integer else int(rest)), solved))
+                solved[size_name(unknown[0])] = simplify(Size(x) - _sized(expression(tidy(rest)), solved))
                 progress = True
     ranks: list[Rank] = []
     sizes: list[tuple[str, fx.Node | int]] = []
@@ -226,7 +239,8 @@ def _graph_symbols(gm: fx.GraphModule) -> set[sympy.Symbol]:
 
 
 def _provider(gm: fx.GraphModule, s: sympy.Symbol) -> fx.Node:
-    for node in gm.graph.nodes:
+    nodes: list[fx.Node] = list(gm.graph.nodes)
+    for node in nodes:
         m = meta(node)
         if isinstance(m, torch.SymInt) and m.node.expr == s:
             return node
@@ -269,8 +283,6 @@ def _names(r: Reader, statements: Sequence[Einsum], used: Sequence[str]) -> dict
                 give(t, hint)
     for t in used:
         m = meta(r.leaf_of[t])
-        give(t, "mask" if m.dtype == torch.bool else "ids" if not m.dtype.is_floating_point else "bias" if m.ndim else "scale")
+        real = m.dtype.is_floating_point
+        give(t, "mask" if m.dtype == torch.bool else "ids" if not real else "bias" if m.ndim else "scale")
     return out
-
-
-__all__ = ["Factor", "Finished", "finish"]

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from memcomp.capture import table
-from memcomp.capture.extent import Extent, expression, extent, same, size_name
-from memcomp.capture.masks import Reading, Written, make
+from memcomp.capture.extent import Extent, expression, extent, real_expression, same, size_name
+from memcomp.capture.masks import Reading, Written, lowest, make
 from memcomp.capture.value import Factor, Value, constant, plain
 from memcomp.ir.cascade import Einsum, Reduce
 from memcomp.ir.errors import Refusal
@@ -98,15 +98,12 @@ class Reader(Reading):
             return False
         real = [a for a in accesses if self._leaf_real(a.tensor)]
         if out.is_real and len(real) == 1:
-            clean = all(self._clean(i) for i in real[0].index)
-            return clean and all(n.op in CHEAP | COMPARE or not self._over_real(n) for n in nodes if isinstance(n, Call))
+            cheap = all(n.op in CHEAP | COMPARE or not self._over_real(n) for n in nodes if isinstance(n, Call))
+            return cheap and all(_clean(i) for i in real[0].index)
         return not real and len(accesses) <= 6
 
     def _over_real(self, e: Expr) -> bool:
         return any(self._leaf_real(t) for t in reads(e))
-
-    def _clean(self, i: Expr) -> bool:
-        return isinstance(i, (Var, Const)) or (isinstance(i, Call) and i.op == "floordiv" and isinstance(i.args[0], Var))
 
     def _leaf_real(self, tensor: str) -> bool:
         return bool(meta(self.leaf_of[tensor]).dtype.is_floating_point) if tensor in self.leaf_of else True
@@ -140,7 +137,8 @@ class Reader(Reading):
         if not isinstance(t, torch.Tensor):
             raise Refusal(f"{node} is not one tensor", where=str(node))
         if t.dtype not in DTYPE or t.layout != torch.strided:
-            raise Refusal(f"{node} holds {t.dtype}, {t.layout}", where=str(node), hint=f"known: {', '.join(DTYPE.values())}")
+            raise Refusal(f"{node} holds {t.dtype}, {t.layout}", where=str(node),
+                          hint=f"known: {', '.join(DTYPE.values())}")
         name = self.fresh(str(node.name))
         self.leaves[node], self.leaf_of[name] = name, node
         if not t.dtype.is_floating_point and t.dtype != torch.bool:
@@ -150,7 +148,8 @@ class Reader(Reading):
     def apply(self, rule: table.Rule, node: fx.Node) -> Read:
         """Run a rule on the values of the node's arguments."""
         args, kwargs = table.normal(rule, node)
-        out: Read = rule.read(self, node, *(self.argument(a) for a in args), **{k: self.argument(a) for k, a in kwargs.items()})
+        read = {k: self.argument(a) for k, a in kwargs.items()}
+        out: Read = rule.read(self, node, *(self.argument(a) for a in args), **read)
         m = meta(node)
         if isinstance(out, Value) and isinstance(m, torch.Tensor):
             if len(out.dims) != m.ndim or any(_differ(a, b) for a, b in zip(out.shape, shape_of(m), strict=True)):
@@ -181,13 +180,18 @@ class Reader(Reading):
         return a
 
     def _symbolic_float(self, node: fx.Node) -> Value:
-        """A float that Dynamo keeps symbolic: the 0-dimensional tensor it was taken from."""
-        source = node.args[0] if table.base_name(node) == "item" and node.args else None
-        if isinstance(source, fx.Node) and isinstance(meta(source), torch.Tensor) and meta(source).ndim == 0:
-            read = self.read(source)
-            assert isinstance(read, Value)
-            return read
-        raise Refusal(f"the run-time number {node} comes from no tensor", where=str(node))
+        """A float that Dynamo keeps symbolic: the 0-dimensional tensors and the sizes it was computed from."""
+        def symbol(s: sympy.Symbol) -> Expr:
+            for n in self.gm.graph.nodes:
+                m = meta(n)
+                if table.base_name(n) == "item" and isinstance(m, torch.SymFloat) and m.node.expr == s:
+                    read = self.read(n.args[0])
+                    assert isinstance(read, Value)
+                    return read.at(tuple(Const(0) for _ in read.factors))
+            raise Refusal(f"the run-time number {s} comes from no tensor", where=str(node))
+
+        e = real_expression(meta(node).node.expr, symbol)
+        return Value((), torch.float32, lambda _: e)
 
     def value(self, x: Value | bool | int | float | Expr, dtype: torch.dtype) -> Value:
         """A rule's operand as a value."""
@@ -222,8 +226,8 @@ class Reader(Reading):
         for f, hint in zip(factors, hints, strict=True):
             name = f.rank if f.rank is not None and f.rank not in used else None
             if name is None:
-                shared = [r for r, e in self.ranks.items() if f.rank is None and r == hint and same(e, f.extent) and r not in used]
-                name = shared[0] if shared else self.rank(hint, f.extent)
+                shared = f.rank is None and hint in self.ranks and hint not in used and same(self.ranks[hint], f.extent)
+                name = hint if shared else self.rank(hint, f.extent)
             used.add(name)
             out.append(Factor(f.extent, name))
         return out
@@ -244,10 +248,10 @@ class Reader(Reading):
         """A value as (a view of) a temporary."""
         axes = self.axes(v.factors, [_hint(k, len(v.factors)) for k in range(len(v.factors))], set())
         ix = tuple(Var(str(f.rank).lower()) for f in axes)
-        p = self.parts(self.simplify(v.at(ix)))
+        e = self.simplify(v.at(ix))
+        p = self.parts(e)
         kind = "" if v.is_real else DTYPE[v.dtype]
-        if p.guard is None or p.outside is None or abs(float(p.outside.value)) > 1e30 and p.outside.value != -float("inf"):
-            e = self.simplify(v.at(ix))
+        if p.guard is None or p.outside is None or lowest(p.outside):
             name = self.write(hint, axes, e, finite=self.tame(e), positive=self.positive(e), dtype=kind)
         else:
             name = self.write(hint, axes, p.inside, guard=p.guard, empty=float(p.outside.value),
@@ -274,6 +278,11 @@ class Reader(Reading):
 
 def _hint(k: int, n: int) -> str:
     return ("B", "H", "P", "M")[max(0, k + 4 - max(n, 4)) if n >= 4 else k + 4 - n if n <= 2 else (0, 2, 3)[k]]
+
+
+def _clean(i: Expr) -> bool:
+    """Does an index only pick: a variable, a constant, or the head that a group of heads shares?"""
+    return isinstance(i, (Var, Const)) or isinstance(i, Call) and i.op == "floordiv" and isinstance(i.args[0], Var)
 
 
 def _differ(a: Extent, b: Extent) -> bool:

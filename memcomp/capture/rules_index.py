@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from memcomp.capture.masks import make
 from memcomp.capture.extent import expression
+from memcomp.capture.masks import make
 from memcomp.capture.reader import Reader, whole
 from memcomp.capture.rules_map import dtype_of
 from memcomp.capture.rules_view import cat, insert_unit, out_shape, select, slice_dim
@@ -120,7 +120,7 @@ def gather(r: Reader, x: Value, by: list[Value | None]) -> Value:
     for k in places:
         base = coarse(base, k)
     joint = pointwise(lambda *_: ZERO, torch.int64, *tables)
-    read = [pointwise(lambda *es, k=k: es[k], torch.int64, *tables) for k in range(len(tables))]  # type: ignore[misc]
+    read = [pointwise(lambda *es, k=k: es[k], torch.int64, *tables) for k in range(len(tables))]
     lead = places[0] if adjacent else 0
     rest = [d for k, d in enumerate(base.dims) if k not in places]
     dims = (*rest[:lead], *joint.dims, *rest[lead:])

@@ -41,7 +41,8 @@ def apply(op: str, dtype: torch.dtype, *values: Value) -> Value:
 
 
 def _binary(op: str) -> Callable[..., Value]:
-    def read(r: Reader, node: fx.Node, a: Operand, b: Operand, *, alpha: Any = 1, rounding_mode: str | None = None) -> Value:
+    def read(r: Reader, node: fx.Node, a: Operand, b: Operand, *, alpha: Any = 1,
+             rounding_mode: str | None = None) -> Value:
         if rounding_mode == "floor":
             return _floor_divide(r, node, a, b)
         if rounding_mode is not None:
@@ -143,7 +144,7 @@ def _pow(r: Reader, node: fx.Node, a: Operand, b: Operand) -> Value:
     return apply("pow", x.dtype, x, y)
 
 
-def _clamp(r: Reader, node: fx.Node, x: Value, min: Operand = None, max: Operand = None) -> Value:  # noqa: A002
+def _clamp(r: Reader, node: fx.Node, x: Value, min: Operand = None, max: Operand = None) -> Value:
     out = x
     for op, bound in (("max", min), ("min", max)):
         if bound is not None:

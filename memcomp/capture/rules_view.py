@@ -11,7 +11,21 @@ from memcomp.capture.extent import Extent, expression, extent, product, same
 from memcomp.capture.masks import make
 from memcomp.capture.reader import Reader, meta, shape_of
 from memcomp.capture.table import Rule, base_name
-from memcomp.capture.value import UNIT, ZERO, Factor, Index, Value, align, coarse, constant, expand, permute, reshape, shift, wrap
+from memcomp.capture.value import (
+    UNIT,
+    ZERO,
+    Factor,
+    Index,
+    Value,
+    align,
+    coarse,
+    constant,
+    expand,
+    permute,
+    reshape,
+    shift,
+    wrap,
+)
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Call, Const, Expr, lift
 
@@ -95,7 +109,8 @@ def slice_dim(r: Reader, x: Value, dim: int, start: Any, step: Any, length: Exte
     return shift(x, dim, length, source)
 
 
-def _slice(r: Reader, node: fx.Node, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> Value:
+def _slice(r: Reader, node: fx.Node, x: Value, dim: int = 0, start: Any = None, end: Any = None,
+           step: Any = 1) -> Value:
     d = wrap(dim, len(x.dims))
     return slice_dim(r, x, d, start, step, out_shape(node)[d])
 
@@ -131,7 +146,8 @@ def _pieces(r: Reader, node: fx.Node, x: Value, dim: int) -> tuple[Value, ...]:
     return tuple(out)
 
 
-def _split(r: Reader, node: fx.Node, x: Value, split_size_or_sections: Any = None, dim: int = 0, **_: Any) -> tuple[Value, ...]:
+def _split(r: Reader, node: fx.Node, x: Value, split_size_or_sections: Any = None, dim: int = 0,
+           **_: Any) -> tuple[Value, ...]:
     return _pieces(r, node, x, dim)
 
 
@@ -141,7 +157,7 @@ def _unbind(r: Reader, node: fx.Node, x: Value, dim: int = 0) -> tuple[Value, ..
 
 
 def cat(r: Reader, pieces: list[Value], dim: int) -> Value:
-    """Pieces one after the other.  A first piece of one element that the next piece's formula already gives is merged."""
+    """Pieces one after the other.  A first piece of one element that the next one's formula gives too is merged."""
     pieces = [p for p in pieces if not any(same(e, 0) for e in p.shape)] or pieces[:1]
     out = coarse(pieces[0], dim)
     length = out.shape[dim]
@@ -246,7 +262,8 @@ RULES: dict[str, Rule] = {
     "narrow": Rule("view", _narrow), "select": Rule("view", _select), "split": Rule("view", _split),
     "chunk": Rule("view", lambda r, node, x, chunks, dim=0: _pieces(r, node, x, dim)),
     "split_with_sizes": Rule("view", _split), "tensor_split": Rule("view", _split), "unbind": Rule("view", _unbind),
-    "cat": Rule("view", _cat), "stack": Rule("view", _stack), "repeat": Rule("view", _repeat), "tile": Rule("view", _repeat),
+    "cat": Rule("view", _cat), "stack": Rule("view", _stack), "repeat": Rule("view", _repeat),
+    "tile": Rule("view", _repeat),
     "repeat_interleave": Rule("view", _repeat_interleave), "flip": Rule("view", _flip),
     "dropout": Rule("view", _dropout), "native_dropout": Rule("view", _native_dropout),
 }

@@ -31,22 +31,21 @@ _OPERATORS = {
     "truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "not_": "logical_not",
 }
 _IN_PLACE = {f for n, f in vars(operator).items() if n.startswith("i") and n[1:] in vars(operator)}
-ALIASES = {
-    "__and__": "bitwise_and", "__or__": "bitwise_or", "__invert__": "bitwise_not", "__getitem__": "getitem",
-    "logical_and": "bitwise_and", "logical_or": "bitwise_or", "multiply": "mul", "divide": "div", "true_divide": "div",
-    "subtract": "sub", "negative": "neg", "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le",
-    "not_equal": "ne", "_unsafe_view": "view", "reshape": "view", "_reshape_copy": "view", "view_copy": "view",
-    "flatten": "view", "unflatten": "view", "unsqueeze": "view", "squeeze": "view", "view_as": "view",
-    "unsqueeze_copy": "view", "squeeze_copy": "view", "reshape_as": "view", "expand_as": "expand", "broadcast_to": "expand",
-    "expand_copy": "expand", "clone": "same", "contiguous": "same", "detach": "same", "alias": "same", "lift_fresh_copy": "same",
-    "lift_fresh": "same", "to": "convert", "_to_copy": "convert", "type": "convert", "type_as": "convert",
-    "float": "convert", "double": "convert", "half": "convert", "bfloat16": "convert", "int": "convert",
-    "long": "convert", "bool": "convert", "convert_element_type": "convert", "_softmax": "softmax",
-    "_log_softmax": "log_softmax", "special_softmax": "softmax", "absolute": "abs", "max_pool": "", "swapaxes": "transpose", "swapdims": "transpose",
-    "concat": "cat", "concatenate": "cat", "feature_dropout": "dropout", "native_dropout": "native_dropout",
-    "clamp_min": "clamp_min", "clip": "clamp", "special_expit": "sigmoid", "slice_copy": "slice", "permute_copy": "permute",
-    "t_copy": "t", "transpose_copy": "transpose", "index": "index", "_unsafe_index": "index", "narrow_copy": "narrow",
+_SPELLINGS = {
+    "view": "_unsafe_view reshape _reshape_copy view_copy flatten unflatten unsqueeze squeeze view_as unsqueeze_copy "
+            "squeeze_copy reshape_as",
+    "expand": "expand_as broadcast_to expand_copy",
+    "permute": "permute_copy movedim_copy", "transpose": "transpose_copy swapaxes swapdims", "t": "t_copy",
+    "same": "clone contiguous detach alias lift_fresh_copy lift_fresh",
+    "convert": "to _to_copy type type_as float double half bfloat16 int long bool convert_element_type",
+    "cat": "concat concatenate", "slice": "slice_copy", "narrow": "narrow_copy", "getitem": "__getitem__",
+    "index": "_unsafe_index", "softmax": "_softmax special_softmax", "log_softmax": "_log_softmax",
+    "bitwise_and": "__and__ logical_and", "bitwise_or": "__or__ logical_or", "bitwise_not": "__invert__ logical_not",
+    "mul": "multiply", "div": "divide true_divide", "sub": "subtract", "neg": "negative", "abs": "absolute",
+    "gt": "greater", "ge": "greater_equal", "lt": "less", "le": "less_equal", "ne": "not_equal", "clamp": "clip",
+    "sigmoid": "special_expit", "dropout": "feature_dropout",
 }
+ALIASES = {spelling: name for name, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 
 
 def base_name(node: fx.Node) -> str:
@@ -60,7 +59,7 @@ def base_name(node: fx.Node) -> str:
                 return f"{t.namespace}.{t._opname}"
             name = t._opname
         elif isinstance(t, torch._ops.HigherOrderOperator):
-            return f"higher_order.{t.name()}"
+            return f"higher_order.{t.__name__}"
         else:
             name = getattr(t, "__name__", "")
             if t in _IN_PLACE:
@@ -75,10 +74,10 @@ def base_name(node: fx.Node) -> str:
 @cache
 def rules() -> dict[str, Rule]:
     """All rules, by base name."""
-    from memcomp.capture import rules_index, rules_map, rules_reduce, rules_view
+    from memcomp.capture import rules_attention, rules_contract, rules_index, rules_map, rules_reduce, rules_view
 
     out: dict[str, Rule] = {}
-    for module in (rules_view, rules_map, rules_index, rules_reduce):
+    for module in (rules_view, rules_map, rules_index, rules_contract, rules_reduce, rules_attention):
         for name, rule in module.RULES.items():
             assert name not in out, name
             out[name] = rule
@@ -86,7 +85,36 @@ def rules() -> dict[str, Rule]:
 
 
 def rule(node: fx.Node) -> Rule | None:
-    return rules().get(base_name(node)) if node.op in ("call_function", "call_method") else None
+    """The node's rule.  Writing into a tensor that nobody else sees is read as making a new one."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if not mutates(node):
+        return rules().get(base_name(node))
+    return _functional(node) if _owned(node) else None
+
+
+def _functional(node: fx.Node) -> Rule | None:
+    """The rule of the operator that computes what an in-place operator writes."""
+    name = base_name(node).removeprefix("operator.i").removeprefix("aten.")
+    name = _OPERATORS.get(name, name).removesuffix("_")
+    return rules().get(ALIASES.get(name, name))
+
+
+def returns_target(node: fx.Node) -> bool:
+    """Does the node write into its first argument as a whole and return it?"""
+    return mutates(node) and "out" not in node.kwargs and _functional(node) is not None
+
+
+def _owned(node: fx.Node) -> bool:
+    """Is the tensor that the node writes into fresh, and used by nobody after the node or through a view?"""
+    target = node.args[0] if node.args else None
+    if not isinstance(target, fx.Node) or "out" in node.kwargs:
+        return False
+    made = rule(target)
+    if made is None or made.kind == "view" or base_name(target) == "convert":
+        return False
+    others = [(u, rule(u)) for u in target.users if u is not node]
+    return all(u < node and r is not None and r.kind != "view" and base_name(u) != "convert" for u, r in others)
 
 
 def mutates(node: fx.Node) -> bool:

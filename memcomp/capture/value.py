@@ -142,7 +142,8 @@ def align(dims: Sequence[Dim]) -> tuple[Dim, list[Callable[[Index], Index]]]:
                 if same(product(*(f.extent for f in d[k:])), s):
                     break
             groups.append(group)
-        return lambda ix: tuple(j for i, g in zip(ix, groups, strict=True) for j in (spread(i, g) if len(g) > 1 else [i]))
+        return lambda ix: tuple(j for i, g in zip(ix, groups, strict=True)
+                                for j in (spread(i, g) if len(g) > 1 else [i]))
 
     return tuple(out), [reader(d) for d in dims]
 
@@ -278,7 +279,8 @@ def shift(v: Value, dim: int, length: Extent, source: Callable[[Expr], Expr]) ->
     """Dimension `dim` replaced by one of `length` whose index i reads `source(i)`: slices, flips, gathers by rule."""
     w = coarse(v, dim)
     first = sum(len(d) for d in w.dims[:dim])
-    keep = w.dims[dim] if same(product(*(f.extent for f in w.dims[dim])), length) and source(_PROBE) == _PROBE else (Factor(length),)
+    whole = same(w.shape[dim], length) and source(_PROBE) == _PROBE
+    keep = w.dims[dim] if whole else (Factor(length),)
 
     def at(ix: Index) -> Expr:
         return w.at((*ix[:first], source(ix[first]), *ix[first + 1:]))

@@ -28,18 +28,22 @@ class Closing:
 
     def sum(self, s: Einsum, terms: list[Term], guard: tuple[Expr, ...]) -> Einsum:
         """The finalise map of an accepted sum."""
+        self.finals.assume, self.finals.leaned = self._some(s, guard), False
         done = [replace(self._grounded(self.finals.normal(t)), when=t.when) for t in terms]
-        conds = [self._alive(s, t, guard) for t in done]
+        leaned, self.finals.assume = self.finals.leaned, None
+        conds = [self._alive(s, t, guard, leaned) for t in done]
         body: Expr | None = None
         same = len(set(conds)) == 1
         for t, cond in zip(done, conds, strict=True):
             part = self.finals.build(t if same or cond is None else replace(t, if_=(cond, *t.if_)))
             body = part if body is None else Call("add", (body, part))
         plain = replace(s, body=Const(0.0) if body is None else body, reduce=None, guard=None)
+        one = done[0] if len(done) == 1 else None
         if same and conds[0] is not None:
+            self.finals.learn(plain, None, one, conds[0])
             return replace(plain, body=Call("where", (conds[0], plain.body, Const(0.0))))
         if not any(conds):
-            self.finals.learn(plain, plain.body, done[0] if len(done) == 1 else None)
+            self.finals.learn(plain, plain.body, one)
         return plain
 
     def order(self, s: Einsum, value: Expr, guard: tuple[Expr, ...]) -> Einsum:
@@ -62,14 +66,18 @@ class Closing:
             return Call("gt", (self.stage.final(self.stage.count(s, guard)), Const(0.0)))
         return cond
 
-    def _alive(self, s: Einsum, t: Term, guard: tuple[Expr, ...]) -> Expr | None:
+    def _alive(self, s: Einsum, t: Term, guard: tuple[Expr, ...], leaned: bool) -> Expr | None:
         points = tuple(dict.fromkeys(guard + t.when))
-        return None if self._tame(t) or self._chosen(t, points) else self._some(s, points)
+        return None if (self._tame(t) and not leaned) or self._chosen(t, points) else self._some(s, points)
 
     def _tame(self, t: Term) -> bool:
-        """Is the c-side finite where no point takes part?  Products of neutral values and of empty sums are."""
+        """Is the c-side finite where no point takes part?  Products of neutral values and of empty sums are, and the
+        exponential of a greatest value, which is -inf there."""
+        kind: dict[Expr, str] = {self.ends[o.name]: o.monoid for o in self.stage.orders if o.name in self.ends}
+        if any(not (kind.get(x) == "max" and k > 0 or kind.get(x) == "min" and k < 0) for x, k in t.ec):
+            return False
         sums = {self.ends[s.name].tensor for s in self.stage.sums if s.name in self.ends}
-        return not t.ec and all(
+        return all(
             p > 0 and all(n.tensor in sums or not self.stage.late(n.tensor) and n.tensor not in self._extremes()
                           for n in walk(x) if isinstance(n, Access)) and (isinstance(x, Access) or _plain(x))
             for x, p in t.c)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import product as combinations
 
 from memcomp.ir.cascade import Einsum, Reduce
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, conjunction, rebuild, variables
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, conjunction, reads, rebuild, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.passes.derive.linear import to_expr
 from memcomp.passes.derive.separate import LN2, product, raised
@@ -57,6 +57,7 @@ class Writer:
     tiled: Mapping[str, Einsum]
     named: Mapping[Expr, str]
     fresh: Callable[[str], str]
+    conditions: set[str] = field(default_factory=set)  # tensors of truth values
     wanted: dict[str, str] = field(default_factory=dict)  # tile tensor -> the name it would like back
     init: list[Einsum] = field(default_factory=list)
     body: list[Einsum] = field(default_factory=list)
@@ -128,14 +129,20 @@ class Writer:
             self._maps[key] = out
         return self._maps[key]
 
-    def operand(self, e: Expr, hint: str, space: tuple[str, ...]) -> Expr:
-        """An element to reduce: an access or constant as it is, anything else through a named map."""
+    def operand(self, e: Expr, hint: str, space: tuple[str, ...], guard: tuple[Expr, ...]) -> Expr:
+        """An element to reduce where `guard` holds: an access or constant as it is, else through a named map."""
         if isinstance(e, (Access, Const)):
             return self.tile(e)
         if e in self.named and self.named[e] in self.tiled:
             s = self.tiled[self.named[e]]
             return self._cut_access(Access(self.named[e], s.out.index))
-        return self._map(e, hint, (), space)
+        return self._map(e, hint, guard if self._shielded(e) else (), space)
+
+    def _shielded(self, e: Expr) -> bool:
+        """Does it read where only a guard may allow it (`X[m - 1]`, `X[pages[m]]`)?"""
+        v = Var(self.cut.carried)
+        indices = [i for n in walk(e) if isinstance(n, Access) and not n.tensor.startswith("$") for i in n.index]
+        return any(i != v and (self.cut.carried in variables(i) and not _part(i, v) or reads(i)) for i in indices)
 
     # -- states ---------------------------------------------------------------------------------------------------
 
@@ -161,7 +168,10 @@ class Writer:
         identity = Const(bool(monoid.identity)) if o.monoid in ("and", "or") else Const(monoid.identity)
         self._start(o.name, o.vars, identity)
         local = Access(self.fresh("L" + o.name[1:]), (*self.cut.lead, self.now, *(Var(v) for v in o.vars)))
-        y = self.operand(o.body, "Y" + o.name[1:], space)
+        bools = o.monoid in ("and", "or")  # a condition has no tensor of its own
+        y = self.tile(o.body) if bools else self.operand(o.body, "Y" + o.name[1:], space, o.guard)
+        if bools:
+            self.conditions |= {o.name, local.tensor, self.stage.final(o).tensor}
         self.body.append(Einsum((local,), y, Reduce(o.monoid, self._over(o.over)), self._guard(o.guard)))
         self.body.append(Einsum((self.at(o.name, self.then, o.vars),),
                                 Call(monoid.join, (self.at(o.name, self.now, o.vars), local))))
@@ -177,7 +187,7 @@ class Writer:
         if state.es or state.bounded:
             factors.insert(0, (self._exponential(state, space), 1))
         factors += [(self.stage.gauges[g].shift, j) for g, j in state.ds]
-        body = self._pair(factors, stem, space)
+        body = self._pair(factors, stem, space, state.guard)
         local = self._locals[state.name] = self._summed(body, "L" + stem, state.vars, state.over, state.guard)
         moved = self._moved(state, lambda s: self.at(s.name, self.now, s.vars), self._delta, self._factor)
         if isinstance(moved, Call):
@@ -207,7 +217,8 @@ class Writer:
     def _step(self, vs: tuple[str, ...]) -> tuple[Expr, ...]:
         return (*self.cut.lead, self.now, *(Var(v) for v in vs))
 
-    def _pair(self, factors: list[tuple[Expr, float]], stem: str, space: tuple[str, ...]) -> Expr:
+    def _pair(self, factors: list[tuple[Expr, float]], stem: str, space: tuple[str, ...],
+              guard: tuple[Expr, ...]) -> Expr:
         """The summand as an element, or a product of two elements (a dot); the rest is hoisted into maps."""
         if not factors:
             return Const(1.0)
@@ -225,7 +236,7 @@ class Writer:
             groups[1] += groups.pop()
         if len(groups) == 1 and len(groups[0]) == 1 and groups[0][0][1] == 2:
             groups = [[(groups[0][0][0], 1)]] * 2
-        sides = [self.operand(g[0][0] if len(g) == 1 and g[0][1] == 1 else product(g), "X" + stem, space)
+        sides = [self.operand(g[0][0] if len(g) == 1 and g[0][1] == 1 else product(g), "X" + stem, space, guard)
                  for g in groups]
         return sides[0] if len(sides) == 1 else Call("mul", (sides[0], sides[1]))
 
@@ -255,7 +266,8 @@ class Writer:
         return symbol
 
     def _level(self, gauge: str, space: tuple[str, ...]) -> Expr:
-        return self.operand(self.stage.gauges[gauge].body, "Y" + gauge[1:], space)
+        g = self.stage.gauges[gauge]
+        return self.operand(g.body, "Y" + gauge[1:], space, g.guard)
 
     def _difference(self, gauge: str) -> Access:
         """d = y - rho as a tile; 0 where y is -inf, since d**j e**d is 0 there."""
@@ -381,6 +393,11 @@ class Writer:
             parts: list[tuple[Expr, float]] = [(Call("sub", (old(g), new[g])), k) for g, k in state.es]
             self._factors[tag] = self._write(where, "P" + state.es[0][0][1:], index(vs), exponential(parts))
         return self._factors[tag]
+
+
+def _part(i: Expr, v: Var) -> bool:
+    """v cut by a constant: never outside the tensor when v is not."""
+    return isinstance(i, Call) and i.op in ("floordiv", "mod") and i.args[0] == v and isinstance(i.args[1], Const)
 
 
 def exponential(parts: list[tuple[Expr, float]]) -> Expr:

@@ -91,8 +91,10 @@ class Facts:
         if isinstance(e, Const):
             v = float(e.value)
             return Interval(v, v, v > 0) if v == v else REAL
-        if isinstance(e, (Var, Size)):
+        if isinstance(e, Var):
             return Interval(0.0)
+        if isinstance(e, Size):  # a rank without points asks for nothing
+            return Interval(1.0, INF, True)
         if isinstance(e, Access):
             return self.tensor(e.tensor)
         return self._call(e)

@@ -19,26 +19,42 @@ from memcomp.passes.derive.separate import BASE, LOGS, Term, product
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A finished value over its variables: as one term, as a linear form, or only by name (both None)."""
+    """A finished value over its variables: as one term, as a linear form, or only by name (both None).
+
+    cond: when the forms hold; elsewhere the value is another one.
+    """
 
     vars: tuple[str, ...]
     term: Term | None = None
     lin: tuple[tuple[Expr, float], ...] | None = None
+    cond: Expr | None = None
 
 
 @dataclass(slots=True)
 class Finals:
-    """rho: the finished reference behind a gauge symbol, or None."""
+    """rho: the finished reference behind a gauge symbol, or None.
+
+    assume: a condition under which values are asked for; `leaned` says that one needed it.
+    """
 
     facts: Facts
     rho: Callable[[str], Expr | None]
     values: dict[str, Value] = field(default_factory=dict)
+    assume: Expr | None = None
+    leaned: bool = False
 
     # -- normal forms ---------------------------------------------------------------------------------------------
 
     def _value(self, e: Access) -> tuple[Value, dict[Expr, Expr]] | None:
         v = self.values.get(e.tensor)
-        return None if v is None else (v, {Var(x): i for x, i in zip(v.vars, e.index, strict=True)})
+        if v is None:
+            return None
+        table: dict[Expr, Expr] = {Var(x): i for x, i in zip(v.vars, e.index, strict=True)}
+        if v.cond is not None:
+            if substitute(v.cond, table) != self.assume:
+                return None
+            self.leaned = True
+        return v, table
 
     def term(self, e: Expr) -> Term:
         if (n := number(e)) is not None:
@@ -175,7 +191,7 @@ class Finals:
 
     # -- recording ------------------------------------------------------------------------------------------------
 
-    def learn(self, s: Einsum, e: Expr | None, t: Term | None) -> None:
+    def learn(self, s: Einsum, e: Expr | None, t: Term | None, cond: Expr | None = None) -> None:
         """Remember the value of a tensor written over plain variables, where substituting it is no larger than naming
         it: products of elements with exponents, or sums of elements and their logarithms."""
         if len(s.outs) != 1 or s.guard is not None and s.reduce is None:
@@ -190,7 +206,7 @@ class Finals:
             form = self.linear(e)
             if all(isinstance(x, Access) or x == ONE or _log_of_element(x) for x in form):
                 lin = tuple(form.items())
-        self.values[s.names[0]] = Value(vs, t, lin)
+        self.values[s.names[0]] = Value(vs, t, lin, cond)
 
 
 def _log_of_element(e: Expr) -> bool:

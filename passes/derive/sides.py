@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from memcomp.ir.expr import Access, Expr, Var, walk
+from memcomp.ir.expr import Access, Call, Expr, Var, walk
 from memcomp.ir.text import show_expr
 
 Side = Literal["neutral", "carried", "late", "mixed"]
@@ -17,7 +17,8 @@ class NoLaw(Exception):
 
     def __init__(self, op: str, expr: Expr, why: str) -> None:
         self.op, self.expr, self.why = op, expr, why
-        super().__init__(f"no law for {op}({short(expr)}): {why}")
+        what = short(expr) if isinstance(expr, Call) and expr.op == op else f"{op}({short(expr)})"
+        super().__init__(f"no law for {what}: {why}")
 
 
 def short(e: Expr, limit: int = 60) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Tensor, written_ranks
+from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Tensor, extent_of, written_ranks
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjunction, reads, transform, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Program
@@ -28,6 +28,7 @@ class Refused:
     why: str
 
 
+_FITS = 256  # points of a fiber that a tile holds whole
 _REFUSED = re.compile(r"refused (\S+ over \S+): (.*)")
 
 
@@ -36,7 +37,7 @@ def refusals(program: Program) -> tuple[Refused, ...]:
     return tuple(Refused(m[1], m[2]) for p in program.proofs if (m := _REFUSED.fullmatch(p)))
 
 
-def streamed(program: Program, splits: int | None, tile: tuple[int, ...], frame: str,
+def streamed(program: Program, splits: int | Knob | None, tile: tuple[int, ...], frame: str,
              ranks: tuple[str, ...] | None) -> Program:
     done: set[str] = set()
     while True:
@@ -48,11 +49,11 @@ def streamed(program: Program, splits: int | None, tile: tuple[int, ...], frame:
 
 
 def _candidates(c: Cascade, ranks: tuple[str, ...] | None) -> list[str]:
-    """Ranks to stream, most passes first."""
+    """Ranks to stream: those whose fiber fits no tile first, then most passes first."""
     loops = iterative(c)
     written = {v for t in c.outputs() for s in (*c.writers(t.name), *c.writers(t.name + "'"))
                for o in s.outs for i in o.index for v in variables(i)}
-    out: list[tuple[int, int, str]] = []
+    out: list[tuple[bool, int, int, str]] = []
     for k, r in enumerate(c.ranks):
         mine = [s for s in c.einsums if r.var in s.space()]
         if r.var in loops or not any(reduces(s, r.var) for s in mine):
@@ -63,8 +64,9 @@ def _candidates(c: Cascade, ranks: tuple[str, ...] | None) -> list[str]:
             continue
         passes = count(c, c.einsums, r.var)
         if passes >= 2 or any(reduces(s, r.var) and _long(c, s, r.var) for s in mine):
-            out.append((-passes, k, r.name))
-    return [name for _, _, name in sorted(out)]
+            fixed = extent_of(c, r.name)
+            out.append((fixed is not None and fixed <= _FITS, -passes, k, r.name))
+    return [name for *_, name in sorted(out)]
 
 
 def _long(c: Cascade, s: Einsum, v: str) -> bool:
@@ -78,12 +80,13 @@ def _long(c: Cascade, s: Einsum, v: str) -> bool:
 class _Stream:
     program: Program
     rank: str
-    splits: int | None
+    splits: int | Knob | None
     tile: tuple[int, ...]
     frame: str
     taken: set[str] = field(default_factory=set)
     proofs: list[str] = field(default_factory=list)
     wanted: dict[str, str] = field(default_factory=dict)
+    conditions: set[str] = field(default_factory=set)
     ends: dict[str, Access] = field(default_factory=dict)
 
     def run(self) -> Program:
@@ -250,6 +253,7 @@ class _Stream:
             if state not in counts:
                 w.sum(state, self._space(state, spaces, every))
         self.wanted.update(w.wanted)
+        self.conditions |= w.conditions
         return w.init + w.body + w.merge
 
     def _space(self, state: State, spaces: dict[str, tuple[str, ...]], every: tuple[str, ...]) -> tuple[str, ...]:
@@ -273,18 +277,19 @@ class _Stream:
             elif t.name in back and t.dtype != "f32":
                 s = next(s for s in kept if s.names[0] == t.name)
                 tensors.append(Tensor(t.name, written_ranks(s.out) or t.ranks, t.dtype))
-        if any(t.dtype == "f64" for t in c.outputs()):  # what is undeclared holds f32
-            known = {t.name for t in tensors}
-            for s in kept:
-                ranks_of = written_ranks(s.out)
-                if s.names[0] not in known and ranks_of is not None:
-                    tensors.append(Tensor(s.names[0], ranks_of, "f64"))
-                    known.add(s.names[0])
+        known = {t.name for t in tensors}
+        wide = any(t.dtype == "f64" for t in c.outputs())
+        for s in kept:  # what is undeclared holds f32
+            dtype = "bool" if s.names[0] in self.conditions else "f64" if wide else ""
+            ranks_of = written_ranks(s.out)
+            if dtype and s.names[0] not in known and ranks_of is not None:
+                tensors.append(Tensor(s.names[0], ranks_of, dtype))
+                known.add(s.names[0])
         size = cut.inner.upper()
         per = Call("ceildiv", (self._total(c), Size(size)))
         ranks = [Rank(size, Knob(cut.inner, self.tile))]
-        if cut.outer is not None:
-            ranks.append(Rank(cut.outer.upper(), Const(self.splits or 1)))
+        if cut.outer is not None and self.splits is not None:
+            ranks.append(Rank(cut.outer.upper(), self.splits if isinstance(self.splits, Knob) else Const(self.splits)))
             per = Call("ceildiv", (per, Size(cut.outer.upper())))
         ranks.append(Rank(cut.step.upper(), per, iterative=True))
         cascade = Cascade((*c.ranks, *ranks), tuple(tensors), tuple(kept))

@@ -1,0 +1,140 @@
+"""Canonical form: the same meaning, reached in one step, equal for programs that differ in spelling."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memcomp.ir.cascade import Cascade
+from memcomp.ir.expr import Call, Const, Var, walk
+from memcomp.ir.interpret import interpret
+from memcomp.ir.program import Program
+from memcomp.ir.text import parse
+from memcomp.ir.verify import verify
+from memcomp.passes.canonicalize import canonicalize
+from tests import chains
+from tests.programs import arrays, programs
+
+FOLDER = Path(__file__).parent / "cases"
+CASES = sorted(p.stem for p in FOLDER.glob("*.mc"))
+HEAD = """program p
+rank B = 1
+rank H = 6
+rank J = 2
+rank P
+rank M
+in Q[B, H, P]: f32
+in K[B, J, M]: f32
+out O[B, H, P]: f32
+"""
+
+
+def inputs(p: int = 3, m: int = 5) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {"Q": rng.standard_normal((1, 6, p)), "K": rng.standard_normal((1, 2, m))}
+
+
+def check(program: Program, x: dict[str, Any]) -> Program:
+    verify(program)
+    new = canonicalize(program)
+    verify(new)
+    assert canonicalize(new) is new
+    want, got = interpret(program, x), interpret(new, x)
+    for t in want:
+        np.testing.assert_array_equal(want[t], got[t])
+    return new
+
+
+def names(c: Cascade) -> set[str]:
+    return {n for s in c.einsums for n in s.names}
+
+
+def test_docstring() -> None:
+    before, after = (canonicalize.__doc__ or "").split("before:")[1].split("after:")
+    assert canonicalize(parse(textwrap.dedent(before))) == parse(textwrap.dedent(after))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases_are_canonical_after_one_step(name: str) -> None:
+    new = canonicalize(parse((FOLDER / f"{name}.mc").read_text()))
+    verify(new)
+    assert canonicalize(new) is new
+
+
+@pytest.mark.parametrize("name", chains.NAMES)
+def test_chains_keep_their_meaning(name: str) -> None:
+    program = chains.load(name)
+    check(program, chains.arrays(program, 4, 9, "masked"))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs(), st.integers(0, 99))
+def test_random_programs_keep_their_meaning(program: Program, seed: int) -> None:
+    x = arrays(program, seed)
+    new = canonicalize(program)
+    verify(new)
+    assert canonicalize(new) is new
+    want, got = interpret(program, x), interpret(new, x)
+    for t in want:
+        np.testing.assert_allclose(got[t], want[t], rtol=1e-12, atol=1e-12)
+
+
+def test_groups_get_a_rank() -> None:
+    """Heads that share a key row share the rank J; the key's own rank is taken."""
+    new = check(parse(HEAD + "S[b, h, p, m] = Q[b, h, p] * K[b, h//3, m]\nO[b, h, p] = sum{m} S[b, h, p, m]\n"), inputs())
+    assert not [n for s in new.cascade.einsums for n in walk(s.body) if isinstance(n, Call) and n.op == "floordiv"]
+    assert new.cascade.einsums[0].space() == ("j", "g", "p", "m")
+    assert new.cascade.rank("G").extent == Const(3)
+
+
+def test_unpacking_is_not_a_group() -> None:
+    """h//3 beside h%3 takes elements apart; the rank stays."""
+    program = parse(HEAD + "O[b, h, p] = sum{m} Q[b, h, p] * K[b, h//3, m] * real(h % 3)\n")
+    assert "h" in check(program, inputs()).cascade.einsums[0].space()
+
+
+def test_extent_that_the_group_does_not_divide_stays() -> None:
+    program = parse(HEAD + "O[b, h, p] = sum{m} Q[b, h, p] * K[b, h//4, m]\n")
+    assert "h" in check(program, inputs()).cascade.einsums[0].space()
+
+
+def test_unit_ranks_go() -> None:
+    new = check(parse(HEAD + "S[b, p, m] = Q[b, 0, p] * K[b, 1, m]\nO[b, h, p] = sum{b, m} S[b, p, m] * Q[b, h, p]\n"
+                      .replace("sum{b, m}", "sum{m}")), inputs())
+    assert all("b" not in s.space() for s in new.cascade.einsums)
+    assert new.cascade.einsums[0].out.index == (Var("p"), Var("m"))
+
+
+def test_a_reduction_over_a_unit_rank_keeps_its_identity() -> None:
+    """A guarded-out point gives the identity, not an element that was never written."""
+    text = HEAD.replace("out O[B, H, P]", "out O[H, P]") + "O[h, p] = max{b} Q[b, h, p] where p < 2\n"
+    new = check(parse(text), inputs())
+    assert interpret(new, inputs())["O"][0, 2] == -np.inf
+
+
+def test_copies_and_repetitions_and_the_dead_go() -> None:
+    new = check(parse(HEAD + """T[p, b, h] = Q[b, h, p]
+X[b, h, p, m] = T[p, b, h] * K[b, 0, m] where m < M
+Y[b, h, p, m] = Q[b, h, p] * K[b, 0, m]
+Z[b, h, p] = sum{m} Y[b, h, p, m]
+O[b, h, p] = sum{m} X[b, h, p, m] + Y[b, h, p, m]
+"""), inputs())
+    assert names(new.cascade) == {"X", "O"}
+
+
+def test_what_a_copy_rounds_is_not_a_copy() -> None:
+    program = parse(HEAD.replace("out O", "temp T[B, H, P]: bf16\nout O") + "T[b, h, p] = Q[b, h, p]\n"
+                    "O[b, h, p] = sum{m} T[b, h, p] * K[b, 0, m]\n")
+    assert "T" in names(check(program, inputs()).cascade)
+
+
+def test_equal_spellings_meet() -> None:
+    a = parse(HEAD + "O[b, h, p] = max{m} K[b, 0, m] where m <= p and p >= 0\n")
+    b = parse(HEAD + "C[b, m] = K[b, 0, m]\nO[b, h, p] = max{m} C[b, m + 0] where 2*m <= 2*p\n")
+    assert canonicalize(a).digest == canonicalize(b).digest
