@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from measure import Ratio, ratio, record, take_turns
-from rich.console import Console
+from measure import Ratio, ratio, record, take_turns, terminal
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -100,7 +99,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--only", default="", help="cases whose name holds this word")
     args = parser.parse_args()
-    console, results = Console(), []
+    console, results = terminal(), []
     table = Table("case", "who", "median ms", "least ms", "spread", "error", "memcomp is faster", "asked")
     with torch.inference_mode(), console.status("measuring"):
         for case in cases():

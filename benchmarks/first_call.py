@@ -17,8 +17,7 @@ import tempfile
 import time
 from typing import Any
 
-from measure import record
-from rich.console import Console
+from measure import record, terminal
 
 BACKENDS, BAR = ("inductor", "memcomp"), 10.0  # seconds that memcomp may need more
 
@@ -60,7 +59,7 @@ def main() -> int:
     if args.child:
         child(args.child)
         return 0
-    console, results = Console(), []
+    console, results = terminal(), []
     for _ in range(args.rounds):
         for backend in BACKENDS:
             with console.status(backend):

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 RESULTS = Path(__file__).parent / "results"
 WIDE = 0.15  # the ratio of medians and the ratio of minima may differ by this much, the quartiles by twice it
 
@@ -60,6 +62,12 @@ def ratio(peer: Times, own: Times) -> Ratio:
     medians, minima = peer.median / own.median, peer.least / own.least
     steady = max(peer.spread, own.spread) <= 2 * WIDE and abs(medians / minima - 1) <= WIDE
     return Ratio(medians, steady)
+
+
+def terminal() -> Console:
+    """A console wide enough for the tables where the output is a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)
 
 
 def machine() -> dict[str, Any]:

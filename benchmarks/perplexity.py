@@ -9,8 +9,7 @@ import copy
 from typing import Any
 
 import torch
-from measure import record
-from rich.console import Console
+from measure import record, terminal
 from rich.table import Table
 
 import memcomp
@@ -22,7 +21,7 @@ TOKENS, BAR = 2048, 1e-3
 
 
 def main() -> int:
-    console, results = Console(), []
+    console, results = terminal(), []
     lm = smollm.load(progress=console.print)
     ids = prompt(lm, TOKENS)
     with torch.no_grad():

@@ -108,7 +108,9 @@ class Emitter(Limits):
         if len(two) != 2 or len(two) + len(rest) != len(parts) or (rest and o.accumulate):
             return None
         a, b = two
-        if set(o.dims) - variables(a) - variables(b) or any(self.dtype_of(x) not in ("f32", "f64") for x in (a, b)):
+        if {*o.dims, *o.over} - variables(a) - variables(b) or any(
+            self.dtype_of(x) not in ("f32", "f64") for x in (a, b)
+        ):
             return None
         out: list[Statement] = [Dot(name, a, b, o.over, o.accumulate)]
         if rest:

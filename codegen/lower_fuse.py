@@ -124,11 +124,13 @@ def split_products(g: GroupOps) -> None:
         rest = [p for p in factors(o.body) if not variables(p) & set(o.over)]
         dims = {p: variables(p) & set(g.dims) for p in parts}
         while len(parts) > 2:
-            a, b = min(combinations(parts, 2), key=lambda two: (len(dims[two[0]] | dims[two[1]]), parts.index(two[0])))
-            both = Call("mul", (a, b))
-            dims[both] = dims[a] | dims[b]
-            parts = [both, *(p for p in parts if p not in (a, b))]
-        if set(o.dims) - dims[parts[0]] - dims[parts[1]]:
+            i, j = min(
+                combinations(range(len(parts)), 2), key=lambda two: len(dims[parts[two[0]]] | dims[parts[two[1]]])
+            )
+            both = Call("mul", (parts[i], parts[j]))
+            dims[both] = dims[parts[i]] | dims[parts[j]]
+            parts = [both, *(p for k, p in enumerate(parts) if k not in (i, j))]
+        if {*o.dims, *o.over} - dims[parts[0]] - dims[parts[1]]:
             continue
         at = next(k for k, x in enumerate(g.ops) if x is o)
         made: list[Expr] = []

@@ -35,6 +35,8 @@ class Limits(Tiles):
 
     def scalar(self, data: Expr, over: tuple[str, ...], greatest: bool) -> Expr:
         """The greatest or least of data over a tile's points, computed once before the loop."""
+        if isinstance(data, Call) and data.op == "neg":
+            return call("neg", self.scalar(data.args[0], over, not greatest))
         key = (data, greatest)
         if key not in self.scalars:
             name = self.fresh("greatest" if greatest else "least")

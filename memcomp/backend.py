@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import threading
@@ -19,7 +20,7 @@ from torch import fx
 from memcomp import runtime
 from memcomp.binding import make_entry
 from memcomp.config import Config, config
-from memcomp.ir.errors import MemcompError, Refusal
+from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
 from memcomp.pipeline import ABI, Compiled, compile_program
 from memcomp.sizes import solve
 from memcomp.surgery import autocast_at, example, hint, original, replace_region
@@ -165,13 +166,26 @@ def _rest(gm: fx.GraphModule, example_inputs: list[Any], settings: Config, mode:
     kept = fx.Graph()  # Inductor may rewrite the graph it is given
     kept.output(kept.graph_copy(gm.graph, {}))
     eager = fx.GraphModule(gm, kept)
+    patches = _patches(settings, mode)
     with boundary("everything but the compiled regions", settings):
-        from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        patches = {**(list_mode_options(mode) if mode else {}), **dict(settings.rest_options)}
         return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=patches or None))
     return eager.forward
+
+
+def _patches(settings: Config, mode: str | None) -> dict[str, Any]:
+    """Inductor's config for a mode of torch.compile and the user's `rest_options`."""
+    from torch._inductor import config as inductor
+    from torch._inductor import list_mode_options
+
+    known = inductor.get_config_copy()
+    for name, _ in settings.rest_options:
+        if name.replace("-", "_") not in known:
+            raise OptionError(f"Inductor has no option {name!r}", f"rest_options = {dict(settings.rest_options)!r}",
+                              nearest(name, difflib.get_close_matches(name, known, 5, 0.0)))
+    given = {name.replace("-", "_"): value for name, value in settings.rest_options}
+    return {**(list_mode_options(mode) if mode else {}), **given}
 
 
 def _with_symbolic_length(x: Any) -> Any:

@@ -50,8 +50,9 @@ def tolerance(inputs: Iterable[str], output: str, *, elements: int, length: int 
     inputs, output, accumulator: dtypes.  Inputs and output are rounded once (a format epsilon each); the accumulator's
     roundings over `length` terms add up like a random walk (its epsilon times sqrt(length); None: not known, then only
     torch's error bounds).  The largest of n errors is about 1 + sqrt(2 ln n) times their RMS (n = `elements`).
-    torch_error: torch's own error on the same values; a result may have at most twice that, but never less than the
-    rounding of the output is asked for.  At least one of `length` and `torch_error` must be known.
+    torch_error: torch's own error on the same values; a result may have at most twice that, but never less is asked for
+    than the rounding of the output and, where `length` is known, of a plain accumulator (torch sums short rows in
+    parts, which is more exact).  At least one of `length` and `torch_error` must be known.
     """
     if length is None and torch_error is None:
         raise ValueError("a tolerance needs a reduction length or torch's own error")
@@ -63,7 +64,7 @@ def tolerance(inputs: Iterable[str], output: str, *, elements: int, length: int 
     bound = Tolerance(rms, rms * peak)
     if torch_error is None:
         return bound
-    rounding = max(EPSILON.get(output, 0.0), EPSILON[accumulator])
+    rounding = max(EPSILON.get(output, 0.0), EPSILON[accumulator] * math.sqrt(max(length or 1, 1)))
     return Tolerance(min(bound.rms, max(2.0 * torch_error.rms, rounding / 2.0)),
                      min(bound.max, max(2.0 * torch_error.max, rounding)))
 

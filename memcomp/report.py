@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,7 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
     import torch
 
     from memcomp.backend import install, region_sizes
+    from memcomp.runtime import Fallback
 
     regions: list[RegionReport] = []
     refusals: list[Refused] = []
@@ -117,7 +119,9 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
         refusals.extend(Refused(f.where, f.why, f.bound) for f in failed)
         return gm.forward
 
-    torch.compile(fn, backend=backend)(*example_inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Fallback)  # they are in the result
+        torch.compile(fn, backend=backend)(*example_inputs)
     return Explanation(tuple(regions), tuple(refusals))
 
 

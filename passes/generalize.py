@@ -100,7 +100,7 @@ def _tie(c: Cascade, free: set[str], derived: dict[str, Expr]) -> set[str]:
     pinned: set[str] = set()
     for e in c.einsums:
         for a in (*accesses(e), *e.outs):
-            for rank, i in zip(c.tensor(a.tensor).ranks, a.index, strict=True):
+            for rank, i in zip(_ranks(c, a), a.index, strict=False):
                 named.add(rank)
                 ranks = {v.upper() for v in variables(i)}
                 if i == Var(rank.lower()) or any(isinstance(n, Access) for n in walk(i)) or not (ranks | {rank}) & free:
@@ -117,6 +117,14 @@ def _tie(c: Cascade, free: set[str], derived: dict[str, Expr]) -> set[str]:
         if sizes & set(derived) or not sizes & free:
             pinned.add(r)
     return pinned & free
+
+
+def _ranks(c: Cascade, a: Access) -> tuple[str, ...]:
+    """Ranks of the tensor; none where only constants index it (it is a scalar then)."""
+    try:
+        return c.tensor(a.tensor).ranks
+    except KeyError:
+        return ()
 
 
 def _relation(c: Cascade, rank: str, i: Expr, iterated: set[str]) -> tuple[str, Expr] | None:

@@ -156,6 +156,25 @@ def test_ten_steps_of_training_equal_eagers(rest: str) -> None:
     assert memcomp.stats()["regions"] == 1 and memcomp.stats()["launches"] == 10
 
 
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = torch.arange(k.shape[-2])[None, :] <= torch.arange(q.shape[-2])[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+
+
+@pytest.mark.parametrize("fn,kv", [(by_hand, 6), (grouped, 2), (repeated, 2), (masked, 3)])
+def test_gradients_of_every_form_and_length(fn: Callable[..., Tensor], kv: int) -> None:
+    fast = compiled(fn)
+    for length in (12, 21, 30):  # the second becomes symbolic
+        ours = [t.requires_grad_() for t in qkv(heads=6, kv=kv, queries=length, keys=length)]
+        theirs, exact = ([t.detach().to(d).requires_grad_() for t in ours] for d in (torch.float32, torch.float64))
+        for f, leaves in ((fast, ours), (fn, theirs), (fn, exact)):
+            f(*leaves).square().sum().backward()
+        for a, b, c in zip(ours, theirs, exact, strict=True):
+            assert a.grad is not None and b.grad is not None and c.grad is not None
+            same(a.grad, b.grad, c.grad)
+    assert memcomp.stats()["fallbacks"] == {} and memcomp.stats()["regions"] == 2
+
+
 def test_autocast_no_grad_and_inference_mode() -> None:
     model = Block().eval()
     fast, x = compiled(model), torch.randn(2, 12, 32)
@@ -297,6 +316,12 @@ def test_wrong_options_are_three_lines(options: dict[str, Any]) -> None:
     assert len(str(caught.value).splitlines()) <= 3 and "hint" in str(caught.value)
     with pytest.raises(Exception, match=next(iter(options))):
         torch.compile(causal, backend=backend, options=options)(*qkv())
+
+
+def test_options_that_inductor_does_not_know_are_the_users_error() -> None:
+    with pytest.raises(Exception, match="Inductor has no option 'max_autotun'"):
+        torch.compile(causal, backend=backend, options={"rest_options": {"max_autotun": True}})(*qkv())
+    assert memcomp.stats()["fallbacks"] == {}
 
 
 def test_the_op_keeps_torchs_contract() -> None:

@@ -92,6 +92,21 @@ def test_any_program_lowers_or_says_why(program: Any, seed: int) -> None:
         assert same(got[name], want[name], 1e-8, 1e-10), name
 
 
+@pytest.mark.parametrize("name, at", [("onepass_positions", "p"), ("onepass_decode_static", "b")])
+def test_a_window_at_data_dependent_positions(name: str, at: str) -> None:
+    """Both ends of the loop are data; keys before the window are not read either."""
+    old = f"m1*M0 + m0 <= pos[{at}]"
+    p = parse(str(load(name)).replace(old, f"{old} and m1*M0 + m0 > pos[{at}] - 9"))
+    rng = np.random.default_rng(6)
+    for m in (1, 9, 40, 70):
+        agree(p, {s: {"M": m, "P": 20}.get(s, 2) for s in symbols(p)}, rng)
+    sizes = {s: {"M": 70, "P": 4}.get(s, 1) for s in symbols(p)}
+    a = inputs(p, sizes, rng)
+    a["pos"] = np.full_like(a["pos"], 60)
+    rows = 3 if at == "p" else 1
+    assert measure_tile(lower(mapped(p)), a, sizes)[1].reads["K"] == rows * 2 * 8 * 8  # keys 52 to 60
+
+
 # -- rows without a live point -----------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+import memcomp
+from memcomp.oracle import measure, tolerance
+
 NAMES = sorted(f.stem for f in (Path(__file__).parent.parent / "models").glob("[a-z]*.py"))
+
+LEFT_TO_TORCH = {"product_key_memory", "cross_entropy", "linear_attention", "differential"}  # right, but not yet fused
 
 
 def made(name: str, **options: Any) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
@@ -34,3 +39,23 @@ def test_says_what_it_is(name: str) -> None:
     text = import_module(f"memcomp.models.{name}").__doc__ or ""
     first, _, rest = text.partition("\n")
     assert first.endswith(".") and "->" in rest and ("arXiv" in rest or "20" in rest)
+
+
+@pytest.mark.filterwarnings("ignore::memcomp.runtime.Fallback")
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_equals_eager(name: str) -> None:
+    """Within the oracle's tolerance, every input left or changed as eager does."""
+    memcomp.reset()
+    module, inputs = made(name)
+    ours, exact = [x.clone() for x in inputs], [x.double() if x.is_floating_point() else x.clone() for x in inputs]
+    with torch.no_grad():
+        got = torch.compile(module, backend="memcomp", options={"rest": "eager"})(*ours)
+        eager = module(*inputs)
+        reference = copy.deepcopy(module).double()(*exact)
+    for x, y, z in zip((got, *ours), (eager, *inputs), (reference, *exact), strict=True):
+        error, torchs = (measure(a.double().numpy(), z.double().numpy()) for a in (x, y))
+        bound = tolerance(["f32"], "f32", elements=max(z.numel(), 2), length=None, torch_error=torchs)
+        assert bound.admits(error), (error, bound)
+    stats = memcomp.stats()
+    if name not in LEFT_TO_TORCH:
+        assert stats["regions"] == stats["launches"] == 1 and not stats["fallbacks"], stats

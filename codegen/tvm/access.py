@@ -5,7 +5,8 @@ from __future__ import annotations
 from memcomp.codegen.tvm.express import Expressions, linear
 from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Expr, variables
+from memcomp.ir.expr import Access, Expr, reads, variables
+from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Load, Param, Store
 
 _STORED = {"f64": "float64", "f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "i16": "int16",
@@ -131,6 +132,24 @@ def vector(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str,
     address = f"T.address_of({place(w, a, point.at(**{lane: base}))})"
     element = "uint16" if p.dtype == "bf16" else _STORED[p.dtype]
     return loaded(p, f"masked_load({address}, {mask}, {element!r})")
+
+
+LINE = 64  # bytes of a cache line
+
+
+def ahead(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str) -> None:
+    """Ask for what the next step of the innermost loop will read where this one reads `lanes` neighbours.
+
+    Only for addresses that are computed without reading data: those of a gather may leave its index table.
+    """
+    moving = [v for v in w.loops if v in variables(a)]
+    if not moving or any(reads(i) for i in a.index):
+        return
+    size = BYTES[w.params[a.tensor].dtype]
+    later = point.at(**{moving[-1]: f"({point.scalars[moving[-1]]} + i64(1))"})
+    for first in range(0, lanes, LINE // size):
+        start = later.at(**{lane: f"({base} + i64({first}))" if first else base})
+        w.line(f"prefetch(T.address_of({place(w, a, start)}))")
 
 
 def strips(w: Writer, dim: str, body: object, lanes: int = 0) -> None:

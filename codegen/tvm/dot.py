@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memcomp.codegen.tvm.access import contiguous, place, scalar_element, strips, vector
+from memcomp.codegen.tvm.access import ahead, contiguous, place, scalar_element, strips, vector
 from memcomp.codegen.tvm.express import Expressions
 from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, power_of_two
 from memcomp.ir.expr import Access, Var, call
@@ -173,6 +173,8 @@ def _outer(w: Writer, s: Dot, a: Operand, b: Operand, point: Point) -> None:
         def step(q: Point) -> None:
             inside = {d: q.scalars[d] for d in s.over}
             x = w.names.fresh("b")
+            if not b.tile:
+                ahead(w, b.access, q, lane, lanes, base)
             w.let(x, f"{b.vec(w, q, lane, lanes, base, _edge(w, b, lane, base, lanes))}")
             for r, total in zip(rows, totals, strict=True):
                 value = a.one(w, r.at(**inside))
@@ -209,6 +211,10 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
         keys *= 2
 
     def block(points: list[Point], outs: int, base: str) -> None:
+        if not b.tile and outs > 1:
+            for k in range(outs):
+                here = points[0].at(**{key: f"({base} + i64({k}))"} | {d: "i64(0)" for d in s.over})
+                ahead(w, b.access, here, along, w.dims[along].capacity, "i64(0)")
         totals = [[w.names.fresh("total") for _ in range(outs)] for _ in points]
         for name in (n for r in totals for n in r):
             w.line(f"{name} = acc(splat(f32(0.0), {lanes}))")

@@ -175,7 +175,9 @@ class Body:
             v = w.names.fresh(w.names[s.var])
             known = set(w.counts)
             with w.block(f"for {v} in T.serial({lo}, T.max({lo}, {hi})):"):
+                w.loops.append(s.var)
                 self.run(s.body, point.at(**{s.var: v}))
+                w.loops.pop()
             for d in set(w.counts) - known:
                 del w.counts[d]
         elif isinstance(s, When):

@@ -243,6 +243,11 @@ def to_bf16(x: Value) -> Value:
     return cast("uint16", select(isnan(x), splat(tirx.const(0x7FC0, "uint32"), width(x)), rounded))
 
 
+def prefetch(address: Value) -> None:
+    """Ask for a cache line; any address is allowed."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, *(tirx.const(k, "int32") for k in (0, 1, 1))))
+
+
 def masked_load(address: Value, mask: Value, element: str) -> Value:
     """Lanes where the mask is false are not read and hold 0."""
     w = width(mask)

@@ -49,6 +49,7 @@ class Writer:
         self.depth = 1
         self.counts: dict[str, str] = {}
         self.in_place: dict[str, Load] = {}   # tiles that are never filled: their reader goes to the param itself
+        self.loops: list[str] = []            # variables of the enclosing Loops, outermost first
         self.units: dict[str, int] = {}       # per param the position whose stride is 1, or -1
 
     def line(self, text: str) -> None:

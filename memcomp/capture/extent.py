@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeAlias
 
 import sympy
@@ -16,7 +17,21 @@ Extent: TypeAlias = "int | sympy.Expr"
 
 def extent(x: int | torch.SymInt) -> Extent:
     """The extent of a torch dimension; a SymInt gives its sympy expression."""
-    return x if isinstance(x, int) else tidy(x.node.expr)
+    return x if isinstance(x, int) else _exact(x.node.expr)
+
+
+@lru_cache(maxsize=4096)
+def _exact(e: sympy.Expr) -> Extent:
+    """With the floor divisions gone that leave no remainder for any size: torch keeps `s**2//s`."""
+    if not e.args or not any(type(x).__name__ in _FLOOR for x in sympy.preorder_traversal(e)):
+        return tidy(e)
+    args = [_exact(a) for a in e.args]
+    if type(e).__name__ in _FLOOR and (q := quotient(args[0], args[1])) is not None:
+        return q
+    return tidy(sympy.expand(e.func(*args)))
+
+
+_FLOOR = ("FloorDiv", "CleanDiv")
 
 
 def tidy(e: sympy.Expr) -> Extent:

@@ -292,8 +292,8 @@ def _root(node: fx.Node) -> fx.Node:
 def _check_mutation(gm: fx.GraphModule, order: dict[fx.Node, int], nodes: set[fx.Node], inputs: Sequence[fx.Node],
                     through: set[fx.Node], place: int) -> None:
     """What is read through may not be written later, nor an input between where the graph and the region read it."""
-    writes = [(order[n], _root(n)) for n in gm.graph.nodes
-              if table.mutates(n) and table.rule(n) is None and n.all_input_nodes]
+    writes = [(order[n], _root(x)) for n in gm.graph.nodes if table.mutates(n) and table.rule(n) is None
+              for x in table.written(n)]
     last = max(order[n] for n in nodes)
     changed = {w for k, w in writes if k < last and (w in nodes or w in through)}
     if changed:

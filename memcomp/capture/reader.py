@@ -102,6 +102,10 @@ class Reader(Reading):
             return cheap and all(_clean(i) for i in real[0].index)
         return not real and len(accesses) <= 6
 
+    def reads_real_input(self, e: Expr) -> bool:
+        """Does `e` read an in-tensor of real numbers (which may be infinite)?"""
+        return any(t in self.leaf_of and self._leaf_real(t) for t in reads(e))
+
     def _over_real(self, e: Expr) -> bool:
         return any(self._leaf_real(t) for t in reads(e))
 

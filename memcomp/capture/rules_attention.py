@@ -17,7 +17,7 @@ from memcomp.capture.rules_contract import matmul
 from memcomp.capture.rules_map import apply
 from memcomp.capture.rules_reduce import INF, Rows, dimensions, kept_shape, layout
 from memcomp.capture.table import Rule
-from memcomp.capture.value import Index, Value, constant, permute, shift, wrap
+from memcomp.capture.value import Index, Value, coarse, constant, permute, shift, wrap
 from memcomp.ir.cascade import Reduce
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Expr, Var, call
@@ -119,6 +119,7 @@ def _sdpa(r: Reader, node: fx.Node, query: Value, key: Value, value: Value, attn
     x = apply("mul", dtype, x, real(r.value(scale, torch.float32)))
     certain = True
     if is_causal:
+        x = coarse(coarse(x, n - 2), n - 1)
         x = Value(x.dims, x.dtype, _causal(x))
     elif attn_mask is not None and attn_mask.dtype == torch.bool:
         x = apply("where", dtype, attn_mask, x, constant(-INF, dtype))
@@ -129,9 +130,6 @@ def _sdpa(r: Reader, node: fx.Node, query: Value, key: Value, value: Value, attn
 
 
 def _causal(x: Value) -> Callable[[Index], Expr]:
-    rows, columns = len(x.dims[-2]), len(x.dims[-1])
-    assert rows == columns == 1
-
     return lambda ix: call("where", call("le", ix[-1], ix[-2]), x.at(ix), -INF)
 
 

@@ -107,6 +107,8 @@ def _baddbmm(r: Reader, node: fx.Node, x: Value, a: Value, b: Value, *, beta: fl
 
 
 def _einsum(r: Reader, node: fx.Node, equation: str, *terms: Any) -> Value:
+    if not isinstance(equation, str):
+        raise Refusal("einsum over lists of labels")
     values: tuple[Value, ...] = terms[0] if len(terms) == 1 and isinstance(terms[0], tuple) else terms
     text = equation.replace(" ", "")
     left, arrow, right = text.partition("->")

@@ -99,7 +99,7 @@ def _getitem(r: Reader, node: fx.Node, x: Value | tuple[Value, ...], index: Any)
         elif isinstance(i, bool):
             raise Refusal("indexing by a truth value")
         else:
-            x = select(x, dim, i)
+            x = select(r, x, dim, i)
     return gather(r, x, advanced) if tensors else x
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,9 +71,21 @@ def _compare(op: str) -> Callable[..., Value]:
                 return Call(op, (p, q))
 
             return pointwise(f, torch.bool, x, y)
-        return apply(op, torch.bool, *([whole(x), whole(y)] if x.dtype == torch.bool else [x, y]))
+        if x.dtype == torch.bool:
+            x, y = whole(x), whole(y)
+        return pointwise(lambda p, q: _masked(r, op, p, q) or make(op, p, q), torch.bool, x, y)
 
     return read
+
+
+def _masked(r: Reader, op: str, p: Expr, q: Expr) -> Expr | None:
+    """`s == -inf` where s is finite but for a mask: the mask."""
+    if op not in ("eq", "ne") or q != Const(-math.inf):
+        return None
+    parts = r.parts(p)
+    if parts.guard is None or parts.outside != q or not r.tame(parts.inside) or r.reads_real_input(parts.inside):
+        return None
+    return parts.guard if op == "ne" else make("not", parts.guard)
 
 
 def _logic(op: str, bits: str) -> Callable[..., Value]:

@@ -120,9 +120,13 @@ def _narrow(r: Reader, node: fx.Node, x: Value, dim: int, start: Any, length: An
     return slice_dim(r, x, d, start, 1, out_shape(node)[d])
 
 
-def select(x: Value, dim: int, at: Any) -> Value:
-    n = expression(x.shape[dim])
-    i = lift(at) if not isinstance(at, int) or at >= 0 else Call("add", (n, Const(at)))
+def select(r: Reader, x: Value, dim: int, at: Any) -> Value:
+    """x at one index of a dimension; a negative one counts from the end."""
+    n, i = expression(x.shape[dim]), lift(at)
+    if not r.proves(Call("le", (ZERO, i))):
+        if not r.proves(Call("lt", (i, ZERO))):
+            raise Refusal("an index that may count from either end")
+        i = Call("add", (n, i))
     w = shift(x, dim, 1, lambda _: i)
     dims = [*w.dims[:dim], *w.dims[dim + 1:]]
     first = sum(len(d) for d in w.dims[:dim])
@@ -132,7 +136,7 @@ def select(x: Value, dim: int, at: Any) -> Value:
 def _select(r: Reader, node: fx.Node, x: Value, dim: int, index: Any) -> Value:
     if isinstance(index, Value):
         raise Refusal("select by a tensor")
-    return select(x, wrap(dim, len(x.dims)), index)
+    return select(r, x, wrap(dim, len(x.dims)), index)
 
 
 def _pieces(r: Reader, node: fx.Node, x: Value, dim: int) -> tuple[Value, ...]:
@@ -153,7 +157,7 @@ def _split(r: Reader, node: fx.Node, x: Value, split_size_or_sections: Any = Non
 
 def _unbind(r: Reader, node: fx.Node, x: Value, dim: int = 0) -> tuple[Value, ...]:
     d = wrap(dim, len(x.dims))
-    return tuple(select(x, d, k) for k in range(len(meta(node))))
+    return tuple(select(r, x, d, k) for k in range(len(meta(node))))
 
 
 def cat(r: Reader, pieces: list[Value], dim: int) -> Value:

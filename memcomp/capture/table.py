@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+
+from memcomp.ir.errors import Refusal
 
 Kind = Literal["view", "source", "map", "index", "scan", "reduce", "contract"]
 
@@ -31,6 +35,9 @@ _OPERATORS = {
     "truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "not_": "logical_not",
 }
 _IN_PLACE = {f for n, f in vars(operator).items() if n.startswith("i") and n[1:] in vars(operator)}
+_HOMES = (torch, torch.nn.functional, torch.Tensor, torch.special, torch.linalg, torch._C._nn, torch._C._special,
+          torch._C._linalg, builtins)
+"""Where torch's own functions live: a user's function that is only called like one has no rule."""
 _SPELLINGS = {
     "view": "_unsafe_view reshape _reshape_copy view_copy flatten unflatten unsqueeze squeeze view_as unsqueeze_copy "
             "squeeze_copy reshape_as",
@@ -66,6 +73,8 @@ def base_name(node: fx.Node) -> str:
                 return f"operator.{name}"
             if getattr(operator, name, None) is t:
                 name = _OPERATORS.get(name, name)
+            elif not any(getattr(home, name, None) is t for home in _HOMES):
+                return f"{getattr(t, '__module__', '')}.{name}"
     else:
         return ""
     return ALIASES.get(name, name)
@@ -132,17 +141,39 @@ def mutates(node: fx.Node) -> bool:
     return name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not t
 
 
-_KEYWORDS = {"input": 0, "self": 0, "tensor": 0, "tensors": 0}
+def written(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a mutating node writes into."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        writes = [(k, a.name) for k, a in enumerate(node.target._schema.arguments)
+                  if a.alias_info is not None and a.alias_info.is_write]
+        found = [node.args[k] if k < len(node.args) else node.kwargs.get(n) for k, n in writes]
+    else:
+        found = [node.kwargs["out"] if "out" in node.kwargs else node.args[0] if node.args else None]
+    flat = [x for f in found for x in (f if isinstance(f, (list, tuple)) else (f,))]
+    return [x for x in flat if isinstance(x, fx.Node)]
+
+
+_FIRST = ("input", "self", "tensor", "tensors")
+_SECOND = ("other", "exponent", "mat2")
 
 
 def normal(r: Rule, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with the first one positional, whatever it is called."""
+    """Arguments with the first one positional, whatever it is called.  Refused where the rule does not know them."""
     args, kwargs = list(node.args), dict(node.kwargs)
     if not args:
-        for k in list(kwargs):
-            if k in _KEYWORDS:
-                args.insert(0, kwargs.pop(k))
+        args += [kwargs.pop(k) for k in _FIRST if k in kwargs]
+    if len(args) == 1 or base_name(node) == "where":
+        args += [kwargs.pop(k) for k in (*_FIRST, *_SECOND) if k in kwargs]
+    try:
+        _signature(r).bind(None, node, *args, **kwargs)
+    except TypeError as why:
+        raise Refusal(f"{base_name(node)} is called in a way that its rule does not know: {why}", str(node)) from why
     return tuple(args), kwargs
+
+
+@cache
+def _signature(r: Rule) -> inspect.Signature:
+    return inspect.signature(r.read)
 
 
 def attribute(gm: torch.nn.Module, path: str) -> Any:

@@ -14,8 +14,9 @@ from memcomp.ir.cascade import Einsum
 from memcomp.ir.expr import Access, Call, Const, Expr, substitute, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.passes.derive.finals import Finals
-from memcomp.passes.derive.separate import Term
-from memcomp.passes.derive.states import Stage, finite
+from memcomp.passes.derive.stage import Stage
+from memcomp.passes.derive.states import finite
+from memcomp.passes.derive.terms import Term
 
 
 @dataclass(frozen=True, slots=True)

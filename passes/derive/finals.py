@@ -14,7 +14,7 @@ from memcomp.ir.cascade import Einsum
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, substitute, walk
 from memcomp.passes.derive.facts import Facts
 from memcomp.passes.derive.linear import ONE, Linear, accumulate, added, flatten, number, scaled, to_expr
-from memcomp.passes.derive.separate import BASE, LOGS, Term, product
+from memcomp.passes.derive.terms import Term, exponential_base, logarithm_scale, product
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +81,16 @@ class Finals:
                 return self.term(a[0]).scaled(-1)
             case "square":
                 return self.term(a[0]).power(2)
-            case "exp" | "exp2":
-                return self.exponential(scaled(self.linear(a[0]), BASE[e.op]))
             case "where" if number(a[2]) == 0:
                 return self._chosen(self.expr(a[0]), self.term(a[1]))
             case "where" if number(a[1]) == 0:
                 return self._chosen(Call("not", (self.expr(a[0]),)), self.term(a[2]))
             case "add" | "sub":
                 return self._summed(self.linear(e))
-            case "log" | "log2":
-                return self._summed(self.linear(e))
+        if (base := exponential_base(e.op)) is not None:
+            return self.exponential(scaled(self.linear(a[0]), base))
+        if logarithm_scale(e.op) is not None:
+            return self._summed(self.linear(e))
         return Term(c=((Call(e.op, tuple(self.expr(x) for x in a)), 1),))
 
     def _chosen(self, cond: Expr, t: Term) -> Term:
@@ -109,8 +109,9 @@ class Finals:
         c: list[tuple[Expr, float]] = []
         ec: Linear = {}
         for e, k in lin.items():
-            if isinstance(e, Call) and e.op in LOGS and abs(k * LOGS[e.op]) in (1, 2):
-                c.append((e.args[0], k * LOGS[e.op]))
+            scale = logarithm_scale(e.op) if isinstance(e, Call) else None
+            if isinstance(e, Call) and scale is not None and abs(k * scale) in (1, 2):
+                c.append((e.args[0], k * scale))
             else:
                 accumulate(ec, e, k)
         if set(ec) == {ONE}:
@@ -132,12 +133,12 @@ class Finals:
             hit = self._value(x)
             if hit is not None and hit[0].lin is not None:
                 return added(*({substitute(y, hit[1]): c} for y, c in hit[0].lin))
-        if isinstance(x, Call) and x.op in LOGS:
+        if isinstance(x, Call) and (scale := logarithm_scale(x.op)) is not None:
             t = self.term(x.args[0])
             if t.coef > 0 and not t.if_ and (t.ec or len(t.c) == 1) and all(self.facts.nonneg(y) for y, _ in t.c):
-                out = added(scaled(dict(t.ec), LOGS[x.op]), {Call(x.op, (y,)): p for y, p in t.c})
+                out = added(scaled(dict(t.ec), scale), {Call(x.op, (y,)): p for y, p in t.c})
                 if t.coef != 1:
-                    accumulate(out, ONE, math.log(t.coef) * LOGS[x.op])
+                    accumulate(out, ONE, math.log(t.coef) * scale)
                 return out
             return {Call(x.op, (self.build(t),)): 1}
         if isinstance(x, Call) and x.op in ("add", "sub"):
@@ -158,10 +159,10 @@ class Finals:
     def expr(self, e: Expr) -> Expr:
         """The same value in terms of finished states, exponents merged."""
         if isinstance(e, Call):
-            if e.op in ("add", "sub", "log", "log2"):
+            if e.op in ("add", "sub") or logarithm_scale(e.op) is not None:
                 return to_expr(self.linear(e).items())
-            if e.op in ("mul", "div", "recip", "neg", "square", "where", *BASE):
-                return self.build(self.term(e)) if e.op != "where" else Call("where", tuple(map(self.expr, e.args)))
+            if e.op in ("mul", "div", "recip", "neg", "square") or exponential_base(e.op) is not None:
+                return self.build(self.term(e))
             return Call(e.op, tuple(self.expr(a) for a in e.args))
         return self.build(self.term(e)) if isinstance(e, Access) else e
 
@@ -210,7 +211,7 @@ class Finals:
 
 
 def _log_of_element(e: Expr) -> bool:
-    return isinstance(e, Call) and e.op in LOGS and isinstance(e.args[0], Access)
+    return isinstance(e, Call) and logarithm_scale(e.op) is not None and isinstance(e.args[0], Access)
 
 
 def _moved(t: Term, table: dict[Expr, Expr]) -> Term:

@@ -11,13 +11,15 @@ from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjunction, r
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Program
 from memcomp.passes.derive.closing import Closing
-from memcomp.passes.derive.emit import Cut, Writer
+from memcomp.passes.derive.emit import Writer
 from memcomp.passes.derive.facts import Facts
 from memcomp.passes.derive.finals import Finals
 from memcomp.passes.derive.plan import Inliner, View, carries, count, iterative, reduces, view
-from memcomp.passes.derive.separate import Term
 from memcomp.passes.derive.sides import NoLaw
-from memcomp.passes.derive.states import OrderState, Stage, State
+from memcomp.passes.derive.stage import Stage
+from memcomp.passes.derive.states import OrderState, State
+from memcomp.passes.derive.terms import Term
+from memcomp.passes.derive.tiles import Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,8 @@ class _Stream:
     def _side(self, look: View, s: Einsum) -> str:
         return look.sides[s.names[0]]
 
-    def _accept(self, rest: list[Einsum], look: View, stage: Stage) -> tuple[dict[str, list[Term] | Expr], dict[str, NoLaw]]:
+    def _accept(self, rest: list[Einsum], look: View,
+                stage: Stage) -> tuple[dict[str, list[Term] | Expr], dict[str, NoLaw]]:
         """Order reductions first (they are the gauges of sums), then sums."""
         inline = Inliner(self.program.cascade, look)
         accepted: dict[str, list[Term] | Expr] = {}
@@ -235,7 +238,7 @@ class _Stream:
         tiled = {t: s for t, s in look.writer.items() if look.sides[t] == "carried"}
         bodies = {t: inline.expr(s.out, ()) for t, s in tiled.items() if s.reduce is None and s.guard is None}
         named = {e: t for t, e in bodies.items() if variables(e) == set(tiled[t].space())}
-        w = Writer(cut, stage, tiled, named, self._fresh)
+        w = Writer(cut, tiled, named, self._fresh, stage=stage)
         spaces = {n: s.space() for s in self.program.cascade.einsums for n in s.names}
         every = tuple(dict.fromkeys(v for sp in spaces.values() for v in sp))
         for o in stage.orders:
