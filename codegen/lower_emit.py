@@ -193,7 +193,11 @@ class Emitter(Limits):
             index = tuple(Const(0) if i == k and phase == PRE else x for i, x in enumerate(index))
         store = self._once(Store(Access(param_name(target.tensor), index), name), held, phase)
         cond = self._scatter_guard(o, Access(target.tensor, index))
-        self.body[phase].append(store if cond is None else When(cond, (store,)))
+        store = store if cond is None else When(cond, (store,))
+        if o.target.endswith("'"):  # a new state goes over the old one, which what follows may still read
+            (self.late_loop if phase == LOOP else self.late).append(store)
+        else:
+            self.body[phase].append(store)
 
     def _once(self, store: Statement, held: set[str], phase: int) -> Statement:
         """Grid points that would write the same element leave it to the first of them."""
@@ -240,8 +244,8 @@ class Emitter(Limits):
         self.store_carried()
         body = list(self.body[PRE])
         if self.g.loop:
-            body.append(Loop(self.g.loop, lo, hi, tuple(self.body[LOOP])))
-        body += self.body[POST]
+            body.append(Loop(self.g.loop, lo, hi, (*self.body[LOOP], *self.late_loop)))
+        body += [*self.body[POST], *self.late]
         used = {d for t in self.tiles.values() for d in t.dims}
         for s in _statements(tuple(body)):
             used |= set(getattr(s, "over", ()))

@@ -193,6 +193,8 @@ def buffers(g: GroupOps, dtype: dict[str, str]) -> dict[str, str]:
             continue
         for a in o.accesses():
             x = a.tensor
+            if x.endswith("'"):
+                continue  # stored at the end
             made = [i for i, p in enumerate(g.ops) if p.target == x]
             last = max((i for i, p in enumerate(g.ops) if x in p.reads()), default=-1)
             if not made or last != k or g.ops[made[-1]].dims != o.dims or dtype[x] != dtype[o.target]:

@@ -26,6 +26,8 @@ class Tiles:
         self.g, self.params, self.dtype, self.home = g, params, dict(dtype), home
         self.tiles: dict[str, Tile] = {}
         self.body: dict[int, list[Statement]] = {PRE: [], LOOP: [], POST: []}
+        self.late_loop: list[Statement] = []
+        self.late: list[Statement] = []
         self.loaded: dict[tuple[Access, int], Access] = {}
         self.fills = Fills()
         self.scalars: dict[tuple[Expr, bool], Expr] = {}

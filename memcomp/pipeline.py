@@ -19,11 +19,12 @@ from memcomp.ir.errors import OptionError, Refusal, nearest
 from memcomp.ir.program import Program
 from memcomp.ir.tile import Kernel, TileProgram
 from memcomp.ir.verify import verify
+from memcomp.passes import PIPELINE
 from memcomp.sizes import evaluate, input_shapes, solve, sources
 from memcomp.tune import close_knobs
 
-REWRITES = ("canonicalize", "generalize", "reduce_passes", "fuse", "partition")
-STATIONS = ("capture", *REWRITES, "tune", "lower", "emit")
+STATIONS = ("capture", *PIPELINE, "tune", "lower", "emit")
+GENERAL = PIPELINE.index("generalize") + 1  # what comes after works on the program that equal layers share
 ABI = 1  # of a built kernel's call: tensors in the order of its params, then sizes
 EXAMPLE_EXTENT = 1024  # stands for a symbolic extent without a bound where candidates are only ranked
 
@@ -73,7 +74,7 @@ def text_of(value: object) -> str:
     return value.source if isinstance(value, Kernel) else str(value)
 
 
-def rewrite(program: Program, *, config: Config, observe: Observer, names: tuple[str, ...] = REWRITES) -> Program:
+def rewrite(program: Program, *, config: Config, observe: Observer, names: tuple[str, ...] = PIPELINE) -> Program:
     """Run the rewrites of `names` in order, verified after each."""
     for name in names:
         step = getattr(import_module(f"memcomp.passes.{name}"), name)
@@ -141,14 +142,14 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
         see = observers(config, observe)
         verify(read)
         see("capture", read)
-        before = rewrite(read, config=config, observe=see, names=REWRITES[:1])
-        general = rewrite(before, config=config, observe=see, names=REWRITES[1:2])
+        before = rewrite(read, config=config, observe=see, names=PIPELINE[:1])
+        general = rewrite(before, config=config, observe=see, names=PIPELINE[1:GENERAL])
         # a digest does not know names, and sizes that no shape shows are passed by name
         shown = sources(input_shapes(general.cascade))
         named = tuple(r.name for r in general.cascade.ranks if r.extent is None and r.name not in shown)
         key = (general.digest, named, config.target, backend, config.tune)
         if key not in _BUILT or observe is not None:
-            mapped = rewrite(general, config=config, observe=see, names=REWRITES[2:])
+            mapped = rewrite(general, config=config, observe=see, names=PIPELINE[GENERAL:])
             closed = close_knobs(mapped, shape_sizes(read, mapped, sizes or {}), tune=config.tune)
             see("tune", closed)
             tiles, kernel = emit(closed, config=config, observe=see, backend=backend)

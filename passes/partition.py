@@ -133,6 +133,9 @@ class _Mapper:
 
     def _cut(self, c: Cascade, g: Group, members: list[Einsum], long: list[str]) -> Group:
         """The last common rank is cut into tiles, the one before it too where a product can reuse what it loads."""
+        # a scatter has no mask: whether a point is stored must be the same in a whole tile
+        scattered = [e for e in members if any(reads(i) for i in e.out.index)]
+        alone = {v for e in scattered for x in e.guards() for v in variables(x)}
         points = list(common(members))
         cut: list[tuple[str, Expr | Knob]] = []
         held: list[str] = []
@@ -140,6 +143,8 @@ class _Mapper:
         wide = any(set(out_vars(e)) - set(points) for e in members)  # tiles have a dim of their own for the lanes
         for x, size in zip(reversed(points), () if wide else (4 * self.lanes, self.lanes), strict=False):
             n = largest(c, x.upper())
+            if x in alone:
+                continue
             if n is not None and n <= size:
                 held.append(x)
                 if not product:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from memcomp.ir.cascade import Knob
+from memcomp.ir.errors import OptionError, nearest
 from memcomp.ir.program import Program
 from memcomp.passes.derive.stream import Refused, refusals, streamed
 
 __all__ = ["Refused", "reduce_passes", "refusals"]
+FRAMES = ("first", "running")
 
 
 def reduce_passes(program: Program, *, splits: int | Knob | None = None, tile: tuple[int, ...] = (32, 64, 128),
                   frame: str = "first", ranks: tuple[str, ...] | None = None) -> Program:
     """Derive the one-pass form over every long rank by separation, order lifting and gauges (docs/derivation.md).
 
-    splits: cut the rank into so many parallel parts (or a knob), merged at the end.  tile: choices of the tile-size knob.
+    splits: cut the rank into so many parallel parts (or a knob), merged at the end; tile: choices of the tile size.
     frame:  reference of polynomial states, "first" (mean of the first live tile) or "running" (mean so far).
-    ranks:  only these ranks; None = those over which some chain needs several passes or whose summands are temporaries.
+    ranks:  only these ranks; None = those over which some chain needs several passes or whose summands are temporaries,
+            and which no output carries.
     Where a law is missing the statements stay as they are and a proof line says which (`refusals`).
+    Raises OptionError for an unknown frame or rank, or a share or tile size below 1.
 
     before:
         program tiny on cpu
@@ -46,4 +50,12 @@ def reduce_passes(program: Program, *, splits: int | Knob | None = None, tile: t
         RD[m1 + 1, p] = LD[m1, p] + PD[m1, p]
         D[p] = RD[M1, p]
     """
+    if frame not in FRAMES:
+        raise OptionError(f"unknown frame {frame!r}", hint=nearest(frame, FRAMES))
+    known = {r.name for r in program.cascade.ranks}
+    for name in ranks or ():
+        if name not in known:
+            raise OptionError(f"unknown rank {name!r}", hint=nearest(name, known))
+    if not tile or min(tile) < 1 or (isinstance(splits, int) and splits < 1):
+        raise OptionError("tile sizes and splits are at least 1", hint=f"given: tile={tile}, splits={splits}")
     return streamed(program, splits, tile, frame, ranks)

@@ -87,7 +87,8 @@ def test_random_programs_keep_their_meaning(program: Program, seed: int) -> None
 
 def test_groups_get_a_rank() -> None:
     """Heads that share a key row share the rank J; the key's own rank is taken."""
-    new = check(parse(HEAD + "S[b, h, p, m] = Q[b, h, p] * K[b, h//3, m]\nO[b, h, p] = sum{m} S[b, h, p, m]\n"), inputs())
+    text = "S[b, h, p, m] = Q[b, h, p] * K[b, h//3, m]\nO[b, h, p] = sum{m} S[b, h, p, m]\n"
+    new = check(parse(HEAD + text), inputs())
     assert not [n for s in new.cascade.einsums for n in walk(s.body) if isinstance(n, Call) and n.op == "floordiv"]
     assert new.cascade.einsums[0].space() == ("j", "g", "p", "m")
     assert new.cascade.rank("G").extent == Const(3)
@@ -105,8 +106,8 @@ def test_extent_that_the_group_does_not_divide_stays() -> None:
 
 
 def test_unit_ranks_go() -> None:
-    new = check(parse(HEAD + "S[b, p, m] = Q[b, 0, p] * K[b, 1, m]\nO[b, h, p] = sum{b, m} S[b, p, m] * Q[b, h, p]\n"
-                      .replace("sum{b, m}", "sum{m}")), inputs())
+    text = "S[b, p, m] = Q[b, 0, p] * K[b, 1, m]\nO[b, h, p] = sum{m} S[b, p, m] * Q[b, h, p]\n"
+    new = check(parse(HEAD + text), inputs())
     assert all("b" not in s.space() for s in new.cascade.einsums)
     assert new.cascade.einsums[0].out.index == (Var("p"), Var("m"))
 

@@ -135,6 +135,37 @@ def test_a_tail_is_not_read() -> None:
     assert np.all(np.isfinite(interpret_tile(lower(mapped(p)), a)["O"]))
 
 
+STATE = """
+program state
+rank B
+rank D = 5
+rank P
+state S[B, D]: f32
+in X[B, D]: f32
+in slot[B, P]: i64
+in W[B, P]: f32
+state C[B, D]: f32
+out O[B, D]: f32
+out Z[B, D]: f32
+S'[b, d] = S[b, d] * 0.5 + X[b, d] where X[b, d] > 0.0
+O[b, d] = S[b, d] - tanh(S'[b, d])
+Z[b, d] = C[b, d] * 2.0
+C'[b, slot[b, p]] = W[b, p] where slot[b, p] >= 0
+"""
+
+
+def test_a_state_is_read_before_it_is_written_over() -> None:
+    """The old value in the same kernel and in another; excluded points keep it, guarded scatters too."""
+    p = parse(STATE)
+    rng = np.random.default_rng(4)
+    a: dict[str, Any] = {n: rng.normal(size=(3, 5)) for n in ("S", "X", "C")}
+    a |= {"slot": np.array([[0, 3], [-1, 2], [-1, -1]]), "W": rng.normal(size=(3, 2))}
+    want, got = interpret(p, a), interpret_tile(lower(mapped(p)), a)
+    for n in want:
+        assert same(got[n], want[n], RTOL, ATOL), n
+    assert np.array_equal(got["C"][2], a["C"][2]) and not np.array_equal(got["C"], a["C"])
+
+
 # -- traffic -----------------------------------------------------------------------------------------------------------
 
 

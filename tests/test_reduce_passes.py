@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from memcomp.ir import ops
+from memcomp.ir.errors import OptionError
 from memcomp.ir.interpret import interpret
 from memcomp.ir.program import Program
 from memcomp.ir.text import parse, show
@@ -22,7 +23,8 @@ from tests.chains import NAMES, SHAPES, arrays, load
 # passes over M before and after, where it is not 3 -> 1
 COUNTS = {
     "no_max": (2, 1), "sigmoid": (1, 1), "relu_squared": (2, 1), "variance": (2, 1), "rmsnorm_matmul": (2, 1),
-    "constants": (2, 1), "other_monoids": (2, 1), "shifted": (2, 1), "quantised": (2, 2), "standardised": (5, 2), "weighted_variance": (4, 2), "probabilities": (3, 2),
+    "constants": (2, 1), "other_monoids": (2, 1), "shifted": (2, 1),
+    "quantised": (2, 2), "standardised": (5, 2), "weighted_variance": (4, 2), "probabilities": (3, 2),
 }
 OPTIONS: tuple[dict[str, Any], ...] = ({}, {"splits": 3}, {"frame": "running"}, {"splits": 3, "frame": "running"})
 
@@ -149,15 +151,23 @@ def test_a_broken_law_is_caught(text: str, op: str, laws: dict[str, Any], monkey
     assert any(not same(want, interpret(new, x)[t]) for t, want in interpret(program, x).items())
 
 
-@pytest.mark.parametrize("broken", ["rate", "frame"])
-def test_a_broken_frame_is_caught(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("line", "wrong"), [
+    ("PSD[m1, p] = RSD[m1, p] * PGM[m1, p]", "PSD[m1, p] = RSD[m1, p]"),  # the frame moves, the state does not
+    ("PGM[m1, p] = exp(RGM", "PGM[m1, p] = exp2(RGM"),  # it moves by another rate
+    ("m1*M0 + m0 <= p", "m1*M0 + m0 < p"),
+])
+def test_a_broken_program_is_caught(line: str, wrong: str) -> None:
     program = load("causal")
     good = show(streamed(program))
-    line = next(x for x in good.splitlines() if x.startswith("PSD[" if broken == "frame" else "PGM["))
-    head, _, body = line.partition(" = ")
-    bad = good.replace(line, f"{head} = {'RSD[m1, p]' if broken == 'frame' else body.replace('exp(', 'exp(2.0*(') + ')'}")
+    assert line in good
     x = arrays(program, 6, 25, "plain")
-    assert not same(interpret(program, x)["O"], interpret(parse(bad), x)["O"])
+    assert not same(interpret(program, x)["O"], interpret(parse(good.replace(line, wrong)), x)["O"])
+
+
+@pytest.mark.parametrize("options", [{"frame": "furst"}, {"ranks": ("MM",)}, {"tile": ()}, {"splits": 0}])
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        reduce_passes(load("plain"), **options)
 
 
 def test_no_named_composite() -> None:

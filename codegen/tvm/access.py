@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memcomp.codegen.tvm.express import Expressions, linear
 from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Expr, reads, variables
 from memcomp.ir.target import BYTES
-from memcomp.ir.tile import Load, Param, Store
+from memcomp.ir.tile import Load, Param, Store, Tile
+
+Body = Callable[[Point], None]
+Strip = Callable[[str, int, str], None]           # base, lanes, mask
+Square = Callable[[Point, str, str, int], None]   # point, first row, first column, side
 
 _STORED = {"f64": "float64", "f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "i16": "int16",
            "i8": "int8", "u8": "uint8"}
@@ -75,47 +81,109 @@ def contiguous(w: Writer, a: Access, dim: str) -> bool:
 
 
 def load(w: Writer, s: Load, point: Point) -> None:
+    """Fill a tile from a param: by vectors where the tile's last dim is the param's, by squares turned in registers where
+    another dim of the tile is, else one by one."""
     t, p = w.tiles[s.tile], w.params[s.source.tensor]
     element = TILE_ELEMENT[t.dtype]
-    if not t.dims:
-        w.line(f"{w.tile_at(t.name, {})} = cast({element!r}, {scalar_element(w, s.source, point)})")
-        return
-    last = t.dims[-1]
-    if contiguous(w, s.source, last):
-        def body(q: Point, base: str, lanes: int, mask: str) -> None:
+    last = t.dims[-1] if t.dims else ""
+    if last and contiguous(w, s.source, last):
+        def strip(q: Point, base: str, lanes: int, mask: str) -> None:
             got = vector(w, s.source, q, last, lanes, base, mask)
             w.line(f"{w.tile_at(t.name, q.scalars, f'at({lanes}, {base})')} = cast({element!r}, {got})")
 
-        _over(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: body(q, b, n, m)))
+        _over(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: strip(q, b, n, m)))
         return
 
     def one(q: Point) -> None:
         w.line(f"{w.tile_at(t.name, q.scalars)} = cast({element!r}, {scalar_element(w, s.source, q)})")
 
-    _over(w, _memory_order(w, s.source, t.dims), point, one)
+    def square(q: Point, row: str, column: str, size: int) -> None:
+        rows = [loaded(p, place(w, s.source, q.at(**{last: f"({row} + {r})"}), turned[0], size, column)) for r in range(size)]
+        index = [f"({column})" if d == turned[0] else q.scalars[d] for d in t.dims[:-1]]
+        w.line(f"put_turned({w.names[t.name]}, [{', '.join(index)}, {row}], {t.dims.index(turned[0])}, [{', '.join(rows)}])")
+
+    turned = _turned(w, s.source, t)
+    _by_squares(w, t, turned, point, square, one, _memory_order(w, s.source, t.dims))
 
 
 def store(w: Writer, s: Store, point: Point) -> None:
+    """Write a tile to a param, in the manner of `load`."""
     t, p = w.tiles[s.tile], w.params[s.target.tensor]
-    if not t.dims:
-        w.line(f"{place(w, s.target, point)} = {stored(p, w.tile_at(t.name, {}))}")
-        return
-    last = t.dims[-1]
-    if contiguous(w, s.target, last) and p.dtype != "bool":
-        def body(q: Point, base: str, lanes: int, mask: str) -> None:
+    last = t.dims[-1] if t.dims else ""
+    if last and contiguous(w, s.target, last) and p.dtype != "bool":
+        def strip(q: Point, base: str, lanes: int, mask: str) -> None:
             value = stored(p, w.tile_at(t.name, q.scalars, f"at({lanes}, {base})"))
             if mask:
                 w.line(f"masked_store(T.address_of({place(w, s.target, q.at(**{last: base}))}), {mask}, {value})")
             else:
                 w.line(f"{place(w, s.target, q, last, lanes, base)} = {value}")
 
-        _over(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: body(q, b, n, m)))
+        _over(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: strip(q, b, n, m)))
         return
 
     def one(q: Point) -> None:
         w.line(f"{place(w, s.target, q)} = {stored(p, w.tile_at(t.name, q.scalars))}")
 
-    _over(w, _memory_order(w, s.target, t.dims), point, one)
+    def square(q: Point, row: str, column: str, size: int) -> None:
+        columns = [w.tile_at(t.name, q.scalars | {turned[0]: f"({column} + {c})"}, f"at({size}, {row})") for c in range(size)]
+        index = [Expressions(w, q.at(**{last: f"({row})", turned[0]: f"({column})"})).index(i) for i in s.target.index]
+        r, c = (next(k for k, i in enumerate(s.target.index) if d in variables(i)) for d in (last, turned[0]))
+        kind = "bf16" if p.dtype == "bf16" else _STORED[p.dtype]
+        w.line(f"store_turned({view(w, p)}, [{', '.join(index)}], {r}, {c}, {kind!r}, [{', '.join(columns)}])")
+
+    turned = _turned(w, s.target, t)
+    _by_squares(w, t, turned, point, square, one, _memory_order(w, s.target, t.dims))
+
+
+def _turned(w: Writer, a: Access, t: Tile) -> tuple[str, int]:
+    """(the dim along which the param's memory runs, side of the squares), or ("", 0) where squares do not fit."""
+    p = w.params[a.tensor]
+    if p.dtype == "bool" or not t.dims or any(d not in _once(a) for d in t.dims):
+        return "", 0
+    for d in t.dims[:-1]:
+        if contiguous(w, a, d):
+            size = min(w.vector(t.dims[-1]), w.vector(d))
+            while size > w.dims[d].capacity or w.dims[d].capacity % size:
+                size //= 2
+            if size >= 4:
+                return d, size
+    return "", 0
+
+
+def _once(a: Access) -> set[str]:
+    """Dims that one index holds, with factor 1."""
+    found: dict[str, list[int]] = {}
+    for i in a.index:
+        for v in variables(i):
+            got = linear(i, v)
+            found.setdefault(v, []).append(got[0] if got is not None else 0)
+    return {v for v, factors in found.items() if factors == [1]}
+
+
+def _by_squares(w: Writer, t: Tile, turned: tuple[str, int], point: Point, square: Square, one: Body,
+                order: tuple[str, ...]) -> None:
+    """All points of a tile: whole squares over (turned dim, last dim), and what remains one by one."""
+    column, size = turned
+    if not size:
+        _over(w, order, point, one)
+        return
+    last = t.dims[-1]
+
+    def plane(q: Point) -> None:
+        whole = {d: f"T.truncdiv({w.count(d)}, {size})" if w.fixed(d) is None else str(w.fixed(d) // size) for d in (last, column)}
+        i, j = w.names.fresh("i"), w.names.fresh("j")
+        with w.block(f"for {i} in T.serial({whole[last]}):"), w.block(f"for {j} in T.serial({whole[column]}):"):
+            square(q, f"{i} * {size}", f"{j} * {size}", size)
+        for d, other in ((last, column), (column, last)):
+            n = w.fixed(d)
+            if n is not None and n % size == 0:
+                continue
+            v, u = w.names.fresh(w.names[d]), w.names.fresh(w.names[other])
+            stop = w.count(other) if d == last else f"{whole[other]} * {size}"
+            with w.block(f"for {v} in T.serial({whole[d]} * {size}, {w.count(d)}):"), w.block(f"for {u} in T.serial({stop}):"):
+                one(q.at(**{d: v, other: u}))
+
+    _over(w, tuple(d for d in t.dims if d not in (last, column)), point, plane)
 
 
 def vector(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str, mask: str) -> str:
@@ -152,7 +220,7 @@ def ahead(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str) 
         w.line(f"prefetch(T.address_of({place(w, a, start)}))")
 
 
-def strips(w: Writer, dim: str, body: object, lanes: int = 0) -> None:
+def strips(w: Writer, dim: str, body: Strip, lanes: int = 0) -> None:
     """Call `body(base, lanes, mask)` for every vector of a dim; the mask is "" for whole vectors."""
     lanes = lanes or w.vector(dim)
     n = w.fixed(dim)
@@ -160,7 +228,7 @@ def strips(w: Writer, dim: str, body: object, lanes: int = 0) -> None:
     whole = f"i64({n // lanes})" if n is not None else f"T.truncdiv({w.count(dim)}, i64({lanes}))"
     if n is None or n >= lanes:
         with w.block(f"for {j} in T.serial({whole}):"):
-            body(f"{j} * i64({lanes})", lanes, "")  # type: ignore[operator]
+            body(f"{j} * i64({lanes})", lanes, "")
     if n is not None and n % lanes == 0:
         return
     base = f"{whole} * i64({lanes})" if n is None else f"i64({n // lanes * lanes})"
@@ -168,9 +236,9 @@ def strips(w: Writer, dim: str, body: object, lanes: int = 0) -> None:
 
     def tail() -> None:
         if lanes == 1:
-            body(base, 1, "")  # type: ignore[operator]
+            body(base, 1, "")
         else:
-            body(base, lanes, mask)  # type: ignore[operator]
+            body(base, lanes, mask)
 
     if n is not None:
         tail()
@@ -179,10 +247,10 @@ def strips(w: Writer, dim: str, body: object, lanes: int = 0) -> None:
             tail()
 
 
-def _over(w: Writer, dims: tuple[str, ...], point: Point, body: object) -> None:
+def _over(w: Writer, dims: tuple[str, ...], point: Point, body: Body) -> None:
     """Nested loops over all points of `dims`."""
     if not dims:
-        body(point)  # type: ignore[operator]
+        body(point)
         return
     v = w.names.fresh(w.names[dims[0]])
     with w.block(f"for {v} in T.serial({w.count(dims[0])}):"):
@@ -199,6 +267,3 @@ def _memory_order(w: Writer, a: Access, dims: tuple[str, ...]) -> tuple[str, ...
 
     return tuple(sorted(dims, key=where))
 
-
-def reads_in_place(a: Expr) -> bool:
-    return isinstance(a, Access)

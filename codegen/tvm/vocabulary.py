@@ -221,6 +221,32 @@ def row_sums(rows: Sequence[Value]) -> Value:
     return x
 
 
+def _turn(rows: Sequence[Value]) -> list[Value]:
+    """The columns of a square: neighbours are interleaved log2(n) times."""
+    n, vectors = len(rows), [reg(r) for r in rows]
+    low = [k + h for k in range(n // 2) for h in (0, n)]
+    high = [k + n // 2 for k in low]
+    for _ in range(n.bit_length() - 1):
+        pairs = list(zip(vectors[: n // 2], vectors[n // 2:], strict=True))
+        vectors = [reg(T.Shuffle([a, b], take)) for a, b in pairs for take in (low, high)]
+    return vectors
+
+
+def put_turned(tile: Value, index: Sequence[Value], k: int, rows: Sequence[Value]) -> None:
+    """Write a square into a tile: rows[r][c] goes to position k plus c, last position plus r."""
+    for c, column in enumerate(_turn(rows)):
+        place = [*index[:k], index[k] + c, *index[k + 1:-1], at(len(rows), index[-1])]
+        T.buffer_store(tile, cast(str(tile.dtype), column), place)
+
+
+def store_turned(target: Value, index: Sequence[Value], r: int, c: int, element: str, columns: Sequence[Value]) -> None:
+    """Write a square to a param: columns[c][r] goes to position r plus r, position c plus c, as `element`."""
+    n = len(columns)
+    for k, row in enumerate(_turn(columns)):
+        place = [at(n, x) if p == c else x + k if p == r else x for p, x in enumerate(index)]
+        T.buffer_store(target, to_bf16(row) if element == "bf16" else cast(element, row), place)
+
+
 def piece(x: Value, start: int, lanes: int) -> Value:
     """Lanes start .. start+lanes-1."""
     return T.Shuffle([x], list(range(start, start + lanes)))
@@ -244,8 +270,8 @@ def to_bf16(x: Value) -> Value:
 
 
 def prefetch(address: Value) -> None:
-    """Ask for a cache line; any address is allowed."""
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, *(tirx.const(k, "int32") for k in (0, 1, 1))))
+    """Ask for a cache line, into the second level: it holds more requests in flight.  Any address is allowed."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, *(tirx.const(k, "int32") for k in (0, 2, 1))))
 
 
 def masked_load(address: Value, mask: Value, element: str) -> Value:

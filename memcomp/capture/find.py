@@ -204,11 +204,14 @@ def _read(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: str
     r = Reader(gm, group.core, stop)
     nodes = set(group.core)
     outputs: list[tuple[fx.Node, Value]] = []
+    for n in group.ends:
+        r.read(n)
+    nodes |= _inner(r.through, group.core)
     for n in sorted(group.core, key=order.__getitem__):
-        if n in group.ends or any(u not in group.core for u in n.users):
+        if n in group.ends or any(u not in nodes for u in n.users):
             v = r.read(n)
             if not isinstance(v, Value):
-                if any(u not in group.core and u.target is not operator.getitem for u in n.users):
+                if any(u not in nodes and u.target is not operator.getitem for u in n.users):
                     raise Refusal(f"{n} is not one tensor", where=str(n))
                 continue
             end, v, chain = _trailing(r, n, v)
@@ -222,6 +225,20 @@ def _read(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: str
     _check_mutation(gm, order, nodes, done.inputs, set(r.through), order[anchor])
     return Region(name, done.program, done.inputs, done.sizes, ends, tuple(sorted(nodes, key=order.__getitem__)),
                   source(ends[-1]), tuple(_order(n) for n in ends), anchor)
+
+
+def _inner(through: Iterable[fx.Node], core: frozenset[fx.Node]) -> set[fx.Node]:
+    """Nodes read through that come from the core and serve nothing else (`zeros_like(weights)`)."""
+    inside, inner = set(core), set()
+    for n in reversed(list(through)):
+        if n not in inside and all(u in inside for u in n.users):
+            inner.add(n)
+            inside.add(n)
+    after: set[fx.Node] = set()
+    for n in through:
+        if any(i in after or i in core for i in n.all_input_nodes):
+            after.add(n)
+    return inner & after
 
 
 def _trailing(r: Reader, node: fx.Node, v: Value) -> tuple[fx.Node, Value, set[fx.Node]]:

@@ -115,14 +115,14 @@ class Reading:
         more = {n.rank for b in bounds for n in walk(b) if isinstance(n, Size)}
         return {**{n: self.ranges[n] for n in more if n in self.ranges}, **found}
 
-    def tame(self, e: Expr) -> bool:
-        """Is `e` finite wherever the data is?  (Inputs count as finite.)"""
+    def tame(self, e: Expr, guarded: bool = False) -> bool:
+        """Is `e` finite wherever the data is?  Inputs are.  guarded: where all that it reads is written."""
         for n in walk(e):
             if isinstance(n, Const) and (not math.isfinite(n.value) or lowest(n)):
                 return False
             if isinstance(n, Access) and n.tensor in self.written:
                 w = self.written[n.tensor]
-                if not w.finite or not math.isfinite(w.empty):
+                if not w.finite or not guarded and not math.isfinite(w.empty):
                     return False
         return True
 

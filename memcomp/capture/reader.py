@@ -78,10 +78,9 @@ class Reader(Reading):
     def _outer(self, node: fx.Node) -> Read:
         rule = table.rule(node) if node not in self.stop else None
         if rule is not None and rule.kind not in ("reduce", "contract"):
-            size = len(self.statements)
             try:
                 out = self.apply(rule, node)
-                if len(self.statements) == size and self._may_read_through(rule.kind, out):
+                if self._may_read_through(rule.kind, out):
                     self.through[node] = None
                     return out
             except Refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ def contract(r: Reader, terms: Sequence[tuple[Value, Sequence[str]]], out: Seque
                    guard=p.guard if guarded else None, finite=r.tame(body))
     like = Value(tuple(dims[x] for x in out), dtype, lambda ix: ix[0])
     result = r.view(like, axes, made)
+    numbers = [s.value for s in scale if isinstance(s, Const)]
+    scale = [s for s in scale if not isinstance(s, Const)] + ([Const(math.prod(numbers))] if numbers else [])
     for s in scale:
         result = apply("mul", dtype, result, Value((), dtype, lambda _, s=s: s))  # type: ignore[misc]
     return result

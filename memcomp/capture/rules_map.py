@@ -83,7 +83,7 @@ def _masked(r: Reader, op: str, p: Expr, q: Expr) -> Expr | None:
     if op not in ("eq", "ne") or q != Const(-math.inf):
         return None
     parts = r.parts(p)
-    if parts.guard is None or parts.outside != q or not r.tame(parts.inside) or r.reads_real_input(parts.inside):
+    if parts.guard is None or parts.outside != q or not r.tame(parts.inside, True) or r.reads_real_input(parts.inside):
         return None
     return parts.guard if op == "ne" else make("not", parts.guard)
 

@@ -35,8 +35,7 @@ _OPERATORS = {
     "truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "not_": "logical_not",
 }
 _IN_PLACE = {f for n, f in vars(operator).items() if n.startswith("i") and n[1:] in vars(operator)}
-_HOMES = (torch, torch.nn.functional, torch.Tensor, torch.special, torch.linalg, torch._C._nn, torch._C._special,
-          torch._C._linalg, builtins)
+_HOMES = (torch, torch.nn.functional, torch.Tensor, torch.special, torch.linalg, torch._C._nn, builtins)
 """Where torch's own functions live: a user's function that is only called like one has no rule."""
 _SPELLINGS = {
     "view": "_unsafe_view reshape _reshape_copy view_copy flatten unflatten unsqueeze squeeze view_as unsqueeze_copy "
@@ -65,6 +64,10 @@ def base_name(node: fx.Node) -> str:
             if t._schema.is_mutable or t.namespace not in ("aten", "prims", "_C"):
                 return f"{t.namespace}.{t._opname}"
             name = t._opname
+        elif isinstance(t, torch._ops.OpOverloadPacket):
+            space, _, name = t._qualified_op_name.partition("::")
+            if space != "aten":
+                return f"{space}.{name}"
         elif isinstance(t, torch._ops.HigherOrderOperator):
             return f"higher_order.{t.__name__}"
         else:
@@ -135,6 +138,8 @@ def mutates(node: fx.Node) -> bool:
         return False
     if isinstance(t, torch._ops.OpOverload):
         return bool(t._schema.is_mutable)
+    if isinstance(t, torch._ops.OpOverloadPacket):
+        return t.__name__.endswith("_") and not t.__name__.endswith("__")
     if t is operator.setitem or t in _IN_PLACE or "out" in node.kwargs or node.kwargs.get("inplace") is True:
         return True
     name = getattr(t, "__name__", "")

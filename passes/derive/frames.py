@@ -84,7 +84,8 @@ class Frames(Tiles):
                 self._grands[name] = self.write(self.merge, "F" + name[1:], rho.index, finite(rho, g.kind))
             return
         self.start(name, vs, Const(0.0))
-        count = next(c for c in self.stage.sums if not (c.a or c.ds or c.es or c.bounded) and c.guard == g.guard)
+        count = next(c for c in self.stage.sums if not (c.a or c.ds or c.es or c.bounded) and c.guard == g.guard
+                     and c.over == self.stage.gauge_over[name] and c.vars == vs)
         local = self.summed(self._level(name, space), "L" + name[1:], vs, self.stage.gauge_over[name], g.guard)
         old, new = self.at(name, self.now, vs), self.at(name, self.then, vs)
         points, seen = self.locals[count.name], self.at(count.name, self.now, count.vars)
@@ -131,7 +132,8 @@ class Frames(Tiles):
 
     def _like(self, state: SumState, ds: tuple[tuple[str, int], ...]) -> SumState:
         return next(s for s in self.stage.sums if (s.a, s.es, s.bounded, s.guard, s.over) ==
-                    (state.a, state.es, state.bounded, state.guard, state.over) and set(s.ds) == set(ds))
+                    (state.a, state.es, state.bounded, state.guard, state.over) and set(s.ds) == set(ds)
+                    and set(s.vars) <= set(state.vars))
 
     def delta(self, gauge: str) -> Expr | None:
         g = self.stage.gauges[gauge]

@@ -126,7 +126,7 @@ class Stage:
         if g.kind in ("max", "min") and all(o.name != g.name for o in self.orders):
             self.orders.append(reference)
         if g.kind in ("first", "running"):
-            self._state(s, (), (), (), (), g.guard)  # the count
+            self.count(s, g.guard, self.gauge_vars[g.name])
 
     def _growth(self, s: Einsum, terms: list[Term], guard: tuple[Expr, ...]) -> list[Gauge]:
         """A max (or min) gauge for every exponent without a proved bound."""
@@ -224,33 +224,34 @@ class Stage:
         return -BOUNDED <= span.lo and span.hi <= BOUNDED
 
     def _state(self, s: Einsum, a: Powers, ds: tuple[tuple[str, int], ...], es: tuple[tuple[str, float], ...],
-               bounded: Powers, guard: tuple[Expr, ...]) -> SumState:
+               bounded: Powers, guard: tuple[Expr, ...], rows: tuple[str, ...] = ()) -> SumState:
         assert s.reduce is not None
         bodies = [self.gauges[g].body for g, _ in ds + es]
         guards = [c for g, _ in ds + es for c in self.gauges[g].guard]
+        own = self._vars(s, *(x for x, _ in a + bounded), *bodies, *guards, *guard)
         new = SumState("", a, ds, es, bounded, guard, s.reduce.over,
-                       self._vars(s, *(x for x, _ in a + bounded), *bodies, *guards, *guard))
+                       tuple(v for v in s.space() if v in own or v in rows))
         for old in self.sums:
-            if old.tag() == new.tag():
+            if old.tag() == new.tag() and set(new.vars) <= set(old.vars) <= set(s.space()):
                 return old
         for k, (g, _) in enumerate(ds):  # closed downward where the frame moves
             if self.gauges[g].kind != "first" or self.merged:
                 lower = tuple((h, i - (n == k)) for n, (h, i) in enumerate(ds) if i - (n == k))
-                self._state(s, a, lower, es, bounded, guard)
+                self._state(s, a, lower, es, bounded, guard, () if a or es or bounded else new.vars)
         for g, _ in ds + es:
             if self.gauges[g].kind in ("first", "running"):
-                self._state(s, (), (), (), (), self.gauges[g].guard)
+                self.count(s, self.gauges[g].guard, self.gauge_vars[g])
         new = replace(new, name=self.fresh("R" + s.names[0]))
         self.sums.append(new)
         factors = [self.facts.interval(x) for x, p in a if p % 2]
         signed = any(j % 2 for _, j in ds)
-        self.facts.learn(new.name, Interval(0.0 if not signed and all(f.nonneg for f in factors) else -math.inf,
+        self.facts.learn(self.final(new).tensor, Interval(0.0 if not signed and all(f.nonneg for f in factors) else -math.inf,
                                             math.inf, not ds and all(self.facts.positive(x) for x, _ in a)))
         return new
 
-    def count(self, s: Einsum, guard: tuple[Expr, ...]) -> SumState:
-        """How many points of the guard there are."""
-        return self._state(s, (), (), (), (), guard)
+    def count(self, s: Einsum, guard: tuple[Expr, ...], rows: tuple[str, ...] = ()) -> SumState:
+        """How many points of the guard there are (kept per row of `rows`, so that it lives where its readers do)."""
+        return self._state(s, (), (), (), (), guard, rows)
 
 
 def _linear(items: list[tuple[Expr, float]]) -> Powers:

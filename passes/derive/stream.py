@@ -6,15 +6,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Tensor, extent_of, written_ranks
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjunction, reads, transform, variables, walk
+from memcomp.ir.cascade import Cascade, Einsum, Knob, extent_of
+from memcomp.ir.expr import Access, Call, Expr, Size, Var, conjunction, reads, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Program
+from memcomp.passes.derive.assemble import assembled, cut_ranks, live, ragged, roots
 from memcomp.passes.derive.closing import Closing
 from memcomp.passes.derive.emit import Writer
 from memcomp.passes.derive.facts import Facts
 from memcomp.passes.derive.finals import Finals
-from memcomp.passes.derive.plan import Inliner, View, carries, count, iterative, reduces, view
+from memcomp.passes.derive.plan import Inliner, View, count, iterative, reduces, view
 from memcomp.passes.derive.sides import NoLaw
 from memcomp.passes.derive.stage import Stage
 from memcomp.passes.derive.states import OrderState, State
@@ -96,7 +97,8 @@ class _Stream:
         v = self.rank.lower()
         extent = self._extent(c)
         if extent is None:
-            return self._refuse([f"refused {self.rank} over {self.rank}: no law for a ragged rank without a bound"])
+            where = next(s.names[0] for s in c.einsums if reduces(s, v))
+            return self._refuse([f"refused {where} over {self.rank}: a ragged rank without a bound"])
         self.taken = {t.name for t in c.tensors} | {n for s in c.einsums for n in s.names}
         names = self._rank_names(c)
         cut = Cut(v, names[2] if self.splits else None, names[1], names[0], extent)
@@ -123,13 +125,15 @@ class _Stream:
             prefix += early + self._write(look, stage, cut, accepted)
             rest = [finished.get(s.names[0], s) for s in rest if s not in early]
         lines = [f"refused {t} over {self.rank}: {why}" for t, why in refused.items()]
-        alive = _live(prefix + rest, _roots(c))
+        alive = live(prefix + rest, roots(c))
         after = stages + count(c, [s for s in alive if s in rest], v)
         before = count(c, c.einsums, v)
         if stages == 0 or after > before or (after == before and after > 1):
             return self._refuse(lines)
-        return self._assemble(prefix + rest, cut, names, [*self.proofs, *lines,
-                              f"{self.rank}: {before} -> {after} passes"])
+        new = assembled(c, prefix + rest, self.wanted, self.conditions)
+        new = replace(new, ranks=(*c.ranks, *cut_ranks(c, self.rank, cut, self.tile, self.splits)))
+        proofs = [*self.proofs, *lines, f"{self.rank}: {before} -> {after} passes"]
+        return replace(self.program, cascade=new, proofs=(*self.program.proofs, *proofs))
 
     def _refuse(self, lines: list[str]) -> Program:
         new = tuple(x for x in lines if x not in self.program.proofs)
@@ -156,7 +160,7 @@ class _Stream:
     def _extent(self, c: Cascade) -> Expr | None:
         """What the stream variable stays below; None for a ragged rank without a bound."""
         r = c.rank(self.rank)
-        if r.extent is None or isinstance(r.extent, Knob) or not _ragged(r.extent):
+        if not ragged(r) or r.extent is None or isinstance(r.extent, Knob):
             return Size(self.rank)
         return r.extent if r.bound is not None else None
 
@@ -262,84 +266,3 @@ class _Stream:
     def _space(self, state: State, spaces: dict[str, tuple[str, ...]], every: tuple[str, ...]) -> tuple[str, ...]:
         base = spaces.get(state.name[1:], every)
         return base if set(state.vars) | set(state.over) <= set(base) else every
-
-    # -- the new cascade ------------------------------------------------------------------------------------------
-
-    def _assemble(self, statements: list[Einsum], cut: Cut, names: tuple[str, str, str], proofs: list[str]) -> Program:
-        c = self.program.cascade
-        kept = _live(statements, _roots(c))
-        written = {n for s in kept for n in s.names}
-        back = {want: mine for mine, want in reversed(self.wanted.items()) if mine in written and want not in written}
-        table = {mine: want for want, mine in back.items()}
-        kept = [_renamed(s, table) for s in kept]
-        written = {n for s in kept for n in s.names}
-        tensors: list[Tensor] = []
-        for t in c.tensors:
-            if t.role != "temp" or (t.name in written and t.name not in back):
-                tensors.append(t)
-            elif t.name in back and t.dtype != "f32":
-                s = next(s for s in kept if s.names[0] == t.name)
-                tensors.append(Tensor(t.name, written_ranks(s.out) or t.ranks, t.dtype))
-        known = {t.name for t in tensors}
-        wide = any(t.dtype == "f64" for t in c.outputs())
-        for s in kept:  # what is undeclared holds f32
-            dtype = "bool" if s.names[0] in self.conditions else "f64" if wide else ""
-            ranks_of = written_ranks(s.out)
-            if dtype and s.names[0] not in known and ranks_of is not None:
-                tensors.append(Tensor(s.names[0], ranks_of, dtype))
-                known.add(s.names[0])
-        size = cut.inner.upper()
-        per = Call("ceildiv", (self._total(c), Size(size)))
-        ranks = [Rank(size, Knob(cut.inner, self.tile))]
-        if cut.outer is not None and self.splits is not None:
-            ranks.append(Rank(cut.outer.upper(), self.splits if isinstance(self.splits, Knob) else Const(self.splits)))
-            per = Call("ceildiv", (per, Size(cut.outer.upper())))
-        ranks.append(Rank(cut.step.upper(), per, iterative=True))
-        cascade = Cascade((*c.ranks, *ranks), tuple(tensors), tuple(kept))
-        lines = tuple(p for p in proofs if p not in self.program.proofs)
-        return replace(self.program, cascade=cascade, proofs=self.program.proofs + lines)
-
-    def _total(self, c: Cascade) -> Expr:
-        r = c.rank(self.rank)
-        if r.extent is not None and not isinstance(r.extent, Knob) and _ragged(r.extent):
-            assert r.bound is not None
-            return Const(r.bound)
-        return Size(self.rank)
-
-
-def _ragged(extent: Expr) -> bool:
-    return bool(variables(extent)) or any(isinstance(n, Access) for n in walk(extent))
-
-
-def _roots(c: Cascade) -> set[str]:
-    return {t.name for t in c.outputs()} | {t.name + "'" for t in c.outputs()}
-
-
-def _live(statements: list[Einsum], roots: set[str]) -> list[Einsum]:
-    """Statements that the roots need."""
-    need, todo = set(roots), list(roots)
-    by: dict[str, list[Einsum]] = {}
-    for s in statements:
-        for n in s.names:
-            by.setdefault(n, []).append(s)
-    while todo:
-        for s in by.get(todo.pop(), ()):
-            for t in s.reads():
-                if t not in need:
-                    need.add(t)
-                    todo.append(t)
-    return [s for s in statements if any(n in need for n in s.names)]
-
-
-def _renamed(s: Einsum, table: dict[str, str]) -> Einsum:
-    def f(e: Expr) -> Expr:
-        return Access(table[e.tensor], e.index) if isinstance(e, Access) and e.tensor in table else e
-
-    def g(e: Expr) -> Expr:
-        return transform(e, f)
-
-    outs = tuple(g(o) for o in s.outs)
-    return Einsum(outs, g(s.body), s.reduce, None if s.guard is None else g(s.guard))  # type: ignore[arg-type]
-
-
-__all__ = ["Refused", "carries", "refusals", "streamed"]
