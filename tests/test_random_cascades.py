@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, event, find, given, settings
 from hypothesis import strategies as st
 
 from memcomp.ir import ops
@@ -18,7 +18,9 @@ from memcomp.ir.cascade import Cascade, Einsum, Rank, Reduce, Tensor
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, call
 from memcomp.ir.interpret import interpret
 from memcomp.ir.program import Program
+from memcomp.ir.text import show
 from memcomp.ir.verify import verify
+from memcomp.passes.derive import frames, order, plan, separate
 from memcomp.passes.reduce_passes import reduce_passes
 
 P, M = Var("p"), Var("m")
@@ -138,21 +140,42 @@ def differs(program: Program, other: Program, x: dict[str, Any]) -> str:
     return ""
 
 
-REACHED: Counter[str] = Counter()
-
-
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cascades(), st.integers(0, 1000), st.sampled_from((1.0, 1.0, 30.0)), st.sampled_from((None, 3)),
        st.sampled_from(("first", "running")))
 def test_streaming_keeps_the_meaning(program: Program, seed: int, scale: float, splits: int | None,
                                      frame: str) -> None:
+    """`pytest --hypothesis-show-statistics` lists the laws that the examples reached."""
     verify(program)
     streamed = reduce_passes(program, tile=(3,), splits=splits, frame=frame)
     verify(streamed)
     assume(streamed.cascade != program.cascade)
     for line in streamed.proofs:
         for law in line.partition("over M: ")[2].split("; "):
-            REACHED[law.partition(" on ")[0].rstrip("0123456789")] += 1
+            event(law.partition(" on ")[0].rstrip("0123456789"))
     for p, m in ((3, 10), (2, 4)):
-        assert not differs(program, streamed, arrays(seed, p, m, scale))
+        why = differs(program, streamed, arrays(seed, p, m, scale))
+        assert not why, f"{why}\n{show(program)}\n{show(streamed)}"
     assert reduce_passes(streamed, tile=(3,), splits=splits, frame=frame) == streamed
+
+
+@pytest.mark.parametrize("law", ["flip", "sign", "mask", "gauge"])
+def test_the_generator_reaches(law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each law is broken in turn, and a random chain shows it."""
+    if law == "flip":  # max of -x is -max of x
+        step = order._step
+        monkeypatch.setattr(order, "_step", lambda inner, outer, flip, op: step(inner, outer, False, op))
+    elif law == "sign":  # a factor leaves any homogeneous function
+        monkeypatch.setattr(separate.Separator, "_nonneg", lambda self, e, p: True)
+    elif law == "mask":  # a map's guard is forgotten where its reader has none
+        monkeypatch.setattr(plan.Inliner, "missing", lambda self, conds, guard: [])
+    else:  # the states stay in their first frame
+        monkeypatch.setattr(frames.Frames, "factor", lambda self, state: None)
+
+    def wrong(program: Program) -> bool:
+        streamed = reduce_passes(program, tile=(3,))
+        return streamed.cascade != program.cascade and bool(differs(program, streamed, arrays(1, 3, 10, 1.0)))
+
+    find(cascades(), wrong, random=Random(5), settings=settings(
+        max_examples=1500, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memcomp.codegen.tvm.express import Expressions, linear
-from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer
+from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, times
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Expr, reads, variables
 from memcomp.ir.target import BYTES
@@ -214,9 +214,10 @@ def ahead(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str) 
     if not moving or any(reads(i) for i in a.index):
         return
     size = BYTES[w.params[a.tensor].dtype]
-    later = point.at(**{moving[-1]: f"({point.scalars[moving[-1]]} + i64(1))"})
-    for first in range(0, lanes, LINE // size):
-        start = later.at(**{lane: f"({base} + i64({first}))" if first else base})
+    later = point.at(**{moving[-1]: f"({point.scalars[moving[-1]]} + 1)"})
+    line = LINE // size
+    with w.repeat("line", f"i64({-(-lanes // line)})") as k:
+        start = later.at(**{lane: base if k == "i64(0)" else f"({base} + {k} * {line})"})
         w.line(f"prefetch(T.address_of({place(w, a, start)}))")
 
 
@@ -224,14 +225,13 @@ def strips(w: Writer, dim: str, body: Strip, lanes: int = 0) -> None:
     """Call `body(base, lanes, mask)` for every vector of a dim; the mask is "" for whole vectors."""
     lanes = lanes or w.vector(dim)
     n = w.fixed(dim)
-    j = w.names.fresh("j")
-    whole = f"i64({n // lanes})" if n is not None else f"T.truncdiv({w.count(dim)}, i64({lanes}))"
+    whole = f"i64({n // lanes})" if n is not None else f"T.truncdiv({w.count(dim)}, {lanes})"
     if n is None or n >= lanes:
-        with w.block(f"for {j} in T.serial({whole}):"):
-            body(f"{j} * i64({lanes})", lanes, "")
+        with w.repeat("j", whole) as j:
+            body(times(j, lanes), lanes, "")
     if n is not None and n % lanes == 0:
         return
-    base = f"{whole} * i64({lanes})" if n is None else f"i64({n // lanes * lanes})"
+    base = f"{whole} * {lanes}" if n is None else f"i64({n // lanes * lanes})"
     mask = f"lane({lanes}) < clip({w.count(dim)} - {base})"
 
     def tail() -> None:

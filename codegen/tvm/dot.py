@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from memcomp.codegen.tvm.access import ahead, contiguous, place, scalar_element, strips, vector
 from memcomp.codegen.tvm.express import Expressions
-from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, power_of_two
+from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, plus, power_of_two, times
 from memcomp.ir.expr import Access, Var, call
 from memcomp.ir.tile import Dot, Fold, Load
 
@@ -124,14 +124,14 @@ def _rows(w: Writer, dim: str, size: int, point: Point, body) -> None:  # type: 
         body([point])
         return
     n = w.fixed(dim)
-    i, whole = w.names.fresh("i"), f"i64({n // size})" if n is not None else f"T.truncdiv({w.count(dim)}, i64({size}))"
+    whole = f"i64({n // size})" if n is not None else f"T.truncdiv({w.count(dim)}, {size})"
     if n is None or n >= size:
-        with w.block(f"for {i} in T.serial({whole}):"):
-            body([point.at(**{dim: f"({i} * i64({size}) + i64({r}))"}) for r in range(size)])
+        with w.repeat("i", whole) as i:
+            body([point.at(**{dim: plus(times(i, size), r)}) for r in range(size)])
     if size == 1 or (n is not None and n % size == 0):
         return
     r = w.names.fresh("i")
-    with w.block(f"for {r} in T.serial({whole} * i64({size}), {w.count(dim)}):"):
+    with w.block(f"for {r} in T.serial({whole} * {size}, {w.count(dim)}):"):
         body([point.at(**{dim: r})])
 
 
@@ -151,14 +151,12 @@ def _outer(w: Writer, s: Dot, a: Operand, b: Operand, point: Point) -> None:
                 step //= 2
             lanes = step * v
             many = (padded - start) // lanes
-            j = w.names.fresh("j")
             if n is not None:
                 stop = f"i64({many})"
             else:
-                stop = f"T.max(T.truncdiv({w.count(lane)} - i64({start - lanes + 1}), i64({lanes})), i64(0))"
-                stop = f"T.min({stop}, i64({many}))"
-            with w.block(f"for {j} in T.serial({stop}):"):
-                _block_columns(q, f"({j} * i64({lanes}) + i64({start}))", lanes)
+                stop = f"T.min(T.max(T.truncdiv({w.count(lane)} + {lanes - 1 - start}, {lanes}), 0), {many})"
+            with w.repeat("j", stop) as j:
+                _block_columns(q, plus(times(j, lanes), start), lanes)
             start += many * lanes
 
     def _block_columns(q: Point, base: str, lanes: int) -> None:
@@ -212,8 +210,8 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
 
     def block(points: list[Point], outs: int, base: str) -> None:
         if not b.tile and outs > 1:
-            for k in range(outs):
-                here = points[0].at(**{key: f"({base} + i64({k}))"} | {d: "i64(0)" for d in s.over})
+            with w.repeat("k", f"i64({outs})") as k:
+                here = points[0].at(**{key: f"({base} + {k})"} | {d: "i64(0)" for d in s.over})
                 ahead(w, b.access, here, along, w.dims[along].capacity, "i64(0)")
         totals = [[w.names.fresh("total") for _ in range(outs)] for _ in points]
         for name in (n for r in totals for n in r):
@@ -228,7 +226,7 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
                     w.let(xs[-1], a.vec(w, p.at(**inside), along, n, at, mask))
                 for k in range(outs):
                     ys.append(w.names.fresh("b"))
-                    here = q.at(**{key: f"({base} + i64({k}))"})
+                    here = q.at(**{key: plus(base, k)})
                     w.let(ys[-1], f"reg({b.vec(w, here, along, n, at, mask)})")
                 for r, x in zip(totals, xs, strict=True):
                     for total, y in zip(r, ys, strict=True):
@@ -248,14 +246,13 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
 
     def columns(q: Point) -> None:
         n = w.fixed(key)
-        m = w.names.fresh("m")
-        whole = f"i64({n // keys})" if n is not None else f"T.truncdiv({w.count(key)}, i64({keys}))"
-        with w.block(f"for {m} in T.serial({whole}):"):
-            _rows(w, row, size, q, lambda rows: block(rows, keys, f"({m} * i64({keys}))"))
+        whole = f"i64({n // keys})" if n is not None else f"T.truncdiv({w.count(key)}, {keys})"
+        with w.repeat("m", whole) as m:
+            _rows(w, row, size, q, lambda rows: block(rows, keys, times(m, keys)))
         if keys == 1 or (n is not None and n % keys == 0):
             return
         r = w.names.fresh("m")
-        with w.block(f"for {r} in T.serial({whole} * i64({keys}), {w.count(key)}):"):
+        with w.block(f"for {r} in T.serial({whole} * {keys}, {w.count(key)}):"):
             _rows(w, row, size, q, lambda rows: block(rows, 1, r))
 
     _loops(w, outside, point, columns)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from memcomp.codegen.tvm import dot as contraction
 from memcomp.codegen.tvm.access import load, store
 from memcomp.codegen.tvm.express import Expressions, truth
-from memcomp.codegen.tvm.group import Group, Nest, grouped
+from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
 from memcomp.codegen.tvm.isa import Isa, isa
 from memcomp.codegen.tvm.words import WORDS
 from memcomp.codegen.tvm.writer import TILE_ELEMENT, Names, Point, Writer, element, expressions, read_tiles, statements
@@ -90,19 +90,21 @@ def _kernel(w: Writer) -> None:
     w.line(f"# {k.name}")
     total = names.fresh("points")
     extents = [Expressions(w, Point({})).index(e) for _, e in k.grid]
-    w.let(total, f"{' * '.join(extents) if extents else 'i64(1)'}")
+    w.let(total, " * ".join(e for e in extents if e != "i64(1)") or "i64(1)")
     chunk, chunks, point = names.fresh("chunk"), names.fresh("chunks"), names.fresh("point")
     w.let(chunks, f"T.min({total}, i64({CHUNKS}))")
     with w.block(f"for {chunk} in T.parallel({chunks}):"):
         start = len(w.lines)
         depth = w.depth
-        with w.block(f"for {point} in T.serial(T.truncdiv({chunk} * {total}, {chunks}), T.truncdiv(({chunk} + i64(1)) * {total}, {chunks})):"):
+        with w.block(f"for {point} in T.serial(T.truncdiv({chunk} * {total}, {chunks}), T.truncdiv(({chunk} + 1) * {total}, {chunks})):"):
             scalars: dict[str, str] = {}
             rest = point
             for n in range(len(k.grid) - 1, -1, -1):
                 v = names[k.grid[n][0]]
                 scalars[k.grid[n][0]] = v
-                if n == 0:
+                if extents[n] == "i64(1)":
+                    scalars[k.grid[n][0]] = "i64(0)"
+                elif all(e == "i64(1)" for e in extents[:n]):
                     w.let(v, rest)
                 else:
                     w.let(v, f"T.truncmod({rest}, {extents[n]})")
@@ -140,7 +142,7 @@ class Body:
                 dots = [x for x in readers if isinstance(x, Dot)]
                 if len(writers) == 1 and len(dots) == len(readers) and (here or not moving) and contraction.in_place(w, s, dots):
                     w.in_place[s.tile] = s
-        for item in grouped(body, w.tiles):
+        for item in grouped([without_branch(s) for s in body], w.tiles):
             self._statement(item, point)
 
     def _counts(self, point: Point) -> None:

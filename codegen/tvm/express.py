@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from memcomp.codegen.tvm.writer import Point, Writer
 from memcomp.ir.errors import Refusal
+from memcomp.ir.ops import OPS
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
 
 ELEMENT_OF = {"f32": "float32", "f64": "float64", "i64": "int64"}
@@ -56,7 +57,8 @@ class Expressions:
         if isinstance(e, Var):
             if e.name == self.point.lane:
                 return Val(f"at({self.point.width}, {self.point.base})", "i64", self.point.width > 1)
-            return Val(self.point.scalars[e.name], "i64")
+            text = self.point.scalars[e.name]
+            return constant(0) if text == "i64(0)" else Val(text, "i64")
         if e in self.memo:
             return self.memo[e]
         if isinstance(e, Access):
@@ -139,9 +141,12 @@ class Expressions:
             kind = "i64"
         if (e.op in _REAL or e.op == "div") and kind == "i64":
             kind = "f32"
-        text = [convert(a, kind).text for a in args]
+        args = [convert(a, kind) for a in args]
+        text = [a.text for a in args]
         if e.op in _COMPARE:
             return Val(compared(e.op, *text), "bool", vec)
+        if kind == "i64" and e.op in _ARITHMETIC:
+            return _integers(e.op, args[0], args[1], vec)
         return Val(self._operator(e.op, text, kind), kind, vec)
 
     def _operator(self, op: str, x: list[str], kind: str) -> str:
@@ -179,12 +184,27 @@ class Expressions:
         if rest.vec or rest.kind != "i64":
             return None
         # +-(base + l) + rest ? 0
-        bound = f"-({rest.text}) - {p.base}" if got[0] == 1 else f"({rest.text}) - {p.base}"
+        bound = f"-{rest.text} - {p.base}" if got[0] == 1 else f"{rest.text} - {p.base}"
+        if p.base == "i64(0)":
+            bound = bound.removesuffix(" - i64(0)")
         op = e.op if got[0] == 1 else {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}.get(e.op, e.op)
         return Val(compared(op, f"lane({p.width})", f"clip({bound})"), "bool", True)
 
 
 TILE = {"f64": "float64", "f32": "float32", "i64": "int64", "bool": "int32"}
+
+
+def _integers(op: str, a: Val, b: Val, vec: bool) -> Val:
+    """a op b, with numbers added up and neutral ones left out."""
+    if a.const is not None and b.const is not None:
+        return constant(int(OPS[op].numpy(a.const, b.const)))
+    neutral = 1 if op == "mul" else 0
+    if b.const == neutral:
+        return a
+    if a.const == neutral and op != "sub":
+        return b
+    x, y = (str(v.const) if v.const is not None else v.text for v in (a, b))
+    return Val(f"({x} {_ARITHMETIC[op]} {y})", "i64", vec)
 
 
 def kind_of(dtype: str) -> str:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from memcomp.codegen.tvm.express import ELEMENT_OF, Expressions, number
-from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, read_tiles, statements
-from memcomp.ir.expr import Access, walk
+from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, plus, read_tiles, statements, times
+from memcomp.ir.expr import Access, Call, Const, Var, call, walk
 from memcomp.ir.ops import MONOIDS
-from memcomp.ir.tile import Fold, Map, Statement, Tile
+from memcomp.ir.tile import Fold, Map, Statement, Tile, When
 
 Work = Map | Fold
 
@@ -80,11 +80,49 @@ def _joined(g: Group, s: Work, tiles: dict[str, Tile]) -> Group | None:
     return None
 
 
+def without_branch(s: Statement) -> Statement:
+    """`When(full, map, masked map)` as one map whose test is false on full tiles: it can then share loops."""
+    if not isinstance(s, When) or len(s.body) != 1 or len(s.orelse) > 1:
+        return s
+    branches = (*s.body, *s.orelse)
+    if not all(isinstance(x, Map) for x in branches) or len({x.tile for x in branches if isinstance(x, Map)}) != 1:
+        return s
+    maps = [x for x in branches if isinstance(x, Map)]
+    if len(maps) == 2:
+        plain, masked, always = maps[0].body, maps[1].body, s.cond
+    else:
+        plain, masked, always = None, maps[0].body, call("not", s.cond)
+    if not (isinstance(masked, Call) and masked.op == "where"):
+        return s
+    test, yes, no = masked.args
+    own = isinstance(yes, Access) and yes.tensor == maps[0].tile
+    if isinstance(no, Const) and (yes == plain or (plain is None and own)):
+        return Map(maps[0].tile, call("where", call("or", test, always), yes, no))
+    return s
+
+
+def in_order(work: Sequence[Work], common: tuple[str, ...], tiles: dict[str, Tile]) -> list[Work]:
+    """The same statements, those without loops of their own moved before loops that they do not depend on.
+
+    Loops on either side of them become neighbours, which may then be one.
+    """
+    out: list[Work] = []
+    for s in work:
+        k = len(out)
+        if set((*kept(s, tiles), *over(s))) <= set(common):
+            mine = read_tiles(s, tiles)
+            while k and not set((*kept(out[k - 1], tiles), *over(out[k - 1]))) <= set(common) \
+                    and s.tile not in read_tiles(out[k - 1], tiles) | {out[k - 1].tile} and out[k - 1].tile not in mine:
+                k -= 1
+        out.insert(k, s)
+    return out
+
+
 class Nest:
     """Writes a group."""
 
     def __init__(self, w: Writer, g: Group, point: Point) -> None:
-        self.w, self.g = w, g
+        self.w, self.g = w, replace(g, work=tuple(in_order(g.work, g.common, w.tiles)))
         self.everywhere = list(statements(w.kernel.body))
         self.local = self._local()
         self._open(point, tuple(d for d in g.common if d != g.lane))
@@ -119,12 +157,15 @@ class Nest:
 
         @contextmanager
         def loop():  # type: ignore[no-untyped-def]
-            width, j, base = w.wide(dim), w.names.fresh("j"), w.names.fresh("base")
-            n = w.fixed(dim)
-            steps = f"i64({-(-n // width)})" if n is not None else f"T.truncdiv({w.count(dim)} + i64({width - 1}), i64({width}))"
-            with w.block(f"for {j} in T.serial({steps}):"):
-                w.let(base, f"{j} * i64({width})")
-                yield base
+            width, n = w.wide(dim), w.fixed(dim)
+            steps = f"i64({-(-n // width)})" if n is not None else f"T.truncdiv({plus(w.count(dim), width - 1)}, {width})"
+            with w.repeat("j", steps) as j:
+                if j == "i64(0)" or width == 1:
+                    yield j
+                else:
+                    base = w.names.fresh("base")
+                    w.let(base, times(j, width))
+                    yield base
 
         return loop()
 
@@ -167,7 +208,7 @@ class Nest:
         for s in work:
             for t in sorted(read_tiles(s, w.tiles) - written - set(held)):
                 if set(w.tiles[t].dims) <= set(self.g.common) and t not in held:
-                    own = Access(t, tuple(_var(d) for d in w.tiles[t].dims))
+                    own = Access(t, tuple(Var(d) for d in w.tiles[t].dims))
                     v = Expressions(w, replace(point, held=held)).value(own)
                     held[t] = self._named(v.text, v.kind, w.names[t])
 
@@ -188,7 +229,7 @@ class Nest:
         return self._finish(t, text, value.kind, point, held)
 
     def _old(self, t: Tile, point: Point) -> str:
-        v = Expressions(self.w, point).value(Access(t.name, tuple(_var(d) for d in t.dims)))
+        v = Expressions(self.w, point).value(Access(t.name, tuple(Var(d) for d in t.dims)))
         return _number_form(v.kind, v.text)
 
     def _finish(self, t: Tile, text: str, kind: str, point: Point, held: dict[str, str], passing: bool = False,
@@ -311,12 +352,6 @@ def _identity(monoid: str, element: str) -> str:
 def _number_form(kind: str, text: str) -> str:
     """A truth value as the int32 that tiles hold."""
     return f"cast('int32', {text})" if kind == "bool" else text
-
-
-def _var(d: str):  # type: ignore[no-untyped-def]
-    from memcomp.ir.expr import Var
-
-    return Var(d)
 
 
 __all__ = ["ELEMENT_OF", "Group", "Nest", "grouped"]

@@ -75,6 +75,16 @@ class Writer:
         self.let(name, f"reg({value})")
         return name
 
+    @contextmanager
+    def repeat(self, stem: str, times: str) -> Iterator[str]:
+        """A loop from 0; yields its variable, or "i64(0)" without a loop where it runs once."""
+        if times == "i64(1)":
+            yield times.replace("1", "0")
+            return
+        v = self.names.fresh(stem)
+        with self.block(f"for {v} in T.serial({times}):"):
+            yield v
+
     # -- dims --------------------------------------------------------------------------------------------------------
 
     def count(self, dim: str) -> str:
@@ -142,6 +152,16 @@ class Names:
         """Let another kernel bind these names anew."""
         for n in names:
             self.known.pop(n, None)
+
+
+def plus(a: str, k: int) -> str:
+    """Text of a + k."""
+    return a if k == 0 else f"i64({k})" if a == "i64(0)" else f"({a} + {k})"
+
+
+def times(a: str, k: int) -> str:
+    """Text of a * k."""
+    return a if k == 1 or a == "i64(0)" else f"{a} * {k}"
 
 
 def power_of_two(n: int) -> int:

@@ -101,16 +101,19 @@ class Inliner:
                 table: dict[Expr, Expr] = dict(zip(s.out.index, e.index, strict=True))
                 body = self.expr(substitute(s.body, table), guard)
                 conds = [self.expr(substitute(c, table), guard) for c in s.guards()]
-                missing = [c for c in conds if c not in guard]
                 if sum(1 for _ in walk(body)) > _LARGEST_BODY and self.look.sides[e.tensor] == "carried":
                     return e
                 declared = self.cascade.declared(e.tensor)
                 empty = Const(0.0 if declared is None else declared.empty)
-                for c in reversed(missing):
+                for c in reversed(self.missing(conds, guard)):
                     body = Call("where", (c, body, empty))
                 return body
         kids = children(e)
         return rebuild(e, tuple(self.expr(k, guard) for k in kids)) if kids else e
+
+    def missing(self, conds: list[Expr], guard: tuple[Expr, ...]) -> list[Expr]:
+        """Conditions under which the map was written that the reader does not have; elsewhere it is empty."""
+        return [c for c in conds if c not in guard]
 
     def guard(self, s: Einsum) -> tuple[Expr, ...]:
         out: list[Expr] = []
