@@ -120,24 +120,31 @@ def differs(program: Program, other: Program, x: dict[str, Any]) -> str:
 
     A row counts up to its first reduction that is not finite: beyond it NaN and inf are traded.
     """
-    rng = np.random.default_rng(7)
     try:
         with watched():
             want = interpret(program, x)
     except Overflow:
         return ""
     got = interpret(other, x)
-    moved = [interpret(program, {k: v * (1 + 1e-12 * rng.standard_normal(v.shape)) for k, v in x.items()})
-             for _ in range(2)]
+    moved: list[dict[str, Any]] = []
     live = np.ones(x["C"].shape, bool)
     for name, w in want.items():
         live &= np.isfinite(w) & (np.abs(w) < 1e100)
         with np.errstate(all="ignore"):
-            slack = 1e-7 * np.maximum(1e-3, np.abs(w)) + 1e3 * np.maximum(*(np.abs(w - y[name]) for y in moved))
-            wrong = live & ~(np.abs(got[name] - w) <= slack) & np.isfinite(slack)
+            slack = 1e-7 * np.maximum(1e-3, np.abs(w))
+            wrong = live & ~(np.abs(got[name] - w) <= slack)
+            if wrong.any():
+                moved = moved or [interpret(program, moved_by_a_rounding(x, k)) for k in (1, 2)]
+                slack += 1e3 * np.maximum(*(np.abs(w - y[name]) for y in moved))
+                wrong &= np.isfinite(slack) & ~(np.abs(got[name] - w) <= slack)
         if wrong.any():
             return f"{name}: {w[wrong]} became {got[name][wrong]}"
     return ""
+
+
+def moved_by_a_rounding(x: dict[str, Any], seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {k: v * (1 + 1e-12 * rng.standard_normal(v.shape)) for k, v in x.items()}
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -176,6 +183,6 @@ def test_the_generator_reaches(law: str, monkeypatch: pytest.MonkeyPatch) -> Non
         streamed = reduce_passes(program, tile=(3,))
         return streamed.cascade != program.cascade and bool(differs(program, streamed, arrays(1, 3, 10, 1.0)))
 
-    find(cascades(), wrong, random=Random(5), settings=settings(
+    find(cascades(), wrong, random=Random(8), settings=settings(
         max_examples=1500, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck)))

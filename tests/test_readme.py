@@ -27,3 +27,18 @@ def test_make_targets_exist() -> None:
 def test_files_it_names_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert links and all((ROOT / link).exists() for link in links if "://" not in link), links
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_pages_hold(page: Path) -> None:
+    """Programs shown in docs/ parse, verify and print back; files and links they name exist."""
+    from memcomp.ir.text import parse, show
+    from memcomp.ir.verify import verify
+
+    text = page.read_text()
+    for code in re.findall(r"^```\n(program .*?)^```", text, re.DOTALL | re.MULTILINE):
+        verify(parse(code))
+        assert parse(show(parse(code))) == parse(code)
+    assert all((page.parent / link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", text))
+    for name in re.findall(r"`((?:ir|passes|codegen|models|tests|memcomp)/[\w/.]*\w)`", text):
+        assert any((ROOT / (name + end)).exists() for end in ("", ".py")), name

@@ -80,7 +80,8 @@ def compiled(kernel: Kernel) -> Callable[..., Any]:
     from memcomp.codegen.tvm import launcher
 
     try:
-        function = tvm.script.from_source(kernel.source, extra_vars={**vocabulary(), "T": T})
+        with machine(_ISA[kernel.isa]):
+            function = tvm.script.from_source(kernel.source, extra_vars={**vocabulary(), "T": T})
         module = launcher.with_launcher(tvm.IRModule({"main": function}))
         with _compiling:
             tirx.compilation_pipeline.register_tir_pipeline("memcomp", _pipeline)

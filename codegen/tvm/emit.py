@@ -6,6 +6,7 @@ Text only; nothing here imports tvm.  The words that TVMScript does not know are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from memcomp.codegen.tvm import dot as contraction
 from memcomp.codegen.tvm.access import load, store
@@ -47,7 +48,7 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
     for p, u in zip(tp.params, units, strict=True):
         lines += _bits(probe, p, u)
     for k in tp.kernels:
-        w = Writer(tp, k, shape, names)
+        w = Writer(tp, replace(k, body=_straight(k.body)), shape, names)
         w.units = {p.name: u for p, u in zip(tp.params, units, strict=True)}
         _kernel(w)
         lines += w.lines
@@ -122,6 +123,18 @@ def _kernel(w: Writer) -> None:
     names.forget({v for v, _ in k.grid})
 
 
+def _straight(body: tuple[Statement, ...]) -> tuple[Statement, ...]:
+    """The statements without the branches that a select replaces."""
+    out: list[Statement] = []
+    for s in body:
+        if isinstance(s, Loop):
+            s = replace(s, body=_straight(s.body))
+        elif isinstance(s, When):
+            s = without_branch(replace(s, body=_straight(s.body), orelse=_straight(s.orelse)))
+        out.append(s)
+    return tuple(out)
+
+
 class Body:
     """Writes statements in order."""
 
@@ -142,7 +155,7 @@ class Body:
                 dots = [x for x in readers if isinstance(x, Dot)]
                 if len(writers) == 1 and len(dots) == len(readers) and (here or not moving) and contraction.in_place(w, s, dots):
                     w.in_place[s.tile] = s
-        for item in grouped([without_branch(s) for s in body], w.tiles):
+        for item in grouped(body, w.tiles):
             self._statement(item, point)
 
     def _counts(self, point: Point) -> None:

@@ -7,7 +7,7 @@ print the whole expression once per use (exponential in a chain).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -118,22 +118,25 @@ def lnot(a: Value) -> Value:
     return tirx.Not(a)
 
 
+def _extreme(choose: Callable[[Value, Value], Value], a: Value, b: Value) -> Value:
+    a, b = _pair(a, b)
+    if not dtype(a).startswith("float"):
+        return choose(a, b)
+    for x, y in ((a, b), (b, a)):
+        if isinstance(y.value if isinstance(y, tirx.Broadcast) else y, tirx.FloatImm):
+            return choose(y, x)  # the machine's own operation hands on a NaN in its second operand
+    a = reg(a)
+    return select(isnan(a), a, choose(a, b))
+
+
 def maximum(a: Value, b: Value) -> Value:
     """The larger; NaN if either is NaN."""
-    a, b = _pair(a, b)
-    if dtype(a) in ("float32", "float64"):
-        a = reg(a)
-        return select(isnan(a), a, T.max(a, b))  # the machine's maximum already hands on a NaN in its second operand
-    return T.max(a, b)
+    return _extreme(T.max, a, b)
 
 
 def minimum(a: Value, b: Value) -> Value:
     """The smaller; NaN if either is NaN."""
-    a, b = _pair(a, b)
-    if dtype(a) in ("float32", "float64"):
-        a = reg(a)
-        return select(isnan(a), a, T.min(a, b))
-    return T.min(a, b)
+    return _extreme(T.min, a, b)
 
 
 def lane(lanes: int) -> Value:

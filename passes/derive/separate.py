@@ -154,13 +154,14 @@ class Separator:
         if self.sides(e) == "mixed":
             self.laws.setdefault("constant factors leave the sum")
         left, right = self.terms(e.args[0]), self.terms(e.args[1])
-        return collect([x.times(y) for x in left for y in right])
+        return collect([_exposed(x, y).times(_exposed(y, x)) for x in left for y in right])
 
     def _on_div(self, e: Call) -> list[Term]:
         below = self._single(e.args[1], "div", e)
         if self.sides(e) == "mixed":
             self.laws.setdefault("constant divisors leave the sum")
-        return [t.times(below.power(-1)) for t in self.terms(e.args[0])]
+        inverse = below.power(-1)
+        return [_exposed(t, inverse).times(inverse) for t in self.terms(e.args[0])]
 
     def _on_recip(self, e: Call) -> list[Term]:
         return [self._single(e.args[0], "recip", e).power(-1)]
@@ -297,3 +298,10 @@ class Separator:
             body = Call("neg", (body,))
         whole = Call(op, (body,))
         return outside.times(self.late(whole) if self.sides.free(body) else Term(a=((whole, 1),)))
+
+
+def _exposed(t: Term, factor: Term) -> Term:
+    """A choice made inside shields only its own factors: 0 over a divisor that comes later is NaN where that is 0."""
+    if not t.when or all(p > 0 for _, p in factor.c):
+        return t
+    return replace(t, when=(), mask=tuple(dict.fromkeys((*t.mask, *t.when))))
