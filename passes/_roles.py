@@ -85,8 +85,30 @@ def closed(c: Cascade, e: Expr) -> Expr:
 
 def shared(c: Cascade, loop: list[Einsum], var: str) -> tuple[str, ...]:
     """Variables of which every task of a loop over `var` has its own values: those of all carried tensors, but for
-    short ones that some product of the loop lacks (a task for each would compute that product again)."""
+    short ones that some product of the loop lacks (a task for each would compute that product again).
+
+    A carried temporary that lacks some of them is computed by every task anew, if it is small beside the others."""
     mine = carried(c)
     states = [e for e in loop if any(n in mine and mine[n][1] is e and mine[n][0] == var for n in e.names)]
     products = [set(out_vars(e)) for e in loop if product_operands(e)]
-    return tuple(v for v in common(states or loop) if v != var and (not whole(c, v) or all(v in p for p in products)))
+    again = _repeatable(c, states, var)
+    points = common([e for e in states if e not in again] or loop)
+    return tuple(v for v in points if v != var and (not whole(c, v) or all(v in p for p in products)))
+
+
+def _repeatable(c: Cascade, states: list[Einsum], var: str) -> list[Einsum]:
+    """Carried temporaries without variables that all larger ones have, read only at points that have them too."""
+    points = {e.names: set(out_vars(e)) - {var} for e in states}
+    out = []
+    for e in states:
+        larger = [p for p in points.values() if p > points[e.names]]
+        full = set.intersection(*larger) if larger else set()
+        declared = c.declared(e.out.tensor.removesuffix("'"))
+        readers = [o for o in c.einsums if set(e.names) & o.reads() and o.names not in points]
+        if (
+            full > points[e.names]
+            and (declared is None or declared.role == "temp")
+            and all(full <= set(out_vars(o)) for o in readers)
+        ):
+            out.append(e)
+    return out

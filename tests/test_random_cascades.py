@@ -76,11 +76,12 @@ def cascades(draw: st.DrawFn) -> Program:
             carried += (name,)
         monoid = draw(st.sampled_from(("sum", "sum", "sum", "max", "min")))
         body = draw(expressions(draw(st.integers(1, 3)), reduced, carried))
-        if draw(st.booleans()) and monoid == "sum":  # what chains are made of: exp(x - g) y, (x - g)**2, x / g
+        if draw(st.booleans()):  # what chains are made of: exp(x - g) y, (x - g)**2, x / g; g - x under an order
             x = draw(st.sampled_from([LEAVES[0], *(Access(t, (P, M)) for t in carried)]))
             g = draw(st.sampled_from([Access(r, (P,)) for r in reduced] or [Access("C", (P,))]))
-            body = draw(st.sampled_from((call("exp", x - g), call("exp", x - g) * body, call("square", x - g),
-                                         x * body / (call("abs", g) + 0.5))))
+            body = draw(st.sampled_from((
+                call("exp", x - g), call("exp", x - g) * body, call("square", x - g), call("relu", x * g),
+                x * body / (call("abs", g) + 0.5)) if monoid == "sum" else (g - x, call("tanh", g - x), x * g)))
         name = f"G{k}"
         statements.append(Einsum((Access(name, (P,)),), body, Reduce(monoid, ("m",)), guard))
         reduced += (name,)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from memcomp.codegen.tvm.express import Expressions, linear
 from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, times
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Expr, reads, variables
+from memcomp.ir.expr import Access, reads, variables
 from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Load, Param, Store, Tile
 
@@ -41,9 +41,15 @@ def stored(p: Param, text: str) -> str:
     return f"cast({_STORED[p.dtype]!r}, {text})"
 
 
-def view(w: Writer, p: Param) -> str:
-    """The buffer through which a param is addressed: bf16 as its bits."""
-    return f"{w.names[p.name]}_bits" if p.dtype == "bf16" else w.names[p.name]
+def view(w: Writer, p: Param) -> tuple[str, list[int]]:
+    """The buffer through which a param is addressed, and the order of its dims there.
+
+    bf16 goes as its bits, and the dim with stride 1 is last: TVM takes vectors nowhere else.
+    """
+    u, n = unit(w, p), len(p.shape)
+    order = [k for k in range(n) if k != u] + ([u] if u >= 0 else [])
+    own = p.dtype != "bf16" and order == list(range(n))
+    return w.names[p.name] if own else f"{w.names[p.name]}_view", order
 
 
 def scalar_element(w: Writer, a: Access, point: Point) -> str:
@@ -54,15 +60,15 @@ def scalar_element(w: Writer, a: Access, point: Point) -> str:
 
 def place(w: Writer, a: Access, point: Point, lane: str = "", lanes: int = 1, base: str = "") -> str:
     """Text of the element itself (an lvalue), or of `lanes` neighbours when the index that holds `lane` walks by one."""
-    p = w.params[a.tensor]
+    name, order = view(w, w.params[a.tensor])
     index = []
-    for i in a.index:
+    for i in (a.index[k] for k in order):
         if lane and lane in variables(i):
             at = Expressions(w, point.at(**{lane: base})).index(i)
             index.append(f"at({lanes}, {at})")
         else:
             index.append(Expressions(w, point).index(i))
-    return f"{view(w, p)}[{', '.join(index) if index else '()'}]"
+    return f"{name}[{', '.join(index) if index else '()'}]"
 
 
 def unit(w: Writer, p: Param) -> int:
@@ -126,10 +132,12 @@ def store(w: Writer, s: Store, point: Point) -> None:
 
     def square(q: Point, row: str, column: str, size: int) -> None:
         columns = [w.tile_at(t.name, q.scalars | {turned[0]: f"({column} + {c})"}, f"at({size}, {row})") for c in range(size)]
-        index = [Expressions(w, q.at(**{last: f"({row})", turned[0]: f"({column})"})).index(i) for i in s.target.index]
-        r, c = (next(k for k, i in enumerate(s.target.index) if d in variables(i)) for d in (last, turned[0]))
+        name, order = view(w, p)
+        target = [s.target.index[k] for k in order]
+        index = [Expressions(w, q.at(**{last: f"({row})", turned[0]: f"({column})"})).index(i) for i in target]
+        r = next(k for k, i in enumerate(target) if last in variables(i))
         kind = "bf16" if p.dtype == "bf16" else _STORED[p.dtype]
-        w.line(f"store_turned({view(w, p)}, [{', '.join(index)}], {r}, {c}, {kind!r}, [{', '.join(columns)}])")
+        w.line(f"store_turned({name}, [{', '.join(index)}], {r}, {kind!r}, [{', '.join(columns)}])")
 
     turned = _turned(w, s.target, t)
     _by_squares(w, t, turned, point, square, one, _memory_order(w, s.target, t.dims))
@@ -170,7 +178,10 @@ def _by_squares(w: Writer, t: Tile, turned: tuple[str, int], point: Point, squar
     last = t.dims[-1]
 
     def plane(q: Point) -> None:
-        whole = {d: f"T.truncdiv({w.count(d)}, {size})" if w.fixed(d) is None else str(w.fixed(d) // size) for d in (last, column)}
+        whole = {}
+        for d in (last, column):
+            n = w.fixed(d)
+            whole[d] = f"T.truncdiv({w.count(d)}, {size})" if n is None else f"i64({n // size})"
         i, j = w.names.fresh("i"), w.names.fresh("j")
         with w.block(f"for {i} in T.serial({whole[last]}):"), w.block(f"for {j} in T.serial({whole[column]}):"):
             square(q, f"{i} * {size}", f"{j} * {size}", size)

@@ -9,12 +9,12 @@ inner: both operands run along the contracted dim.  Products accumulate in vecto
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from memcomp.codegen.tvm.access import ahead, contiguous, place, scalar_element, strips, vector
-from memcomp.codegen.tvm.express import Expressions
-from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, plus, power_of_two, times
-from memcomp.ir.expr import Access, Var, call
+from memcomp.codegen.tvm.access import ahead, contiguous, scalar_element, strips, vector
+from memcomp.codegen.tvm.writer import Point, Writer, plus, power_of_two, times
+from memcomp.ir.expr import Access, call, variables
 from memcomp.ir.tile import Dot, Fold, Load
 
 
@@ -33,8 +33,6 @@ class Operand:
             return Operand(source.source, w.tiles[a.tensor].dims, "")
         if a.tensor in w.tiles:
             return Operand(a, w.tiles[a.tensor].dims, a.tensor)
-        from memcomp.ir.expr import variables
-
         dims = tuple(d for d in w.dims if d in variables(a))
         return Operand(a, dims, "")
 
@@ -109,7 +107,7 @@ def _real(w: Writer, x: Operand) -> bool:
     return (w.tiles[x.tile].dtype if x.tile else "f32" if w.params[x.access.tensor].dtype in ("f32", "bf16", "f16") else "") == "f32"
 
 
-def _loops(w: Writer, dims: list[str], point: Point, body) -> None:  # type: ignore[no-untyped-def]
+def _loops(w: Writer, dims: list[str], point: Point, body: Callable[[Point], None]) -> None:
     if not dims:
         body(point)
         return
@@ -118,7 +116,7 @@ def _loops(w: Writer, dims: list[str], point: Point, body) -> None:  # type: ign
         _loops(w, dims[1:], point.at(**{dims[0]: v}), body)
 
 
-def _rows(w: Writer, dim: str, size: int, point: Point, body) -> None:  # type: ignore[no-untyped-def]
+def _rows(w: Writer, dim: str, size: int, point: Point, body: Callable[[list[Point]], None]) -> None:
     """Call body(points of `size` rows), then of single rows for what remains."""
     if not dim:
         body([point])
@@ -210,8 +208,8 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
 
     def block(points: list[Point], outs: int, base: str) -> None:
         if not b.tile and outs > 1:
-            with w.repeat("k", f"i64({outs})") as k:
-                here = points[0].at(**{key: f"({base} + {k})"} | {d: "i64(0)" for d in s.over})
+            with w.repeat("k", f"i64({outs})") as later:
+                here = points[0].at(**{key: f"({base} + {later})"} | {d: "i64(0)" for d in s.over})
                 ahead(w, b.access, here, along, w.dims[along].capacity, "i64(0)")
         totals = [[w.names.fresh("total") for _ in range(outs)] for _ in points]
         for name in (n for r in totals for n in r):
@@ -239,9 +237,9 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
         flat += [f"splat(f32(0.0), {lanes})"] * (power_of_two(len(flat)) - len(flat))
         sums = w.names.fresh("sums")
         w.let(sums, f"row_sums([{', '.join(flat)}])")
-        for k, p in enumerate(points):
+        for r, p in enumerate(points):
             out = w.tile_at(t.name, p.scalars, f"at({outs}, {base})")
-            got = f"piece({sums}, {k * outs}, {outs})" if len(flat) > outs else sums
+            got = f"piece({sums}, {r * outs}, {outs})" if len(flat) > outs else sums
             w.line(f"{out} = {out + ' + ' if s.accumulate else ''}{got}")
 
     def columns(q: Point) -> None:
@@ -257,5 +255,3 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
 
     _loops(w, outside, point, columns)
 
-
-__all__ = ["Expressions", "TILE_ELEMENT", "Var", "dot", "in_place", "place"]

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from memcomp.codegen.tvm import dot as contraction
-from memcomp.codegen.tvm.access import load, store
+from memcomp.codegen.tvm.access import load, store, view
 from memcomp.codegen.tvm.express import Expressions, truth
 from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
 from memcomp.codegen.tvm.isa import Isa, isa
 from memcomp.codegen.tvm.words import WORDS
-from memcomp.codegen.tvm.writer import TILE_ELEMENT, Names, Point, Writer, element, expressions, read_tiles, statements
-from memcomp.ir.expr import Access, Const, variables, walk
-from memcomp.ir.target import Target
-from memcomp.ir.tile import Dot, Kernel, Load, Loop, Map, Param, Fold, Statement, Store, TileKernel, TileProgram, When
+from memcomp.codegen.tvm.writer import TILE_ELEMENT, Names, Point, Writer, element, read_tiles, statements
+from memcomp.ir.expr import Const, variables
+from memcomp.ir.target import BYTES, Target
+from memcomp.ir.tile import Dot, Kernel, Load, Loop, Param, Statement, Store, TileKernel, TileProgram, When
 
 CHUNKS = 64
 Layout = tuple[int, ...]
@@ -46,7 +46,8 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
     for p, u in zip(tp.params, units, strict=True):
         lines += _param(probe, p, u)
     for p, u in zip(tp.params, units, strict=True):
-        lines += _bits(probe, p, u)
+        probe.units[p.name] = u
+        lines += _view(probe, p, u)
     for k in tp.kernels:
         w = Writer(tp, replace(k, body=_straight(k.body)), shape, names)
         w.units = {p.name: u for p, u in zip(tp.params, units, strict=True)}
@@ -59,19 +60,21 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
 def _param(w: Writer, p: Param, unit: int) -> list[str]:
     """Declare a tensor: extents over the sizes, any strides but the one that is 1, aligned to its elements only."""
     name, kind = w.names[p.name], element(p.dtype, p.name)
-    size = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i16": 2}.get(p.dtype, 1)
     strides = [_stride(name, k, unit) for k in range(len(p.shape))]
     lines = [f"    {s} = T.int64()" for k, s in enumerate(strides) if k != unit]
-    return [*lines, f"    {name} = T.match_buffer({name}_arg, {_extents(w, p)}, {kind!r}{_strides(strides)}, align={size})"]
+    extents = _extents(w, p, range(len(p.shape)))
+    return [*lines, f"    {name} = T.match_buffer({name}_arg, {extents}, {kind!r}{_strides(strides)}, align={BYTES[p.dtype]})"]
 
 
-def _bits(w: Writer, p: Param, unit: int) -> list[str]:
-    """bf16 is read and written as its bits: TVM would rewrite arithmetic on the type itself."""
-    if p.dtype != "bf16":
+def _view(w: Writer, p: Param, unit: int) -> list[str]:
+    """The buffer that accesses go through where the argument itself does not serve."""
+    name, order = view(w, p)
+    if name == w.names[p.name]:
         return []
-    name = w.names[p.name]
-    strides = _strides([_stride(name, k, unit) for k in range(len(p.shape))])
-    return [f"    {name}_bits = T.decl_buffer({_extents(w, p)}, 'uint16', data={name}.data{strides}, align=2)"]
+    kind = "uint16" if p.dtype == "bf16" else element(p.dtype, p.name)
+    strides = _strides([_stride(w.names[p.name], k, unit) for k in order])
+    return [f"    {name} = T.decl_buffer({_extents(w, p, order)}, {kind!r}, data={w.names[p.name]}.data{strides}, "
+            f"align={BYTES[p.dtype]})"]
 
 
 def _stride(name: str, k: int, unit: int) -> str:
@@ -82,8 +85,8 @@ def _strides(strides: list[str]) -> str:
     return f", strides=({', '.join(strides)},)" if strides else ""
 
 
-def _extents(w: Writer, p: Param) -> str:
-    return f"({''.join(Expressions(w, Point({})).index(e) + ', ' for e in p.shape)})"
+def _extents(w: Writer, p: Param, order: Sequence[int]) -> str:
+    return f"({''.join(Expressions(w, Point({})).index(p.shape[k]) + ', ' for k in order)})"
 
 
 def _kernel(w: Writer) -> None:
@@ -208,5 +211,3 @@ class Body:
         for d in set(self.w.counts) - known:
             del self.w.counts[d]
 
-
-__all__ = ["Access", "Fold", "Map", "emit", "expressions", "walk"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from memcomp.codegen.tvm.writer import Point, Writer
+from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer
 from memcomp.ir.errors import Refusal
-from memcomp.ir.ops import OPS
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
+from memcomp.ir.ops import OPS
 
 ELEMENT_OF = {"f32": "float32", "f64": "float64", "i64": "int64"}
 _ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
@@ -66,7 +67,7 @@ class Expressions:
             self.memo[e] = v
             return v
         v = self._call(e)
-        if self.repeated[e] > 1:
+        if self.repeated[e] > 1 and not (v.kind == "bool" and v.vec):  # TVM cannot bind a vector of truth values
             name = self.w.names.fresh("x")
             self.w.let(name, v.text if v.kind == "bool" else f"reg({v.text})")
             v = Val(name, v.kind, v.vec)
@@ -78,7 +79,7 @@ class Expressions:
     def tile(self, e: Access) -> Val:
         p, t = self.point, self.w.tiles[e.tensor]
         if e.tensor in p.held:
-            return Val(p.held[e.tensor], kind_of(t.dtype), p.lane in t.dims and p.width > 1)
+            return Val(p.held[e.tensor], t.dtype, p.lane in t.dims and p.width > 1)
         own = tuple(i.name for i in e.index if isinstance(i, Var))
         if own != t.dims or len(own) != len(e.index):
             raise Refusal(f"tile {t.name} is read at other indices than its dims", self.w.kernel.name)
@@ -86,8 +87,8 @@ class Expressions:
             return _loaded(self.w.tile_at(e.tensor, p.scalars), t.dtype, False)
         if own[-1] == p.lane:
             return _loaded(self.w.tile_at(e.tensor, p.scalars, f"at({p.width}, {p.base})"), t.dtype, p.width > 1)
-        return _loaded(self._one_by_one(lambda one: self.w.tile_at(e.tensor, one.scalars), TILE[t.dtype], self.w.padded(p.lane)
-                                        if own[-1] == p.lane else self.w.dims[p.lane].capacity), t.dtype, p.width > 1)
+        got = self._one_by_one(lambda one: self.w.tile_at(e.tensor, one.scalars), TILE_ELEMENT[t.dtype])
+        return _loaded(got, t.dtype, p.width > 1)
 
     def param(self, e: Access) -> Val:
         """An element of a param, or one per lane."""
@@ -98,17 +99,17 @@ class Expressions:
         if self.point.lane not in variables(e):
             return Val(scalar_element(self.w, e, self.point), kind)
         element = {"bool": "int32"}.get(kind, ELEMENT_OF.get(kind, ""))
-        got = self._one_by_one(lambda one: f"cast({element!r}, {scalar_element(self.w, e, one)})", element, None)
+        got = self._one_by_one(lambda one: f"cast({element!r}, {scalar_element(self.w, e, one)})", element)
         return Val(f"ne({got}, 0)" if kind == "bool" else got, kind, self.point.width > 1)
 
-    def _one_by_one(self, text: object, element: str, limit: int | None) -> str:
+    def _one_by_one(self, text: Callable[[Point], str], element: str) -> str:
         """A vector gathered lane by lane; lanes past the dim's count are not read."""
         p, w = self.point, self.w
         name, l = w.names.fresh("gather"), w.names.fresh("l")
         w.line(f"{name} = acc(splat(cast({element!r}, i64(0)), {p.width}))")
         with w.block(f"for {l} in T.serial(T.max(T.min(i64({p.width}), {w.count(p.lane)} - {p.base}), i64(0))):"):
             one = Point(p.scalars | {p.lane: f"({p.base} + {l})"})
-            w.line(f"{name}[{l}] = {text(one)}")  # type: ignore[operator]
+            w.line(f"{name}[{l}] = {text(one)}")
         return f"{name}[at({p.width})]"
 
     # -- operators ---------------------------------------------------------------------------------------------------
@@ -142,12 +143,12 @@ class Expressions:
         if (e.op in _REAL or e.op == "div") and kind == "i64":
             kind = "f32"
         args = [convert(a, kind) for a in args]
-        text = [a.text for a in args]
+        texts = [a.text for a in args]
         if e.op in _COMPARE:
-            return Val(compared(e.op, *text), "bool", vec)
+            return Val(compared(e.op, *texts), "bool", vec)
         if kind == "i64" and e.op in _ARITHMETIC:
             return _integers(e.op, args[0], args[1], vec)
-        return Val(self._operator(e.op, text, kind), kind, vec)
+        return Val(self._operator(e.op, texts, kind), kind, vec)
 
     def _operator(self, op: str, x: list[str], kind: str) -> str:
         zero = f"{kind}({'0' if kind == 'i64' else '0.0'})"
@@ -191,9 +192,6 @@ class Expressions:
         return Val(compared(op, f"lane({p.width})", f"clip({bound})"), "bool", True)
 
 
-TILE = {"f64": "float64", "f32": "float32", "i64": "int64", "bool": "int32"}
-
-
 def _integers(op: str, a: Val, b: Val, vec: bool) -> Val:
     """a op b, with numbers added up and neutral ones left out."""
     if a.const is not None and b.const is not None:
@@ -205,10 +203,6 @@ def _integers(op: str, a: Val, b: Val, vec: bool) -> Val:
         return b
     x, y = (str(v.const) if v.const is not None else v.text for v in (a, b))
     return Val(f"({x} {_ARITHMETIC[op]} {y})", "i64", vec)
-
-
-def kind_of(dtype: str) -> str:
-    return dtype
 
 
 def _loaded(text: str, dtype: str, vec: bool) -> Val:

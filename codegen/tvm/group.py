@@ -7,10 +7,11 @@ one point at a time and each statement has its vector dim among its own remainin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from memcomp.codegen.tvm.express import ELEMENT_OF, Expressions, number
+from memcomp.codegen.tvm.express import Expressions, number
 from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, plus, read_tiles, statements, times
 from memcomp.ir.expr import Access, Call, Const, Var, call, walk
 from memcomp.ir.ops import MONOIDS
@@ -150,24 +151,18 @@ class Nest:
         else:
             self._body(point)
 
-    def _lanes(self, dim: str):  # type: ignore[no-untyped-def]
-        from contextlib import contextmanager
-
-        w = self.w
-
-        @contextmanager
-        def loop():  # type: ignore[no-untyped-def]
-            width, n = w.wide(dim), w.fixed(dim)
-            steps = f"i64({-(-n // width)})" if n is not None else f"T.truncdiv({plus(w.count(dim), width - 1)}, {width})"
-            with w.repeat("j", steps) as j:
-                if j == "i64(0)" or width == 1:
-                    yield j
-                else:
-                    base = w.names.fresh("base")
-                    w.let(base, times(j, width))
-                    yield base
-
-        return loop()
+    @contextmanager
+    def _lanes(self, dim: str) -> Iterator[str]:
+        """A loop over the vectors of a dim; yields the text of the first lane's element."""
+        w, width, n = self.w, self.w.wide(dim), self.w.fixed(dim)
+        steps = f"i64({-(-n // width)})" if n is not None else f"T.truncdiv({plus(w.count(dim), width - 1)}, {width})"
+        with w.repeat("j", steps) as j:
+            if j == "i64(0)" or width == 1:
+                yield j
+            else:
+                base = w.names.fresh("base")
+                w.let(base, times(j, width))
+                yield base
 
     # -- one point of the common dims ----------------------------------------------------------------------------------
 
@@ -175,7 +170,7 @@ class Nest:
         return frozenset((*kept(s, self.w.tiles), *over(s))) - frozenset(self.g.common)
 
     def _body(self, point: Point) -> None:
-        held: dict[str, str] = dict(point.held)
+        held = dict(point.held)
         k = 0
         while k < len(self.g.work):
             s = self.g.work[k]
@@ -213,10 +208,8 @@ class Nest:
                     held[t] = self._named(v.text, v.kind, w.names[t])
 
     def _named(self, text: str, kind: str, stem: str) -> str:
-        if kind == "bool":
-            name = self.w.names.fresh(stem)
-            self.w.let(name, text)
-            return name
+        if kind == "bool":  # TVM cannot bind a vector of truth values
+            return f"ne({self.w.keep(_number_form(kind, text), stem)}, 0)"
         return self.w.keep(text, stem)
 
     def _leaf(self, s: Work, point: Point, held: dict[str, str]) -> dict[str, str]:
@@ -253,27 +246,22 @@ class Nest:
     # -- statements with loops of their own ------------------------------------------------------------------------------
 
     def _segment(self, work: Sequence[Work], point: Point, held: dict[str, str]) -> dict[str, str]:
-        w, tiles = self.w, self.w.tiles
+        """Statements that share all their loops; those that stay in the results are outermost."""
+        tiles = self.w.tiles
         lane = self.g.lane or lane_of(work[0], tiles)
         folds = [s for s in work if isinstance(s, Fold)]
         rest = self._rest(work[0])
-        order = [d for s in work for d in (*kept(s, tiles), *over(s)) if d in rest]
-        order = list(dict.fromkeys(order))
+        order = list(dict.fromkeys(d for s in work for d in (*kept(s, tiles), *over(s)) if d in rest))
         outer = [d for d in order if folds and d in kept(folds[0], tiles)]
         inner = [d for d in order if d not in outer]
         if not self.g.lane:  # the vector dim innermost of its loops
             outer, inner = (sorted(x, key=lambda d: d == lane) for x in (outer, inner))
-        return self._loops(work, folds, outer, inner, lane, point, held)
+        if not outer:
+            return self._inside(work, folds, inner, lane, point, held, False)
+        self._walk(outer, lane, point, lambda q: self._inside(work, folds, inner, lane, q, held, True))
+        return held
 
-    def _loops(self, work: Sequence[Work], folds: list[Fold], outer: list[str], inner: list[str], lane: str, point: Point,
-               held: dict[str, str]) -> dict[str, str]:
-        w = self.w
-        if outer:
-            self._walk(outer, lane, point, lambda q: self._inside(work, folds, inner, lane, q, held, True))
-            return held
-        return self._inside(work, folds, inner, lane, point, held)
-
-    def _walk(self, dims: list[str], lane: str, point: Point, body) -> None:  # type: ignore[no-untyped-def]
+    def _walk(self, dims: list[str], lane: str, point: Point, body: Callable[[Point], object]) -> None:
         w = self.w
         if not dims:
             body(point)
@@ -286,7 +274,7 @@ class Nest:
                 self._walk(dims[1:], lane, point.at(**{dims[0]: v}), body)
 
     def _inside(self, work: Sequence[Work], folds: list[Fold], inner: list[str], lane: str, point: Point,
-                held: dict[str, str], passing: bool = False) -> dict[str, str]:
+                held: dict[str, str], passing: bool) -> dict[str, str]:
         """Accumulators, the loops that are reduced, and what comes of them."""
         w = self.w
         width = point.width if point.lane else w.wide(lane) if lane in inner else 1
@@ -353,5 +341,3 @@ def _number_form(kind: str, text: str) -> str:
     """A truth value as the int32 that tiles hold."""
     return f"cast('int32', {text})" if kind == "bool" else text
 
-
-__all__ = ["ELEMENT_OF", "Group", "Nest", "grouped"]

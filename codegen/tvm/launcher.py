@@ -17,6 +17,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from memcomp.ir.detect import cpu
+
 CHUNKS = 64  # most tasks of a launch
 
 # { GOMP_parallel, thread count, alone }: what the launcher reads at run time
@@ -106,8 +108,7 @@ class Launcher:
     @T.prim_func
     def memcomp_launch(task: T.handle, data: T.handle, n: T.int32) -> T.int32:
         T.func_attr({"global_symbol": "memcomp_launch", "calling_conv": 1})
-        if T.call_extern("int32", "memcomp_launch_body", task, data) != 0:
-            T.evaluate(T.tvm_throw_last_error())
+        assert T.call_extern("int32", "memcomp_launch_body", task, data) == 0, "a task of the kernel failed"
 
     @T.prim_func
     def memcomp_install(runtime: T.handle):
@@ -143,6 +144,10 @@ def install(module: Any) -> bool:
     """Send the parallel loops of a loaded kernel module to torch's threads; False where there is no libgomp."""
     runtime = _shared()
     if runtime is None:
+        import tvm
+
+        # TVM's own default is half of the logical cores of an x86 machine
+        tvm.get_global_func("runtime.config_threadpool")(1, cpu().cores)
         return False
     module["memcomp_install"](ctypes.c_void_p(ctypes.addressof(runtime)))
     return True

@@ -16,7 +16,22 @@ from tvm.script import tirx as T
 from tvm.target import Target
 
 from memcomp.codegen.tvm.isa import AVX512
-from memcomp.codegen.tvm.vocabulary import Value, bits, cast, dtype, eq, isnan, like, maximum, minimum, piece, reg, select, splat, width
+from memcomp.codegen.tvm.vocabulary import (
+    Value,
+    bits,
+    cast,
+    dtype,
+    eq,
+    isnan,
+    like,
+    maximum,
+    minimum,
+    piece,
+    reg,
+    select,
+    splat,
+    width,
+)
 
 _EXP = (1.0, 1.0, 0.4999999403953552, 0.16666515171527863, 0.04166845604777336, 0.008369418792426586,
         0.0013813144760206342)

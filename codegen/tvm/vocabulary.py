@@ -242,11 +242,10 @@ def put_turned(tile: Value, index: Sequence[Value], k: int, rows: Sequence[Value
         T.buffer_store(tile, cast(str(tile.dtype), column), place)
 
 
-def store_turned(target: Value, index: Sequence[Value], r: int, c: int, element: str, columns: Sequence[Value]) -> None:
-    """Write a square to a param: columns[c][r] goes to position r plus r, position c plus c, as `element`."""
-    n = len(columns)
-    for k, row in enumerate(_turn(columns)):
-        place = [at(n, x) if p == c else x + k if p == r else x for p, x in enumerate(index)]
+def store_turned(target: Value, index: Sequence[Value], k: int, element: str, columns: Sequence[Value]) -> None:
+    """Write a square to a param as `element`: columns[c][r] goes to position k plus r, last position plus c."""
+    for r, row in enumerate(_turn(columns)):
+        place = [*index[:k], index[k] + r, *index[k + 1:-1], at(len(columns), index[-1])]
         T.buffer_store(target, to_bf16(row) if element == "bf16" else cast(element, row), place)
 
 

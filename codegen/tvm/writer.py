@@ -11,7 +11,21 @@ from dataclasses import dataclass, field, replace
 from memcomp.codegen.tvm.isa import Isa
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, walk
-from memcomp.ir.tile import Dim, Dot, Fold, Load, Loop, Map, Param, Statement, Store, Tile, TileKernel, TileProgram, When
+from memcomp.ir.tile import (
+    Dim,
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Map,
+    Param,
+    Statement,
+    Store,
+    Tile,
+    TileKernel,
+    TileProgram,
+    When,
+)
 
 ELEMENT = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
            "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}

@@ -36,6 +36,21 @@ class Group:
     ends: tuple[fx.Node, ...]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where nodes stand in the graph, and which tensors are written where: (position, root of the tensor)."""
+
+    order: dict[fx.Node, int]
+    writes: tuple[tuple[int, fx.Node], ...]
+
+    @staticmethod
+    def of(gm: fx.GraphModule) -> Places:
+        order = {n: k for k, n in enumerate(gm.graph.nodes)}
+        writes = ((order[n], _root(x)) for n in order if table.mutates(n) and table.rule(n) is None
+                  for x in table.written(n))
+        return Places(order, tuple(writes))
+
+
 def find_regions(gm: fx.GraphModule) -> tuple[list[Region], list[Refused]]:
     """All regions of a graph in its order, and the attention-like candidates that could not be read.
 
@@ -45,10 +60,10 @@ def find_regions(gm: fx.GraphModule) -> tuple[list[Region], list[Refused]]:
     _name_writes(gm)
     regions: list[Region] = []
     refused: list[Refused] = []
-    order = {n: k for k, n in enumerate(gm.graph.nodes)}
+    places = Places.of(gm)
     for group in _groups(gm):
         try:
-            regions.append(_region(gm, group, order, f"region{len(regions)}"))
+            regions.append(_region(gm, group, places, f"region{len(regions)}"))
         except Refusal as why:
             refused.append(Refused(source(group.ends[-1]), "; ".join(s for s in (why.what, why.hint) if s)))
     taken = {n for g in regions for n in g.nodes}
@@ -167,7 +182,7 @@ def _between(ends: Sequence[fx.Node], makers: set[fx.Node], reach: dict[fx.Node,
 # -- one region ---------------------------------------------------------------------------------------------------
 
 
-def _region(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: str) -> Region:
+def _region(gm: fx.GraphModule, group: Group, places: Places, name: str) -> Region:
     for n in group.core:
         m = meta(n)
         if isinstance(m, torch.Tensor) and m.is_complex():
@@ -177,7 +192,7 @@ def _region(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: s
     stop: set[fx.Node] = set()
     while True:
         try:
-            return _read(gm, group, order, name, stop)
+            return _read(gm, group, places, name, stop)
         except _Order as why:
             if why.nodes <= stop:
                 raise
@@ -200,8 +215,8 @@ class _Order(Refusal):
         super().__init__(what)
 
 
-def _read(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: str, stop: set[fx.Node]) -> Region:
-    r = Reader(gm, group.core, stop)
+def _read(gm: fx.GraphModule, group: Group, places: Places, name: str, stop: set[fx.Node]) -> Region:
+    r, order = Reader(gm, group.core, stop), places.order
     nodes = set(group.core)
     outputs: list[tuple[fx.Node, Value]] = []
     for n in group.ends:
@@ -222,7 +237,7 @@ def _read(gm: fx.GraphModule, group: Group, order: dict[fx.Node, int], name: str
     sizes = [n for _, n in done.sizes if isinstance(n, fx.Node)]
     _check_convex(nodes, done.inputs, set(r.through))
     anchor = _place(order, nodes, ends, [*done.inputs, *sizes], set(r.through))
-    _check_mutation(gm, order, nodes, done.inputs, set(r.through), order[anchor])
+    _check_mutation(places, nodes, done.inputs, set(r.through), order[anchor])
     return Region(name, done.program, done.inputs, done.sizes, ends, tuple(sorted(nodes, key=order.__getitem__)),
                   source(ends[-1]), tuple(_order(n) for n in ends), anchor)
 
@@ -306,11 +321,10 @@ def _root(node: fx.Node) -> fx.Node:
     return node
 
 
-def _check_mutation(gm: fx.GraphModule, order: dict[fx.Node, int], nodes: set[fx.Node], inputs: Sequence[fx.Node],
-                    through: set[fx.Node], place: int) -> None:
+def _check_mutation(places: Places, nodes: set[fx.Node], inputs: Sequence[fx.Node], through: set[fx.Node],
+                    place: int) -> None:
     """What is read through may not be written later, nor an input between where the graph and the region read it."""
-    writes = [(order[n], _root(x)) for n in gm.graph.nodes if table.mutates(n) and table.rule(n) is None
-              for x in table.written(n)]
+    order, writes = places.order, places.writes
     last = max(order[n] for n in nodes)
     changed = {w for k, w in writes if k < last and (w in nodes or w in through)}
     if changed:

@@ -179,8 +179,9 @@ def _sizes(r: Reader, ins: Sequence[Tensor], outs: Sequence[Tensor], temps: Sequ
             if not isinstance(e, int):
                 given.setdefault(sympy.expand(e), x)
     symbols = {s for x in order for s in _symbols(r.ranks[x])}
-    symbols |= {s for x in r.ranks.values() for s in _symbols(x) if size_name(s) in _size_names(statements)}
-    symbols |= {s for s in _graph_symbols(r.gm) if size_name(s) in _size_names(statements)}
+    named = _size_names(statements) - {size_name(s) for s in symbols}
+    if named:
+        symbols |= {s for s in _graph_symbols(r.gm) if size_name(s) in named}
     solved: dict[str, Expr] = {}
     progress = True
     while progress:
@@ -231,10 +232,13 @@ def _size_names(statements: Sequence[Einsum]) -> set[str]:
 
 
 def _graph_symbols(gm: fx.GraphModule) -> set[sympy.Symbol]:
+    """The symbols of all shapes and run-time integers of a graph."""
     out: set[sympy.Symbol] = set()
     for node in gm.graph.nodes:
-        if isinstance(meta(node), torch.SymInt):
-            out |= _symbols(extent(meta(node)))
+        m = meta(node)
+        for s in (*m.shape,) if isinstance(m, torch.Tensor) else (m,):
+            if isinstance(s, torch.SymInt):
+                out |= _symbols(extent(s))
     return out
 
 

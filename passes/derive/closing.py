@@ -16,7 +16,7 @@ from memcomp.ir.ops import MONOIDS
 from memcomp.passes.derive.finals import Finals
 from memcomp.passes.derive.stage import Stage
 from memcomp.passes.derive.states import finite
-from memcomp.passes.derive.terms import Powers, Term
+from memcomp.passes.derive.terms import Term
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Closing:
     def sum(self, s: Einsum, terms: list[Term], guard: tuple[Expr, ...]) -> Einsum:
         """The finalise map of an accepted sum."""
         self.finals.assume, self.finals.leaned = self._some(s, guard), False
-        done = [replace(self._grounded(self.finals.normal(t)), when=t.when, outer=self._outer(t)) for t in terms]
+        done = [replace(self._grounded(self.finals.normal(t)), when=t.when) for t in terms]
         leaned, self.finals.assume = self.finals.leaned, None
         conds = [self._alive(s, t, guard, leaned) for t in done]
         body: Expr | None = None
@@ -64,17 +64,17 @@ class Closing:
         assert s.reduce is not None
         cond, rest = self.stage.facts.alive(s.reduce.over, guard)
         if rest:
-            return Call("gt", (self.stage.final(self.stage.count(s, guard)), Const(0.0)))
+            return Call("gt", (self.stage.final(self.stage.count(s, guard, self._rows(s))), Const(0.0)))
         return cond
 
-    def _alive(self, s: Einsum, t: Term, guard: tuple[Expr, ...], leaned: bool) -> Expr | None:
-        inside = replace(t, c=tuple(x for x in t.c if x not in t.outer))
-        bare = bool(t.outer) and self._tame(inside)  # what multiplies the choice from outside meets its 0
-        points = guard if bare else tuple(dict.fromkeys(guard + t.when))
-        return None if (self._tame(t) and not leaned) or self._chosen(t, points) else self._some(s, points)
+    def _rows(self, s: Einsum) -> tuple[str, ...]:
+        """Variables of the result that every state carries: a count is kept where they are."""
+        common = set.intersection(*(set(x.vars) for x in (*self.stage.orders, *self.stage.sums)))
+        return tuple(v for v in s.space() if v in common)
 
-    def _outer(self, t: Term) -> Powers:
-        return self._grounded(self.finals.normal(Term(c=t.outer))).c if t.outer else ()
+    def _alive(self, s: Einsum, t: Term, guard: tuple[Expr, ...], leaned: bool) -> Expr | None:
+        points = tuple(dict.fromkeys(guard + t.when))
+        return None if (self._tame(t) and not leaned) or self._chosen(t, points) else self._some(s, points)
 
     def _tame(self, t: Term) -> bool:
         """Is the c-side finite where no point takes part?  Products of neutral values and of empty sums are, and the

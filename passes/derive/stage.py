@@ -224,20 +224,22 @@ class Stage:
         return -BOUNDED <= span.lo and span.hi <= BOUNDED
 
     def _state(self, s: Einsum, a: Powers, ds: tuple[tuple[str, int], ...], es: tuple[tuple[str, float], ...],
-               bounded: Powers, guard: tuple[Expr, ...], rows: tuple[str, ...] = ()) -> SumState:
+               bounded: Powers, guard: tuple[Expr, ...], rows: tuple[str, ...] | None = None) -> SumState:
         assert s.reduce is not None
         bodies = [self.gauges[g].body for g, _ in ds + es]
         guards = [c for g, _ in ds + es for c in self.gauges[g].guard]
         own = self._vars(s, *(x for x, _ in a + bounded), *bodies, *guards, *guard)
         new = SumState("", a, ds, es, bounded, guard, s.reduce.over,
-                       tuple(v for v in s.space() if v in own or v in rows))
+                       tuple(v for v in s.space() if v in own or v in (rows or ())))
         for old in self.sums:
-            if old.tag() == new.tag() and set(new.vars) <= set(old.vars) <= set(s.space()):
+            spread = set(new.vars) <= set(old.vars) <= set(s.space()) and rows is None
+            if old.tag() == new.tag() and (spread or set(old.vars) == set(new.vars)):
                 return old
         for k, (g, _) in enumerate(ds):  # closed downward where the frame moves
             if self.gauges[g].kind != "first" or self.merged:
                 lower = tuple((h, i - (n == k)) for n, (h, i) in enumerate(ds) if i - (n == k))
-                self._state(s, a, lower, es, bounded, guard, () if a or es or bounded else new.vars)
+                counts = not (a or lower or es or bounded)
+                self._state(s, a, lower, es, bounded, guard, new.vars if counts else None)
         for g, _ in ds + es:
             if self.gauges[g].kind in ("first", "running"):
                 self.count(s, self.gauges[g].guard, self.gauge_vars[g])
@@ -249,7 +251,7 @@ class Stage:
                                             math.inf, not ds and all(self.facts.positive(x) for x, _ in a)))
         return new
 
-    def count(self, s: Einsum, guard: tuple[Expr, ...], rows: tuple[str, ...] = ()) -> SumState:
+    def count(self, s: Einsum, guard: tuple[Expr, ...], rows: tuple[str, ...] | None = None) -> SumState:
         """How many points of the guard there are (kept per row of `rows`, so that it lives where its readers do)."""
         return self._state(s, (), (), (), (), guard, rows)
 

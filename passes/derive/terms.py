@@ -64,7 +64,6 @@ class Term:
     """coef * prod a**p * exp(ea) * prod c**p * exp(ec) where `when` (carried) and `if_` (constant) hold.
 
     mask: where the exponential is not exp(-inf) = 0; unlike `when` it does not keep an infinite c-side out.
-    outer: the factors of c that multiply the choice by `when` from outside: 0/0 is NaN.
     """
 
     coef: float = 1.0
@@ -75,14 +74,12 @@ class Term:
     when: tuple[Expr, ...] = ()
     if_: tuple[Expr, ...] = ()
     mask: tuple[Expr, ...] = ()
-    outer: Powers = ()
 
     def times(self, other: Term) -> Term:
-        outer = (*self.outer, *other.outer, *(other.c if self.when else ()), *(self.c if other.when else ()))
         return Term(self.coef * other.coef, _multiplied(self.a, other.a), _joined(self.ea, other.ea),
                     _multiplied(self.c, other.c), _joined(self.ec, other.ec),
                     tuple(dict.fromkeys(self.when + other.when)), tuple(dict.fromkeys(self.if_ + other.if_)),
-                    tuple(dict.fromkeys(self.mask + other.mask)), tuple(dict.fromkeys(outer)))
+                    tuple(dict.fromkeys(self.mask + other.mask)))
 
     @property
     def conditional(self) -> bool:
@@ -90,7 +87,7 @@ class Term:
 
     def power(self, p: float) -> Term:
         return replace(self, coef=self.coef ** p if p != 1 else self.coef, a=powered(self.a, p),
-                       ea=powered(self.ea, p), c=powered(self.c, p), ec=powered(self.ec, p), outer=powered(self.outer, p))
+                       ea=powered(self.ea, p), c=powered(self.c, p), ec=powered(self.ec, p))
 
     def scaled(self, k: float) -> Term:
         return replace(self, coef=self.coef * k)
