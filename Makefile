@@ -16,7 +16,7 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-sweep: $(READY)  ## the long tests, hours
+sweep: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
 
 bench: $(READY)

@@ -59,7 +59,7 @@ def scalar_element(w: Writer, a: Access, point: Point) -> str:
 
 
 def place(w: Writer, a: Access, point: Point, lane: str = "", lanes: int = 1, base: str = "") -> str:
-    """Text of the element itself (an lvalue), or of `lanes` neighbours when the index that holds `lane` walks by one."""
+    """Text of the element itself (assignable), or of `lanes` neighbours along `lane`."""
     name, order = view(w, w.params[a.tensor])
     index = []
     for i in (a.index[k] for k in order):
@@ -87,8 +87,8 @@ def contiguous(w: Writer, a: Access, dim: str) -> bool:
 
 
 def load(w: Writer, s: Load, point: Point) -> None:
-    """Fill a tile from a param: by vectors where the tile's last dim is the param's, by squares turned in registers where
-    another dim of the tile is, else one by one."""
+    """Fill a tile from a param: by vectors where memory runs along the tile's last dim, by squares turned in registers
+    where it runs along another of its dims, else one by one."""
     t, p = w.tiles[s.tile], w.params[s.source.tensor]
     element = TILE_ELEMENT[t.dtype]
     last = t.dims[-1] if t.dims else ""
@@ -104,9 +104,12 @@ def load(w: Writer, s: Load, point: Point) -> None:
         w.line(f"{w.tile_at(t.name, q.scalars)} = cast({element!r}, {scalar_element(w, s.source, q)})")
 
     def square(q: Point, row: str, column: str, size: int) -> None:
-        rows = [loaded(p, place(w, s.source, q.at(**{last: f"({row} + {r})"}), turned[0], size, column)) for r in range(size)]
-        index = [f"({column})" if d == turned[0] else q.scalars[d] for d in t.dims[:-1]]
-        w.line(f"put_turned({w.names[t.name]}, [{', '.join(index)}, {row}], {t.dims.index(turned[0])}, [{', '.join(rows)}])")
+        along = turned[0]
+        points = [q.at(**{last: f"({row} + {r})"}) for r in range(size)]
+        rows = [loaded(p, place(w, s.source, x, along, size, column)) for x in points]
+        index = [f"({column})" if d == along else q.scalars[d] for d in t.dims[:-1]]
+        to = f"{w.names[t.name]}, [{', '.join(index)}, {row}], {t.dims.index(along)}"
+        w.line(f"put_turned({to}, [{', '.join(rows)}])")
 
     turned = _turned(w, s.source, t)
     _by_squares(w, t, turned, point, square, one, _memory_order(w, s.source, t.dims))
@@ -131,10 +134,11 @@ def store(w: Writer, s: Store, point: Point) -> None:
         w.line(f"{place(w, s.target, q)} = {stored(p, w.tile_at(t.name, q.scalars))}")
 
     def square(q: Point, row: str, column: str, size: int) -> None:
-        columns = [w.tile_at(t.name, q.scalars | {turned[0]: f"({column} + {c})"}, f"at({size}, {row})") for c in range(size)]
+        along, at = turned[0], f"at({size}, {row})"
+        columns = [w.tile_at(t.name, q.scalars | {along: f"({column} + {c})"}, at) for c in range(size)]
         name, order = view(w, p)
         target = [s.target.index[k] for k in order]
-        index = [Expressions(w, q.at(**{last: f"({row})", turned[0]: f"({column})"})).index(i) for i in target]
+        index = [Expressions(w, q.at(**{last: f"({row})", along: f"({column})"})).index(i) for i in target]
         r = next(k for k, i in enumerate(target) if last in variables(i))
         kind = "bf16" if p.dtype == "bf16" else _STORED[p.dtype]
         w.line(f"store_turned({name}, [{', '.join(index)}], {r}, {kind!r}, [{', '.join(columns)}])")
@@ -191,7 +195,8 @@ def _by_squares(w: Writer, t: Tile, turned: tuple[str, int], point: Point, squar
                 continue
             v, u = w.names.fresh(w.names[d]), w.names.fresh(w.names[other])
             stop = w.count(other) if d == last else f"{whole[other]} * {size}"
-            with w.block(f"for {v} in T.serial({whole[d]} * {size}, {w.count(d)}):"), w.block(f"for {u} in T.serial({stop}):"):
+            heads = f"for {v} in T.serial({whole[d]} * {size}, {w.count(d)}):", f"for {u} in T.serial({stop}):"
+            with w.block(heads[0]), w.block(heads[1]):
                 one(q.at(**{d: v, other: u}))
 
     _over(w, tuple(d for d in t.dims if d not in (last, column)), point, plane)
@@ -203,10 +208,10 @@ def vector(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str,
     if not mask:
         return loaded(p, place(w, a, point, lane, lanes, base))
     if p.dtype == "bool":  # no masked form of one-byte truth values: the buffer is read as it is, lane by lane
-        name, l = w.names.fresh("gather"), w.names.fresh("l")
+        name, k = w.names.fresh("gather"), w.names.fresh("k")
         w.line(f"{name} = acc(splat(cast('int32', i64(0)), {lanes}))")
-        with w.block(f"for {l} in T.serial({w.count(lane)} - {base}):"):
-            w.line(f"{name}[{l}] = {scalar_element(w, a, point.at(**{lane: f'({base} + {l})'}))}")
+        with w.block(f"for {k} in T.serial({w.count(lane)} - {base}):"):
+            w.line(f"{name}[{k}] = {scalar_element(w, a, point.at(**{lane: f'({base} + {k})'}))}")
         return f"{name}[at({lanes})]"
     address = f"T.address_of({place(w, a, point.at(**{lane: base}))})"
     element = "uint16" if p.dtype == "bf16" else _STORED[p.dtype]

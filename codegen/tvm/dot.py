@@ -104,7 +104,8 @@ def in_place(w: Writer, load: Load, dots: list[Dot]) -> bool:
 
 
 def _real(w: Writer, x: Operand) -> bool:
-    return (w.tiles[x.tile].dtype if x.tile else "f32" if w.params[x.access.tensor].dtype in ("f32", "bf16", "f16") else "") == "f32"
+    """Does the operand come as f32 values?"""
+    return w.tiles[x.tile].dtype == "f32" if x.tile else w.params[x.access.tensor].dtype in ("f32", "bf16", "f16")
 
 
 def _loops(w: Writer, dims: list[str], point: Point, body: Callable[[Point], None]) -> None:

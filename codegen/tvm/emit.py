@@ -5,6 +5,7 @@ Text only; nothing here imports tvm.  The words that TVMScript does not know are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,8 +40,8 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
     names = Names(set(WORDS))
     for p in tp.params:
         names[p.name]
-    lines = [f"# {shape.name}", "@T.prim_func(s_tir=True)",
-             f"def main({', '.join([f'{names[p.name]}_arg: T.handle' for p in tp.params] + [f'{names[s]}: T.int64' for s in tp.sizes])}):",
+    arguments = [f"{names[p.name]}_arg: T.handle" for p in tp.params] + [f"{names[s]}: T.int64" for s in tp.sizes]
+    lines = [f"# {shape.name}", "@T.prim_func(s_tir=True)", f"def main({', '.join(arguments)}):",
              '    T.func_attr({"global_symbol": "main"})']
     probe = Writer(tp, TileKernel("", (), (), (), ()), shape, names)
     for p, u in zip(tp.params, units, strict=True):
@@ -63,7 +64,8 @@ def _param(w: Writer, p: Param, unit: int) -> list[str]:
     strides = [_stride(name, k, unit) for k in range(len(p.shape))]
     lines = [f"    {s} = T.int64()" for k, s in enumerate(strides) if k != unit]
     extents = _extents(w, p, range(len(p.shape)))
-    return [*lines, f"    {name} = T.match_buffer({name}_arg, {extents}, {kind!r}{_strides(strides)}, align={BYTES[p.dtype]})"]
+    layout = f"{_strides(strides)}, align={BYTES[p.dtype]}"
+    return [*lines, f"    {name} = T.match_buffer({name}_arg, {extents}, {kind!r}{layout})"]
 
 
 def _view(w: Writer, p: Param, unit: int) -> list[str]:
@@ -100,7 +102,8 @@ def _kernel(w: Writer) -> None:
     with w.block(f"for {chunk} in T.parallel({chunks}):"):
         start = len(w.lines)
         depth = w.depth
-        with w.block(f"for {point} in T.serial(T.truncdiv({chunk} * {total}, {chunks}), T.truncdiv(({chunk} + 1) * {total}, {chunks})):"):
+        first, last = (f"T.truncdiv({c} * {total}, {chunks})" for c in (chunk, f"({chunk} + 1)"))
+        with w.block(f"for {point} in T.serial({first}, {last}):"):
             scalars: dict[str, str] = {}
             rest = point
             for n in range(len(k.grid) - 1, -1, -1):
@@ -117,12 +120,9 @@ def _kernel(w: Writer) -> None:
                     rest = nxt
             Body(w).run(k.body, Point(scalars))
         text = "\n".join(w.lines[start:])
-        tiles = []
-        for t in k.tiles:
-            if f"{names[t.name]}[" in text:
-                shape = ", ".join(map(str, w.shape(t)))
-                tiles.append("    " * depth + f"{names[t.name]} = T.alloc_buffer(({shape},), {TILE_ELEMENT[t.dtype]!r})")
-        w.lines[start:start] = tiles
+        used = [t for t in k.tiles if re.search(rf"\b{names[t.name]}\b", text)]
+        w.lines[start:start] = [
+            "    " * depth + f"{names[t.name]} = T.alloc_buffer({w.shape(t)}, {TILE_ELEMENT[t.dtype]!r})" for t in used]
     names.forget({v for v, _ in k.grid})
 
 
@@ -148,18 +148,25 @@ class Body:
     def run(self, body: Sequence[Statement], point: Point) -> None:
         self._counts(point)
         w = self.w
-        stored = {s.target.tensor for s in self.all if isinstance(s, Store)}
         for s in body:
-            if isinstance(s, Load) and s.source.tensor not in stored:
-                readers = [x for x in self.all if s.tile in read_tiles(x, w.tiles)]
-                writers = [x for x in self.all if getattr(x, "tile", "") == s.tile and not isinstance(x, Store)]
-                moving = any(isinstance(x, Loop) and x.var in variables(s.source) for x in self.all)
-                here = all(any(x is y for y in statements(tuple(body))) for x in readers)
-                dots = [x for x in readers if isinstance(x, Dot)]
-                if len(writers) == 1 and len(dots) == len(readers) and (here or not moving) and contraction.in_place(w, s, dots):
-                    w.in_place[s.tile] = s
+            if isinstance(s, Load) and self._in_place(s, body):
+                w.in_place[s.tile] = s
         for item in grouped(body, w.tiles):
             self._statement(item, point)
+
+    def _in_place(self, s: Load, body: Sequence[Statement]) -> bool:
+        """May and should the readers of a loaded tile read the param instead?"""
+        w = self.w
+        readers = [x for x in self.all if s.tile in read_tiles(x, w.tiles)]
+        writers = [x for x in self.all if getattr(x, "tile", "") == s.tile and not isinstance(x, Store)]
+        dots = [x for x in readers if isinstance(x, Dot)]
+        if len(writers) != 1 or len(dots) != len(readers):
+            return False
+        if any(isinstance(x, Store) and x.target.tensor == s.source.tensor for x in self.all):
+            return False
+        moving = any(isinstance(x, Loop) and x.var in variables(s.source) for x in self.all)
+        inside = {id(x) for x in statements(tuple(body))}
+        return (not moving or all(id(x) in inside for x in readers)) and contraction.in_place(w, s, dots)
 
     def _counts(self, point: Point) -> None:
         """Name the counts of dims whose variables have just become known."""

@@ -95,7 +95,7 @@ class Expressions:
         from memcomp.codegen.tvm.access import scalar_element
 
         q = self.w.params[e.tensor]
-        kind = "bool" if q.dtype == "bool" else "f64" if q.dtype == "f64" else "f32" if q.dtype[0] not in "iu" else "i64"
+        kind = q.dtype if q.dtype in ("bool", "f64") else "i64" if q.dtype[0] in "iu" else "f32"
         if self.point.lane not in variables(e):
             return Val(scalar_element(self.w, e, self.point), kind)
         element = {"bool": "int32"}.get(kind, ELEMENT_OF.get(kind, ""))
@@ -105,11 +105,11 @@ class Expressions:
     def _one_by_one(self, text: Callable[[Point], str], element: str) -> str:
         """A vector gathered lane by lane; lanes past the dim's count are not read."""
         p, w = self.point, self.w
-        name, l = w.names.fresh("gather"), w.names.fresh("l")
+        name, k = w.names.fresh("gather"), w.names.fresh("k")
         w.line(f"{name} = acc(splat(cast({element!r}, i64(0)), {p.width}))")
-        with w.block(f"for {l} in T.serial(T.max(T.min(i64({p.width}), {w.count(p.lane)} - {p.base}), i64(0))):"):
-            one = Point(p.scalars | {p.lane: f"({p.base} + {l})"})
-            w.line(f"{name}[{l}] = {text(one)}")
+        with w.block(f"for {k} in T.serial(T.max(T.min({w.count(p.lane)} - {p.base}, {p.width}), 0)):"):
+            one = Point(p.scalars | {p.lane: f"({p.base} + {k})"})
+            w.line(f"{name}[{k}] = {text(one)}")
         return f"{name}[at({p.width})]"
 
     # -- operators ---------------------------------------------------------------------------------------------------
@@ -241,7 +241,8 @@ def convert(v: Val, kind: str) -> Val:
     if v.kind == kind:
         return v
     if v.const is not None and kind != "bool":
-        return Val(f"i64({int(v.const)})" if kind == "i64" else f"{kind}({number(float(v.const))})", kind, const=v.const)
+        text = str(int(v.const)) if kind == "i64" else number(float(v.const))
+        return Val(f"{kind}({text})", kind, const=v.const)
     if kind == "bool":
         return truth(v)
     if v.kind == "bool":

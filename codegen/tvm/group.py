@@ -76,9 +76,14 @@ def _joined(g: Group, s: Work, tiles: dict[str, Tile]) -> Group | None:
     lanes = [lane_of(x, tiles) for x in work]
     if lanes[0] in common and all(x == lanes[0] for x in lanes):
         return Group(work, common, lanes[0])
-    if all(x not in common or set((*kept(s, tiles), *over(s))) <= set(common) for x, s in zip(lanes, work, strict=True)):
+    if all(d not in common or _plain(x, common, tiles) for d, x in zip(lanes, work, strict=True)):
         return Group(work, common, "")
     return None
+
+
+def _plain(s: Work, common: tuple[str, ...], tiles: dict[str, Tile]) -> bool:
+    """Has the statement no dims but the common ones?"""
+    return {*kept(s, tiles), *over(s)} <= set(common)
 
 
 def without_branch(s: Statement) -> Statement:
@@ -110,10 +115,10 @@ def in_order(work: Sequence[Work], common: tuple[str, ...], tiles: dict[str, Til
     out: list[Work] = []
     for s in work:
         k = len(out)
-        if set((*kept(s, tiles), *over(s))) <= set(common):
+        if _plain(s, common, tiles):
             mine = read_tiles(s, tiles)
-            while k and not set((*kept(out[k - 1], tiles), *over(out[k - 1]))) <= set(common) \
-                    and s.tile not in read_tiles(out[k - 1], tiles) | {out[k - 1].tile} and out[k - 1].tile not in mine:
+            while k and not _plain(x := out[k - 1], common, tiles) and x.tile not in mine \
+                    and s.tile not in read_tiles(x, tiles) | {x.tile}:
                 k -= 1
         out.insert(k, s)
     return out
@@ -227,7 +232,7 @@ class Nest:
 
     def _finish(self, t: Tile, text: str, kind: str, point: Point, held: dict[str, str], passing: bool = False,
                 ) -> dict[str, str]:
-        """Hold the value of a tile at this point; in memory too if others read it, or if the point is left (`passing`)."""
+        """Hold the value of a tile at this point; in memory too if others read it or the point is `passing`."""
         lanes = point.width if point.lane in t.dims else 1
         name = self._named(f"splat({text}, {lanes})" if kind != "bool" else text, kind, self.w.names[t.name])
         if passing or t.name not in self.local:
@@ -243,7 +248,7 @@ class Nest:
         number_text = _number_form(kind, value)
         w.line(f"{w.tile_at(t.name, point.scalars, last)} = splat({number_text}, {lanes})")
 
-    # -- statements with loops of their own ------------------------------------------------------------------------------
+    # -- statements with loops of their own ----------------------------------------------------------------------------
 
     def _segment(self, work: Sequence[Work], point: Point, held: dict[str, str]) -> dict[str, str]:
         """Statements that share all their loops; those that stay in the results are outermost."""
@@ -295,12 +300,13 @@ class Nest:
                     element = TILE_ELEMENT[t.dtype]
                     text = f"splat({_number_form(v.kind, v.text)}, {width})"
                     if lane in s.over and not w.full(lane, width) and width > 1:
-                        text = f"select(lane({width}) < clip({w.count(lane)} - {q.base}), {text}, {_identity(s.monoid, element)})"
+                        valid = f"lane({width}) < clip({w.count(lane)} - {q.base})"
+                        text = f"select({valid}, {text}, {_identity(s.monoid, element)})"
                     v_at = f"{sums[id(s)]}[at({width})]"
                     w.line(f"{v_at} = join({s.monoid!r}, {v_at}, {text})")
                 else:
-                    name = self._named(v.text if v.kind == "bool" else f"splat({v.text}, {q.width if q.lane else 1})", v.kind,
-                                       w.names[t.name])
+                    text = v.text if v.kind == "bool" else f"splat({v.text}, {q.width if q.lane else 1})"
+                    name = self._named(text, v.kind, w.names[t.name])
                     if not self._only_here(t.name, work):
                         self._put(t, name, v.kind, q)
                     now[t.name] = name

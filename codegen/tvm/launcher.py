@@ -1,9 +1,9 @@
 """Parallel loops on torch's own OpenMP threads.
 
 Two thread pools that both spin make each other wait for milliseconds, so kernels run on the libgomp that torch has
-loaded.  A kernel module starts its loops through a data symbol, `__TVMBackendParallelLaunch`; `memcomp_install` overwrites
-it with a launcher that comes in the same module, as LLVM text, so no C compiler is needed.  Tasks are handed out by
-an atomic counter: uneven tasks (causal attention) even out, and any team size, nested regions included, does all work.
+loaded.  A kernel module starts its loops through a data symbol, `__TVMBackendParallelLaunch`; `memcomp_install`
+overwrites it with a launcher that comes in the same module, as LLVM text, so no C compiler is needed.  Tasks are
+handed out by an atomic counter: uneven tasks (causal attention) even out, and a team of any size does them all.
 The thread count is asked at every call; after a fork the child runs alone, since libgomp's threads do not survive one.
 Where no libgomp is loaded, TVM's own pool stays in charge.
 """

@@ -53,7 +53,7 @@ def _poly(x: Value, low_to_high: tuple[float, ...]) -> Value:
 
 
 def _scaled(p: Value, n: Value) -> Value:
-    """p * 2**n for n in -252 .. 254, rounded once: two powers, the first product exact, so subnormal results are right."""
+    """p * 2**n for n in -252 .. 254 by two powers; the first product is exact, so subnormals are rounded once."""
     n = reg(cast("int32", n))
     half = reg(n >> tirx.const(1, "int32"))
 
@@ -98,7 +98,7 @@ def exp2(x: Value) -> Value:
 
 
 def _split(x: Value) -> tuple[Value, Value, Value, Value]:
-    """x = m * 2**e with m in [sqrt(1/2), sqrt(2)): (f = m - 1, its square, e, correction so that log m = f - s/2 + c)."""
+    """(f, s, e, c) with x = (1 + f) * 2**e, 1 + f in [sqrt(1/2), sqrt(2)), s = f*f and log(1 + f) = f - s/2 + c."""
     tiny = reg(select(x < like(x, 2.0**-126), like(x, 1.0), like(x, 0.0)))
     x = reg(select(x < like(x, 2.0**-126), x * like(x, 2.0**23), x))
     b = reg(bits(x))

@@ -33,7 +33,9 @@ def vector(element: str, lanes: int) -> str:
 
 def at(lanes: int, base: Value = 0) -> Value:
     """The index of `lanes` neighbours from `base` on."""
-    return base if lanes == 1 else tirx.Ramp(base, tirx.const(1, dtype(base) if not isinstance(base, int) else "int32"), lanes)
+    if lanes == 1:
+        return base
+    return tirx.Ramp(base, tirx.const(1, "int32" if isinstance(base, int) else dtype(base)), lanes)
 
 
 def acc(x: Value) -> Value:
@@ -150,7 +152,7 @@ def clip(x: Value) -> Value:
     return T.Cast("int32", T.max(T.min(x, i64(far)), i64(-far)))
 
 
-# -- integers: TVM's own floor division is rewritten with shared names that its code generator then refuses --------------
+# -- integers: TVM's own floor division is rewritten with shared names that its code generator then refuses ------------
 
 
 def floordiv(a: Value, b: Value) -> Value:
@@ -213,7 +215,8 @@ def row_sums(rows: Sequence[Value]) -> Value:
         low = [k for g in range(0, w, parts) for k in range(g, g + half)]
         take = low + [w + k for k in low]
         give = [k + half for k in low] + [w + k + half for k in low]
-        vectors = [reg(T.Shuffle([a, b], take) + T.Shuffle([a, b], give)) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [reg(T.Shuffle([a, b], take) + T.Shuffle([a, b], give)) for a, b in pairs]
         parts = half
     x = vectors[0]
     while parts > 1:

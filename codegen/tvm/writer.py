@@ -37,8 +37,8 @@ _TAKEN = {"T", "I", "inf", "nan", "f32", "f64", "i64", "main", *keyword.kwlist}
 class Point:
     """Where in its loops an expression is evaluated.
 
-    lane: the dim laid across `width` lanes, whose first lane is element `base` (text of an int64); scalars: text of every
-    other variable; held: values of tiles at this point, by tile name, as register names.
+    lane: the dim laid across `width` lanes, whose first lane is element `base` (text of an int64); scalars: text of
+    every other variable; held: values of tiles at this point, by tile name, as register names.
     """
 
     scalars: dict[str, str]

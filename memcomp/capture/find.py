@@ -102,14 +102,18 @@ def _weight(gm: fx.GraphModule, node: fx.Node) -> bool:
         node = node.all_input_nodes[0]
 
 
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a contraction multiplies."""
+    inputs = _tensors(node.all_input_nodes)
+    return inputs[1:] if table.base_name(node) == "baddbmm" else inputs
+
+
 def _is_anchor(gm: fx.GraphModule, node: fx.Node) -> bool:
     r = table.rule(node)
     if r is None or r.kind != "contract" or table.base_name(node) == ATTENTION:
         return False
-    inputs = _tensors(node.all_input_nodes)
-    if table.base_name(node) == "baddbmm":
-        inputs = _tensors(a for a in node.args[1:3] if isinstance(a, fx.Node))
-    if any(_weight(gm, n) for n in inputs) or not all(meta(n).is_floating_point() for n in inputs):
+    inputs = _operands(node)
+    if not inputs or any(_weight(gm, n) for n in inputs) or not all(meta(n).is_floating_point() for n in inputs):
         return False
     if table.base_name(node) == "einsum":
         return True
@@ -123,7 +127,7 @@ def _batched(node: fx.Node) -> bool:
         left, _, right = str(node.args[0]).partition("->")
         shared = set.intersection(*(set(x) for x in left.replace(" ", "").split(",")))
         return bool(shared & set(right))
-    return all(meta(n).ndim > 2 for n in _tensors(node.all_input_nodes))
+    return all(meta(n).ndim > 2 for n in _operands(node))
 
 
 def _groups(gm: fx.GraphModule) -> list[Group]:

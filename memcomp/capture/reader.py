@@ -14,7 +14,8 @@ from torch import fx
 from memcomp.capture import table
 from memcomp.capture.extent import Extent, expression, extent, real_expression, same, size_name
 from memcomp.capture.masks import Reading, Written, lowest, make
-from memcomp.capture.value import Factor, Value, constant, plain
+from memcomp.capture.pieces import each
+from memcomp.capture.value import Factor, Value, constant, plain, pointwise
 from memcomp.ir.cascade import Einsum, Reduce
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, reads, walk
@@ -248,7 +249,9 @@ class Reader(Reading):
         return name
 
     def materialise(self, v: Value, hint: str = "T") -> Value:
-        """A value as (a view of) a temporary."""
+        """A value as (a view of) a temporary; piece by piece, where it has pieces that read temporaries."""
+        if v.pieces is not None:
+            return each(v, lambda p: p if self._is_plain(p) else self.materialise(p, hint), self)
         axes = self.axes(v.factors, [_hint(k, len(v.factors)) for k in range(len(v.factors))], set())
         ix = tuple(Var(str(f.rank).lower()) for f in axes)
         e = self.simplify(v.at(ix))
@@ -303,14 +306,14 @@ def real(v: Value) -> Value:
     if v.is_real:
         return v
     if v.dtype == torch.bool:
-        return Value(v.dims, torch.float32, lambda ix: make("where", v.at(ix), Const(1.0), Const(0.0)))
-    return Value(v.dims, torch.float32, lambda ix: make("real", v.at(ix)))
+        return pointwise(lambda e: make("where", e, Const(1.0), Const(0.0)), torch.float32, v)
+    return pointwise(lambda e: make("real", e), torch.float32, v)
 
 
 def whole(v: Value) -> Value:
     """The value as integers (a truth value is 1 or 0)."""
     if v.dtype == torch.bool:
-        return Value(v.dims, torch.int64, lambda ix: make("where", v.at(ix), Const(1), Const(0)))
+        return pointwise(lambda e: make("where", e, Const(1), Const(0)), torch.int64, v)
     return v
 
 

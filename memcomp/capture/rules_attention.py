@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,49 +12,114 @@ from torch import fx
 
 from memcomp.capture.extent import expression, quotient, same
 from memcomp.capture.masks import Parts, lowest
+from memcomp.capture.pieces import cat
 from memcomp.capture.reader import Reader, meta, real
 from memcomp.capture.rules_contract import matmul
 from memcomp.capture.rules_map import apply
 from memcomp.capture.rules_reduce import INF, Rows, dimensions, kept_shape, layout
 from memcomp.capture.table import Rule
-from memcomp.capture.value import Index, Value, coarse, constant, permute, shift, wrap
+from memcomp.capture.value import ZERO, Factor, Index, Value, coarse, constant, permute, shift, wrap
 from memcomp.ir.cascade import Reduce
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Expr, Var, call
+from memcomp.ir.expr import Access, Expr, Var, call, substitute
 
 Dead = Literal["nan", "zero"]
 
 
 @dataclass(frozen=True, slots=True)
-class Normal:
-    """max, exp and sum over rows of scores.  live: every row is proved to keep a point."""
+class Scores:
+    """One piece of the scores, laid out over rows.  live: every row is proved to keep a point in it.
 
-    rows: Rows
+    rows: None for a piece of a single element per row, whose `body` is over the kept variables of the others.
+    """
+
+    piece: Value
+    rows: Rows | None
     guard: Expr | None
     live: bool
     body: Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Normal:
+    """max, exp and sum over rows of scores, by pieces.  kept: the ranks of a row."""
+
+    parts: tuple[Scores, ...]
+    weights: tuple[Expr, ...]
+    kept: tuple[Factor, ...]
     top: Expr
     total: Expr
-    weight: Expr
+    live: bool
 
 
-def _normalise(r: Reader, x: Value, dims: Sequence[int]) -> Normal:
-    rows = layout(r, x, dims)
-    e = r.simplify(x.at(rows.index))
+def _scores(r: Reader, v: Value, dims: Sequence[int], index: Index | None) -> Scores:
+    """Lay out a piece (`index`: a single element per row, at this index), take its mask off, name its scores."""
+    rows = layout(r, v, dims) if index is None else None
+    e = r.simplify(v.at(rows.index if rows is not None else index or ()))
+    if rows is None:
+        return Scores(v, None, None, True, e)
     p: Parts = r.parts(e)
     live = r.live(p.guard, rows.over)
     masked = p.guard is not None and p.outside is not None and (
         p.outside.value == -INF or lowest(p.outside) and live)
-    body, guard = (p.inside, p.guard) if masked else (e, None)
-    live = live or not masked
+    body = p.inside if masked else e
     if not isinstance(body, Access):
         body = Access(r.write("W", rows.axes, body, finite=r.tame(body)), rows.index)
+    return Scores(v, rows, p.guard if masked else None, live or not masked, body)
+
+
+def _normalise(r: Reader, x: Value, dims: Sequence[int]) -> Normal:
+    parts = _pieces(r, x, dims)
+    lead = next(p.rows for p in parts if p.rows is not None)
+    kept = tuple(Var(str(f.rank).lower()) for f in lead.kept)
+    live = any(p.live for p in parts)
+    top = _joined(r, "GM", "max", lead, live, [
+        p.body if p.rows is None else Access(r.write(
+            "GM", lead.kept, p.body, reduce=Reduce("max", p.rows.over), guard=p.guard, finite=p.live), kept)
+        for p in parts])
+    weights = tuple(
+        call("exp", p.body - top) if p.rows is None else Access(r.write(
+            "SN", p.rows.axes, call("exp", p.body - top), guard=p.guard, positive=True), p.rows.index)
+        for p in parts)
+    total = _joined(r, "SD", "add", lead, live, [
+        w if p.rows is None else Access(r.write(
+            "SD", lead.kept, w, reduce=Reduce("sum", p.rows.over), guard=p.guard, positive=p.live), kept)
+        for p, w in zip(parts, weights, strict=True)])
+    return Normal(parts, weights, lead.kept, top, total, live)
+
+
+def _pieces(r: Reader, x: Value, dims: Sequence[int]) -> tuple[Scores, ...]:
+    """The pieces of a row, all over the same kept ranks."""
+    values = x.pieces.values if x.pieces is not None and dims == [x.pieces.dim] else (x,)
+    lead = next((v for v in values if not same(v.shape[dims[0]], 1)), values[0])
+    out = {lead: _scores(r, lead, dims, None)}
+    rows = out[lead].rows
+    assert rows is not None
+    axes = lead.split(rows.axes)
+    for v in values:
+        if v in out:
+            continue
+        if any(len(a) != len(b) for k, (a, b) in enumerate(zip(v.dims, lead.dims, strict=True)) if k not in dims):
+            raise Refusal("pieces of scores with differently merged dimensions")
+        if all(same(v.shape[d], 1) for d in dims):
+            index = tuple(ZERO if k in dims else Var(str(f.rank).lower())
+                          for k, d in enumerate(axes) for f in (d[:1] if k in dims else d))
+            out[v] = _scores(r, v, dims, index)
+        else:
+            ranked = tuple(d if k in dims else axes[k] for k, d in enumerate(v.dims))
+            out[v] = _scores(r, replace(v, dims=ranked), dims, None)
+    return tuple(out[v] for v in values)
+
+
+def _joined(r: Reader, name: str, op: str, rows: Rows, live: bool, parts: Sequence[Expr]) -> Expr:
+    """Results of the pieces of a row as one temporary."""
+    if len(parts) == 1:
+        return parts[0]
+    body = parts[0]
+    for p in parts[1:]:
+        body = call(op, body, p)
     kept = tuple(Var(str(f.rank).lower()) for f in rows.kept)
-    top = Access(r.write("GM", rows.kept, body, reduce=Reduce("max", rows.over), guard=guard, finite=live), kept)
-    weight = Access(r.write("SN", rows.axes, call("exp", body - top), guard=guard, positive=True), rows.index)
-    total = Access(r.write("SD", rows.kept, weight, reduce=Reduce("sum", rows.over), guard=guard,
-                           positive=live), kept)
-    return Normal(rows, guard, live, body, top, total, weight)
+    return Access(r.write(name, rows.kept, body, finite=live, positive=live and op == "add"), kept)
 
 
 def softmax(r: Reader, x: Value, dim: int, dtype: torch.dtype, dead: Dead = "nan", certain: bool = True) -> Value:
@@ -63,16 +128,30 @@ def softmax(r: Reader, x: Value, dim: int, dtype: torch.dtype, dead: Dead = "nan
     dead: what a row without live points gives.  certain: the scores hold no -inf of their own (no mask from outside).
     """
     d = wrap(dim, len(x.dims))
-    x = real(x)
-    n = _normalise(r, x, [d])
-    share: Expr = call("div", n.weight, n.total)
-    guard = n.guard
-    if dead == "zero" and not (n.live and certain):
-        share = call("where", call("gt", n.top, -INF), share, 0.0)
-    elif not n.live:
-        guard = None  # 0 / 0 in every element of a dead row, as torch gives it
-    a = r.write("A", n.rows.axes, share, guard=guard, finite=n.live)
-    return r.view(Value(x.dims, dtype, x.at), n.rows.axes, a)
+    n = _normalise(r, real(x), [d])
+    out = []
+    for p, weight in zip(n.parts, n.weights, strict=True):
+        share: Expr = call("div", weight, n.total)
+        if dead == "zero" and not (n.live and certain):
+            share = call("where", call("gt", n.top, -INF), share, 0.0)
+        if p.rows is None:
+            out.append(_single(p.piece, n.kept, share, d, dtype))
+            continue
+        # a dead row has 0 / 0 in every element, as torch gives it
+        guard = p.guard if n.live or dead == "zero" else None
+        a = r.write("A", p.rows.axes, share, guard=guard, finite=n.live)
+        out.append(r.view(replace(p.piece, dtype=dtype, pieces=None), p.rows.axes, a))
+    return out[0] if len(out) == 1 else cat(r, out, d)
+
+
+def _single(like: Value, kept: Sequence[Factor], e: Expr, dim: int, dtype: torch.dtype) -> Value:
+    """An expression over the kept variables in the shape of `like`, whose dimension `dim` is one element."""
+    def at(ix: Index) -> Expr:
+        own = [i for k, d in enumerate(like.split(ix)) for i in d if k != dim]
+        table: dict[Expr, Expr] = {Var(str(f.rank).lower()): i for f, i in zip(kept, own, strict=True)}
+        return substitute(e, table)
+
+    return Value(like.dims, dtype, at)
 
 
 def _softmax(r: Reader, node: fx.Node, x: Value, dim: Any = None, *_: Any, **kw: Any) -> Value:
@@ -87,8 +166,10 @@ def _safe_softmax(r: Reader, node: fx.Node, x: Value, dim: int, *_: Any, **__: A
 
 def _log_sum(r: Reader, x: Value, dims: Sequence[int], keepdim: bool) -> Value:
     n = _normalise(r, real(x), dims)
-    name = r.write("L", n.rows.kept, call("add", n.top, call("log", n.total)), finite=n.live)
-    return kept_shape(x, n.rows, dims, keepdim, name)
+    name = r.write("L", n.kept, call("add", n.top, call("log", n.total)), finite=n.live)
+    lead = next(p for p in n.parts if p.rows is not None)
+    assert lead.rows is not None
+    return kept_shape(lead.piece, lead.rows, dims, keepdim, name)
 
 
 def _logsumexp(r: Reader, node: fx.Node, x: Value, dim: Any, keepdim: bool = False) -> Value:

@@ -98,9 +98,10 @@ def _matmul(r: Reader, node: fx.Node, a: Value, b: Value, **_: Any) -> Value:
     return matmul(r, a, b, meta(node).dtype)
 
 
-def _baddbmm(r: Reader, node: fx.Node, x: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+def _baddbmm(r: Reader, node: fx.Node, x: Value, batch1: Value, batch2: Value, *, beta: float = 1,
+             alpha: float = 1) -> Value:
     dtype = meta(node).dtype
-    out = matmul(r, a, b, dtype)
+    out = matmul(r, batch1, batch2, dtype)
     if alpha != 1:
         out = apply("mul", dtype, out, constant(alpha, dtype))
     if beta == 0:

@@ -9,13 +9,14 @@ from torch import fx
 
 from memcomp.capture.extent import expression
 from memcomp.capture.masks import make
+from memcomp.capture.pieces import cat
 from memcomp.capture.reader import Reader, whole
 from memcomp.capture.rules_map import dtype_of
-from memcomp.capture.rules_view import cat, insert_unit, out_shape, select, slice_dim
+from memcomp.capture.rules_view import insert_unit, out_shape, select, slice_dim
 from memcomp.capture.table import Rule
 from memcomp.capture.value import ZERO, Index, Value, coarse, constant, plain, pointwise, shift, wrap
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Call, Const, Expr, lift
+from memcomp.ir.expr import Call, Const, Expr, Size, lift
 
 
 def _arange(r: Reader, node: fx.Node, *args: Any, **kw: Any) -> Value:
@@ -96,8 +97,8 @@ def _getitem(r: Reader, node: fx.Node, x: Value | tuple[Value, ...], index: Any)
                 raise Refusal("indexing by a mask")
             advanced.append(i)
             dim += 1
-        elif isinstance(i, bool):
-            raise Refusal("indexing by a truth value")
+        elif isinstance(i, bool) or not isinstance(i, (int, Const, Size, Call)):
+            raise Refusal(f"indexing by a {type(i).__name__}")
         else:
             x = select(r, x, dim, i)
     return gather(r, x, advanced) if tensors else x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,13 +184,12 @@ def convert(x: Value, dtype: torch.dtype) -> Value:
         return truth(x)
     if dtype.is_floating_point:
         y = real(x)
-        return Value(y.dims, dtype, y.at)
+        return replace(y, dtype=dtype)
     if dtype.is_complex:
         raise Refusal("complex numbers")
     if x.is_real:
         return Value(x.dims, dtype, lambda ix: make("int", x.at(ix)))
-    y = whole(x)
-    return Value(y.dims, dtype, y.at)
+    return replace(whole(x), dtype=dtype)
 
 
 def _convert(r: Reader, node: fx.Node, x: Operand, *_: Any, **__: Any) -> Value:

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from memcomp.capture.extent import expression
+from memcomp.capture.extent import expression, same
 from memcomp.capture.masks import lowest, make
 from memcomp.capture.reader import Reader, meta, real, whole
 from memcomp.capture.rules_map import apply, operands, truth
 from memcomp.capture.table import Rule
-from memcomp.capture.value import UNIT, Dim, Factor, Index, Value, wrap
+from memcomp.capture.value import UNIT, Dim, Factor, Index, Value, reshape, wrap
 from memcomp.ir.cascade import Reduce
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, Var
+from memcomp.ir.ops import MONOIDS
 
 INF = math.inf
 
@@ -50,7 +51,13 @@ def dimensions(v: Value, dim: Any) -> list[int]:
 
 
 def reduced(r: Reader, v: Value, monoid: str, dims: Sequence[int], keepdim: bool, name: str) -> Value:
-    """A primitive reduction; a mask that gives the identity becomes a guard."""
+    """A primitive reduction; a mask that gives the identity becomes a guard, and pieces are reduced one by one."""
+    if v.pieces is not None and v.pieces.dim in dims:
+        parts = [_unit(p, dims, keepdim) or reduced(r, p, monoid, dims, keepdim, name) for p in v.pieces.values]
+        out = parts[0]
+        for more in parts[1:]:
+            out = apply(MONOIDS[monoid].join, v.dtype, out, more)
+        return out
     rows = layout(r, v, dims)
     e = r.simplify(v.at(rows.index))
     p = r.parts(e)
@@ -64,6 +71,14 @@ def reduced(r: Reader, v: Value, monoid: str, dims: Sequence[int], keepdim: bool
                    dtype="bool" if v.dtype == torch.bool else "" if v.is_real else "i64",
                    finite=finite, positive=r.positive(body) and (live or not fits))
     return kept_shape(v, rows, dims, keepdim, made)
+
+
+def _unit(v: Value, dims: Sequence[int], keepdim: bool) -> Value | None:
+    """A reduction over single elements needs none."""
+    if not all(same(v.shape[d], 1) for d in dims):
+        return None
+    shape = [1 if k in dims else e for k, e in enumerate(v.shape) if keepdim or k not in dims]
+    return reshape(v, shape)
 
 
 def kept_shape(v: Value, rows: Rows, dims: Sequence[int], keepdim: bool, name: str) -> Value:

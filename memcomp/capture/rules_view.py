@@ -9,16 +9,13 @@ from torch import fx
 
 from memcomp.capture.extent import Extent, expression, extent, product, same
 from memcomp.capture.masks import make
+from memcomp.capture.pieces import cat
 from memcomp.capture.reader import Reader, meta, shape_of
 from memcomp.capture.table import Rule, base_name
 from memcomp.capture.value import (
     UNIT,
     ZERO,
-    Factor,
-    Index,
     Value,
-    align,
-    coarse,
     constant,
     expand,
     permute,
@@ -106,6 +103,12 @@ def slice_dim(r: Reader, x: Value, dim: int, start: Any, step: Any, length: Exte
 
     if first == ZERO and stride.value == 1 and same(length, x.shape[dim]):
         return x
+    if x.pieces is not None and x.pieces.dim == dim and stride.value == 1:
+        start_at: Extent = 0
+        for piece in x.pieces.values:
+            if first == expression(start_at) and same(length, piece.shape[dim]):
+                return piece
+            start_at = product(1, start_at + piece.shape[dim])
     return shift(x, dim, length, source)
 
 
@@ -158,50 +161,6 @@ def _split(r: Reader, node: fx.Node, x: Value, split_size_or_sections: Any = Non
 def _unbind(r: Reader, node: fx.Node, x: Value, dim: int = 0) -> tuple[Value, ...]:
     d = wrap(dim, len(x.dims))
     return tuple(select(r, x, d, k) for k in range(len(meta(node))))
-
-
-def cat(r: Reader, pieces: list[Value], dim: int) -> Value:
-    """Pieces one after the other.  A first piece of one element that the next one's formula gives too is merged."""
-    pieces = [p for p in pieces if not any(same(e, 0) for e in p.shape)] or pieces[:1]
-    out = coarse(pieces[0], dim)
-    length = out.shape[dim]
-    for p in pieces[1:]:
-        out, length = _append(r, out, length, coarse(p, dim), dim)
-    return out
-
-
-def _append(r: Reader, a: Value, na: Extent, b: Value, dim: int) -> tuple[Value, Extent]:
-    total = product(1, na + b.shape[dim])
-    dims, maps = [], []
-    for k in range(len(a.dims)):
-        if k == dim:
-            continue
-        d, m = align((a.dims[k], b.dims[k]))
-        dims.append(d)
-        maps.append(m)
-    size = expression(na)
-    flat = tuple((*dims[:dim], (Factor(total),), *dims[dim:]))
-
-    def read(v: Value, which: int, ix: Index, i: Expr) -> Expr:
-        out: list[Expr] = []
-        k = 0
-        for n, d in enumerate(flat):
-            part = ix[k:k + len(d)]
-            k += len(d)
-            out += [i] if n == dim else maps[n if n < dim else n - 1][which](part)
-        return v.at(tuple(out))
-
-    position = sum(len(d) for d in flat[:dim])
-
-    def at(ix: Index) -> Expr:
-        i = ix[position]
-        later = read(b, 1, ix, r.simplify(Call("sub", (i, size))))
-        if same(na, 1) and not a.is_real and r.simplify(
-                Call("sub", (read(b, 1, ix, Const(-1)), read(a, 0, ix, ZERO)))) == ZERO:
-            return later
-        return make("where", Call("lt", (i, size)), read(a, 0, ix, i), later)
-
-    return Value(flat, a.dtype, at), total
 
 
 def _cat(r: Reader, node: fx.Node, tensors: tuple[Value, ...], dim: int = 0, **kw: Any) -> Value:

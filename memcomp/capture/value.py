@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from memcomp.capture.extent import Extent, expression, product, quotient, same
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Const, Expr, call
 
+T = TypeVar("T")
 Index: TypeAlias = "tuple[Expr, ...]"
 ZERO = Const(0)
 
@@ -33,13 +34,23 @@ UNIT = Factor(1)
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """What a value is made of, one after the other along torch dimension `dim`."""
+
+    dim: int
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
 class Value:
     """dims: factors per torch dimension (at least one; a unit factor only alone).  at: one index per factor of all
-    dims in order -> the element there."""
+    dims in order -> the element there.  pieces: kept as long as operators work point by point, so that a reduction
+    over them is a reduction of each."""
 
     dims: tuple[Dim, ...]
     dtype: torch.dtype
     at: Callable[[Index], Expr]
+    pieces: Pieces | None = None
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -53,8 +64,8 @@ class Value:
     def is_real(self) -> bool:
         return self.dtype.is_floating_point
 
-    def split(self, index: Index) -> tuple[Index, ...]:
-        """A flat index cut by dimension."""
+    def split(self, index: tuple[T, ...]) -> tuple[tuple[T, ...], ...]:
+        """One thing per factor, cut by dimension."""
         out, i = [], 0
         for d in self.dims:
             out.append(index[i:i + len(d)])
@@ -175,7 +186,37 @@ def pointwise(f: Callable[..., Expr], dtype: torch.dtype, *values: Value) -> Val
             args.append(v.at(tuple(j for c in range(skip, n) for j in maps[c][k](cut[c]))))
         return f(*args)
 
-    return Value(tuple(dims), dtype, at)
+    return Value(tuple(dims), dtype, at, _pointwise_pieces(f, dtype, values, n))
+
+
+def _pointwise_pieces(f: Callable[..., Expr], dtype: torch.dtype, values: Sequence[Value], n: int) -> Pieces | None:
+    """The pieces of a point-by-point result, where an operand has some."""
+    cut = next(((v, v.pieces) for v in values if v.pieces is not None), None)
+    if cut is None:
+        return None
+    dim = cut[1].dim + n - len(cut[0].dims)
+    parts: list[Value] = []
+    start: Extent = 0
+    for k, part in enumerate(cut[1].values):
+        length = part.shape[cut[1].dim]
+        row = []
+        for v in values:
+            own = dim - n + len(v.dims)
+            if own < 0 or same(v.shape[own], 1):
+                row.append(v)
+            elif v.pieces is not None and v.pieces.dim == own and len(v.pieces.values) == len(cut[1].values):
+                row.append(v.pieces.values[k])
+            else:
+                row.append(window(v, own, start, length))
+        parts.append(pointwise(f, dtype, *row))
+        start = product(1, start + length)
+    return Pieces(dim, tuple(parts))
+
+
+def window(v: Value, dim: int, start: Extent, length: Extent) -> Value:
+    """`length` elements of a dimension from `start` on."""
+    first = expression(start)
+    return shift(v, dim, length, (lambda i: i) if first == ZERO else (lambda i: call("add", i, first)))
 
 
 def permute(v: Value, order: Sequence[int]) -> Value:

@@ -15,7 +15,7 @@ from memcomp.ir.expr import Access, Call, Const, Expr, substitute, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.passes.derive.finals import Finals
 from memcomp.passes.derive.stage import Stage
-from memcomp.passes.derive.states import finite
+from memcomp.passes.derive.states import State, finite
 from memcomp.passes.derive.terms import Term
 
 
@@ -69,7 +69,8 @@ class Closing:
 
     def _rows(self, s: Einsum) -> tuple[str, ...]:
         """Variables of the result that every state carries: a count is kept where they are."""
-        common = set.intersection(*(set(x.vars) for x in (*self.stage.orders, *self.stage.sums)))
+        states: list[State] = [*self.stage.orders, *self.stage.sums]
+        common = set.intersection(*(set(x.vars) for x in states)) if states else set()
         return tuple(v for v in s.space() if v in common)
 
     def _alive(self, s: Einsum, t: Term, guard: tuple[Expr, ...], leaned: bool) -> Expr | None:

@@ -26,6 +26,8 @@ def accumulate(into: Linear, e: Expr, coef: float) -> None:
     total = into.get(e, 0) + coef
     if total == 0:
         into.pop(e, None)
+        if value is not None and e != ONE:  # inf - inf
+            into[ONE] = float("nan")
     else:
         into[e] = total
 

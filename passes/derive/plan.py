@@ -127,7 +127,11 @@ class Inliner:
 
 
 def count(cascade: Cascade, statements: Sequence[Einsum], v: str) -> int:
-    """Passes over v that the statements need (docs/passes.md 2.2); maximum over tensors."""
+    """Passes over v that the statements need, the most of any tensor.
+
+    A statement that walks v needs another pass after every reduction over v that it waits for; `ir.traversal` counts
+    whole programs and every fiber, this only tells streamed from unstreamed statements.
+    """
     ready: dict[str, int] = {}
     along: set[str] = {t.name for t in cascade.tensors if v.upper() in t.ranks and t.role in ("in", "state")}
     most = 0

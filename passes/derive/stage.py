@@ -247,8 +247,9 @@ class Stage:
         self.sums.append(new)
         factors = [self.facts.interval(x) for x, p in a if p % 2]
         signed = any(j % 2 for _, j in ds)
-        self.facts.learn(self.final(new).tensor, Interval(0.0 if not signed and all(f.nonneg for f in factors) else -math.inf,
-                                            math.inf, not ds and all(self.facts.positive(x) for x, _ in a)))
+        low = 0.0 if not signed and all(f.nonneg for f in factors) else -math.inf
+        positive = not ds and all(self.facts.positive(x) for x, _ in a)
+        self.facts.learn(self.final(new).tensor, Interval(low, math.inf, positive))
         return new
 
     def count(self, s: Einsum, guard: tuple[Expr, ...], rows: tuple[str, ...] | None = None) -> SumState:
