@@ -193,7 +193,7 @@ def buffers(g: GroupOps, dtype: dict[str, str]) -> dict[str, str]:
             continue
         for a in o.accesses():
             x = a.tensor
-            if x.endswith("'"):
+            if x.endswith("'") or (x in g.carried and x in g.stores):
                 continue  # stored at the end
             made = [i for i, p in enumerate(g.ops) if p.target == x]
             last = max((i for i, p in enumerate(g.ops) if x in p.reads()), default=-1)

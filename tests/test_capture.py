@@ -239,6 +239,19 @@ def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return SDPA(q, k, v, attn_mask=causal(P, P) & (torch.arange(P) > torch.arange(P)[:, None] - 3))
 
 
+def sinks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """One more score per head that takes weight and gives no value."""
+    s = q @ repeat_kv(k).transpose(-1, -2) * 0.3 + lowest(causal(P, P))
+    s = torch.cat([s, sink.reshape(1, -1, 1, 1).expand(B, -1, P, 1)], -1)
+    s = s - s.max(-1, keepdim=True).values
+    return F.softmax(s, -1)[..., :-1] @ repeat_kv(v)
+
+
+def alibi_by_power(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    slopes = torch.pow(2.0, -(torch.arange(H) + 1) / H).double()
+    return written(q, k, v, bias=slopes[:, None, None] * torch.arange(P) + lowest(causal(P, P)))
+
+
 def static_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     mask = torch.arange(k.shape[2])[None, None, None, :] <= at[None, None, :, None]
     return SDPA(q, repeat_kv(k), repeat_kv(v), attn_mask=mask)
@@ -303,6 +316,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], str]] = {
     "written flat": (flat, data(), "K[b, h//3, m, e]"),
     "written pieces": (pieces, data(), "where m <= p"),
     "written alibi": (alibi, (*data(), torch.rand(H, dtype=torch.float64)), "bias[h]"),
+    "written alibi by power": (alibi_by_power, data(), "bias[h] * real(m)"),
+    "written sinks": (sinks, (*data(), torch.rand(H, dtype=torch.float64)), "exp(bias[h]"),
     "written one head": (lambda q, k, v: torch.softmax(q @ k.T / 3, -1) @ v, ONE, ""),
     "written in place": (in_place, data(), "where m <= p"),
     "written bias by setitem": (bias_by_setitem, data(), "bias[p, m]"),

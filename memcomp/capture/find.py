@@ -1,7 +1,6 @@
-"""Cut: which nodes of a graph become regions.
+"""Cut: read each candidate, follow its result while it is only rearranged, and prove that one place can compute it all.
 
-A region is one attention node, or the nodes between contractions whose operands are both data: the producers' scores
-flow through maps, views and reductions into the consumers.  Linear layers (an operand is a parameter) stay outside.
+Where reading through a node would see what is written later, the node becomes an input and the region is read again.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import fx
 
 from memcomp.capture import table
+from memcomp.capture.candidates import ATTENTION, Group, groups, missed, source
 from memcomp.capture.finish import finish
 from memcomp.capture.reader import Reader, meta
 from memcomp.capture.region import Refused, Region
@@ -21,19 +21,7 @@ from memcomp.capture.value import Value
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Var
 
-ATTENTION = "scaled_dot_product_attention"
-PASSES = ("view", "map", "reduce")
 TRAILING = ("view", "transpose", "permute", "same", "convert", "dropout")
-COMPOSITES = ("softmax", "_safe_softmax")
-OPAQUE = ("flex_attention", "_scaled_dot_product", "multi_head_attention", "_transformer_encoder_layer_fwd")
-
-
-@dataclass(frozen=True)
-class Group:
-    """Contractions that feed each other, and all nodes between them."""
-
-    core: frozenset[fx.Node]
-    ends: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -61,13 +49,13 @@ def find_regions(gm: fx.GraphModule) -> tuple[list[Region], list[Refused]]:
     regions: list[Region] = []
     refused: list[Refused] = []
     places = Places.of(gm)
-    for group in _groups(gm):
+    for group in groups(gm):
         try:
             regions.append(_region(gm, group, places, f"region{len(regions)}"))
         except Refusal as why:
             refused.append(Refused(source(group.ends[-1]), "; ".join(s for s in (why.what, why.hint) if s)))
     taken = {n for g in regions for n in g.nodes}
-    for node, reason in _missed(gm, taken, {r.where for r in refused}):
+    for node, reason in missed(gm, taken, {r.where for r in refused}):
         refused.append(Refused(source(node), reason))
     return regions, refused
 
@@ -80,110 +68,6 @@ def _name_writes(gm: fx.GraphModule) -> None:
         target = node.args[0] if node.args else None
         if table.returns_target(node) and isinstance(target, fx.Node):
             target.replace_all_uses_with(node, delete_user_cb=lambda u: u not in passed)
-
-
-# -- candidates ---------------------------------------------------------------------------------------------------
-
-
-def _tensors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    return [n for n in nodes if isinstance(meta(n), torch.Tensor)]
-
-
-def _weight(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Is the node a parameter, seen through views and conversions?"""
-    while True:
-        if node.op == "get_attr":
-            return isinstance(table.attribute(gm, str(node.target)), torch.nn.Parameter)
-        if node.op == "placeholder":
-            return isinstance(meta(node), torch.nn.Parameter)
-        r = table.rule(node)
-        if r is None or r.kind != "view" and table.base_name(node) != "convert" or len(node.all_input_nodes) != 1:
-            return False
-        node = node.all_input_nodes[0]
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """The tensors that a contraction multiplies."""
-    inputs = _tensors(node.all_input_nodes)
-    return inputs[1:] if table.base_name(node) == "baddbmm" else inputs
-
-
-def _is_anchor(gm: fx.GraphModule, node: fx.Node) -> bool:
-    r = table.rule(node)
-    if r is None or r.kind != "contract" or table.base_name(node) == ATTENTION:
-        return False
-    inputs = _operands(node)
-    if not inputs or any(_weight(gm, n) for n in inputs) or not all(meta(n).is_floating_point() for n in inputs):
-        return False
-    if table.base_name(node) == "einsum":
-        return True
-    first = meta(inputs[0])
-    return first.ndim >= 2 and not (isinstance(first.shape[-1], int) and first.shape[-1] == 1)
-
-
-def _batched(node: fx.Node) -> bool:
-    """Do both operands of the contraction carry a batch rank?"""
-    if table.base_name(node) == "einsum":
-        left, _, right = str(node.args[0]).partition("->")
-        shared = set.intersection(*(set(x) for x in left.replace(" ", "").split(",")))
-        return bool(shared & set(right))
-    return all(meta(n).ndim > 2 for n in _operands(node))
-
-
-def _groups(gm: fx.GraphModule) -> list[Group]:
-    anchors = {n for n in gm.graph.nodes if _is_anchor(gm, n)}
-    reach: dict[fx.Node, frozenset[fx.Node]] = {}
-    for n in gm.graph.nodes:
-        if n in anchors:
-            reach[n] = frozenset((n,))
-            continue
-        r = table.rule(n)
-        passing = r is not None and r.kind in PASSES
-        reach[n] = frozenset(a for i in n.all_input_nodes for a in reach[i]) if passing else frozenset()
-    feeds: dict[fx.Node, set[fx.Node]] = {}
-    for n in gm.graph.nodes:
-        if n in anchors:
-            makers = {a for i in n.all_input_nodes for a in reach[i] if a not in feeds}
-            if makers:
-                feeds[n] = makers
-    groups = [Group(frozenset((n,)), (n,)) for n in gm.graph.nodes
-              if table.rule(n) is not None and table.base_name(n) == ATTENTION]
-    for ends, makers in _joined(feeds):
-        core = _between(ends, makers, reach, anchors)
-        reducing = any((r := table.rule(n)) is not None and r.kind == "reduce" for n in core)
-        if reducing or all(_batched(n) for n in (*ends, *makers)):
-            groups.append(Group(frozenset(core), tuple(ends)))
-    order = {n: k for k, n in enumerate(gm.graph.nodes)}
-    return sorted(groups, key=lambda g: max(order[n] for n in g.ends))
-
-
-def _joined(feeds: dict[fx.Node, set[fx.Node]]) -> list[tuple[list[fx.Node], set[fx.Node]]]:
-    """Consumers that share a producer stand in one group."""
-    out: list[tuple[list[fx.Node], set[fx.Node]]] = []
-    for end, makers in feeds.items():
-        touching = [g for g in out if g[1] & makers]
-        merged: tuple[list[fx.Node], set[fx.Node]] = ([end], set(makers))
-        for g in touching:
-            merged = (g[0] + merged[0], g[1] | merged[1])
-            out.remove(g)
-        out.append(merged)
-    return out
-
-
-def _between(ends: Sequence[fx.Node], makers: set[fx.Node], reach: dict[fx.Node, frozenset[fx.Node]],
-             anchors: set[fx.Node]) -> set[fx.Node]:
-    core = set(ends) | makers
-    todo = [i for e in ends for i in e.all_input_nodes]
-    while todo:
-        n = todo.pop()
-        if n in core or not reach[n] & makers or n in anchors:
-            continue
-        core.add(n)
-        todo += n.all_input_nodes
-    return core
-
-
-# -- one region ---------------------------------------------------------------------------------------------------
 
 
 def _region(gm: fx.GraphModule, group: Group, places: Places, name: str) -> Region:
@@ -348,58 +232,7 @@ def _order(node: fx.Node) -> tuple[int, ...]:
     return (0, 2, 1, 3) if swaps and meta(node).ndim == 4 else ()
 
 
-def source(node: fx.Node) -> str:
-    """Module path and file:line of the user's code that made a node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
-    path = path.replace("L['self'].", "").replace("L['self']", "").replace("_modules['", "").replace("']", "")
-    lines = [x.strip() for x in str(node.meta.get("stack_trace") or "").splitlines() if x.strip().startswith("File ")]
-    where = ""
-    if lines:
-        file, _, rest = lines[-1].removeprefix('File "').partition('", line ')
-        where = f"{file}:{rest.split(',')[0]}"
-    return " ".join(s for s in (path, where) if s) or str(node)
-
-
 def _program_name(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     last = str(list(stack.values())[-1][0]).rpartition(".")[2] if stack else ""
     return last if last.isidentifier() else "region"
-
-
-def _missed(gm: fx.GraphModule, taken: set[fx.Node], reported: set[str]) -> list[tuple[fx.Node, str]]:
-    """Attention-like nodes outside all regions that have not been reported."""
-    out = []
-    for n in gm.graph.nodes:
-        name = table.base_name(n)
-        if n in taken or source(n) in reported:
-            continue
-        if any(x in name for x in OPAQUE):
-            out.append((n, f"{name} is one operator here and has no rule"))
-        elif name in COMPOSITES and (between := _after_contraction(gm, n)) is not None:
-            out.append((n, f"{between[0]} stands between the contraction and it" if between else
-                        "its weights do not reach a second contraction through operators that have rules"))
-    return out
-
-
-def _after_contraction(gm: fx.GraphModule, node: fx.Node) -> list[str] | None:
-    """None: no contraction of data feeds the node; else the operators on the way that cannot be read."""
-    seen: set[fx.Node] = set()
-    between: list[str] = []
-    found = False
-    todo = list(node.all_input_nodes)
-    while todo:
-        n = todo.pop()
-        if n in seen:
-            continue
-        seen.add(n)
-        if _is_anchor(gm, n):
-            found = True
-            continue
-        r, inputs = table.rule(n), _tensors(n.all_input_nodes)
-        if r is None or r.kind not in PASSES:
-            if len(inputs) != 1:
-                continue
-            between.append(table.base_name(n))
-        todo += inputs
-    return between if found else None

@@ -26,8 +26,9 @@ DTYPE = {
     torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
 }
 Read: TypeAlias = "Value | tuple[Value, ...]"
-CHEAP = frozenset(("add", "sub", "mul", "div", "neg", "max", "min", "where", "real", "abs"))
-COMPARE = frozenset(("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"))
+CHEAP = frozenset(("add", "sub", "mul", "div", "neg", "max", "min", "where", "real", "int", "abs", "square", "relu", "floor",
+                   "floordiv", "mod", "ceildiv", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"))
+"""What may be computed again at every point rather than stored once."""
 
 
 def meta(node: fx.Node) -> Any:
@@ -96,18 +97,16 @@ class Reader(Reading):
         accesses = [n for n in nodes if isinstance(n, Access)]
         if len(nodes) > 400 or any(a.tensor not in self.leaf_of for a in accesses):
             return False
+        if any(isinstance(n, Call) and n.op not in CHEAP for n in nodes):
+            return False
         real = [a for a in accesses if self._leaf_real(a.tensor)]
         if out.is_real and len(real) == 1:
-            cheap = all(n.op in CHEAP | COMPARE or not self._over_real(n) for n in nodes if isinstance(n, Call))
-            return cheap and all(_clean(i) for i in real[0].index)
+            return all(_clean(i) for i in real[0].index)
         return not real and len(accesses) <= 6
 
     def reads_real_input(self, e: Expr) -> bool:
         """Does `e` read an in-tensor of real numbers (which may be infinite)?"""
         return any(t in self.leaf_of and self._leaf_real(t) for t in reads(e))
-
-    def _over_real(self, e: Expr) -> bool:
-        return any(self._leaf_real(t) for t in reads(e))
 
     def _leaf_real(self, tensor: str) -> bool:
         return bool(meta(self.leaf_of[tensor]).dtype.is_floating_point) if tensor in self.leaf_of else True

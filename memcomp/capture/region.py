@@ -21,6 +21,7 @@ class Region:
     nodes:     all nodes that the region computes (dead after the replacement unless used elsewhere).
     source:    module path and file:line of the user's code.
     out_order: per output its dims from slowest to fastest in memory, () = row-major.
+    anchor:    the replacement goes directly before this node; no user of an output stands before it.
     """
 
     name: str
@@ -32,8 +33,6 @@ class Region:
     source: str
     out_order: tuple[tuple[int, ...], ...]
     anchor: fx.Node
-
-    # `anchor`: the replacement goes directly before this node; no user of an output stands before it.
 
 
 @dataclass(frozen=True)
