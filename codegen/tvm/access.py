@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memcomp.codegen.tvm.express import Expressions, linear
-from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, times
+from memcomp.codegen.tvm.writer import ELEMENT, TILE_ELEMENT, Point, Writer, times
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, reads, variables
 from memcomp.ir.target import BYTES
@@ -15,8 +15,6 @@ Body = Callable[[Point], None]
 Strip = Callable[[str, int, str], None]           # base, lanes, mask
 Square = Callable[[Point, str, str, int], None]   # point, first row, first column, side
 
-_STORED = {"f64": "float64", "f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32", "i16": "int16",
-           "i8": "int8", "u8": "uint8"}
 
 
 def loaded(p: Param, text: str) -> str:
@@ -27,7 +25,7 @@ def loaded(p: Param, text: str) -> str:
         return text
     if p.dtype == "bool":
         return f"cast('int32', {text})"
-    if p.dtype in _STORED:
+    if p.dtype in ELEMENT:
         return f"cast({'float32' if p.dtype[0] == 'f' else 'int64'!r}, {text})"
     raise Refusal(f"{p.name} is stored as {p.dtype}", hint="the tvm backend does not read it")
 
@@ -38,7 +36,7 @@ def stored(p: Param, text: str) -> str:
         return f"to_bf16(cast('float32', {text}))"
     if p.dtype == "bool":
         return f"ne({text}, 0)"
-    return f"cast({_STORED[p.dtype]!r}, {text})"
+    return f"cast({ELEMENT[p.dtype]!r}, {text})"
 
 
 def view(w: Writer, p: Param) -> tuple[str, list[int]]:
@@ -140,7 +138,7 @@ def store(w: Writer, s: Store, point: Point) -> None:
         target = [s.target.index[k] for k in order]
         index = [Expressions(w, q.at(**{last: f"({row})", along: f"({column})"})).index(i) for i in target]
         r = next(k for k, i in enumerate(target) if last in variables(i))
-        kind = "bf16" if p.dtype == "bf16" else _STORED[p.dtype]
+        kind = "bf16" if p.dtype == "bf16" else ELEMENT[p.dtype]
         w.line(f"store_turned({name}, [{', '.join(index)}], {r}, {kind!r}, [{', '.join(columns)}])")
 
     turned = _turned(w, s.target, t)
@@ -214,7 +212,7 @@ def vector(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str,
             w.line(f"{name}[{k}] = {scalar_element(w, a, point.at(**{lane: f'({base} + {k})'}))}")
         return f"{name}[at({lanes})]"
     address = f"T.address_of({place(w, a, point.at(**{lane: base}))})"
-    element = "uint16" if p.dtype == "bf16" else _STORED[p.dtype]
+    element = "uint16" if p.dtype == "bf16" else ELEMENT[p.dtype]
     return loaded(p, f"masked_load({address}, {mask}, {element!r})")
 
 

@@ -45,6 +45,10 @@ class Launch:
                 if "strides" not in str(error):
                     raise
             self.varied = True
+        program = self.kernel.program
+        if len(args) != len(program.params) + len(program.sizes):
+            raise TypeError(f"{program.name} takes {len(program.params)} tensors and {len(program.sizes)} sizes, "
+                            f"got {len(args)} arguments")
         tensors = [_plain(t) for t in args[:len(self.usual)]]
         layout = tuple(_unit(t) for t in tensors)
         known = self.forms.get(layout)

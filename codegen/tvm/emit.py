@@ -14,13 +14,13 @@ from memcomp.codegen.tvm.access import load, store, view
 from memcomp.codegen.tvm.express import Expressions, truth
 from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
 from memcomp.codegen.tvm.isa import Isa, isa
+from memcomp.codegen.tvm.launcher import CHUNKS
 from memcomp.codegen.tvm.words import WORDS
 from memcomp.codegen.tvm.writer import TILE_ELEMENT, Names, Point, Writer, element, read_tiles, statements
 from memcomp.ir.expr import Const, variables
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.tile import Dot, Kernel, Load, Loop, Param, Statement, Store, TileKernel, TileProgram, When
 
-CHUNKS = 64
 Layout = tuple[int, ...]
 
 
@@ -99,6 +99,7 @@ def _kernel(w: Writer) -> None:
     w.let(total, " * ".join(e for e in extents if e != "i64(1)") or "i64(1)")
     chunk, chunks, point = names.fresh("chunk"), names.fresh("chunks"), names.fresh("point")
     w.let(chunks, f"T.min({total}, i64({CHUNKS}))")
+    w.line(f"tasks({chunks})")
     with w.block(f"for {chunk} in T.parallel({chunks}):"):
         start = len(w.lines)
         depth = w.depth

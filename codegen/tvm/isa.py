@@ -24,7 +24,8 @@ class Isa:
 
         The accumulators, one row of vectors and a broadcast value are live together.
         """
-        choices = ((6, 4), (5, 4), (4, 4), (3, 4), (8, 2), (6, 2), (5, 2), (4, 2), (3, 2), (2, 4), (2, 2), (1, 4), (1, 2))
+        choices = ((6, 4), (5, 4), (4, 4), (3, 4), (8, 2), (6, 2), (5, 2), (4, 2), (3, 2), (2, 4), (2, 2), (1, 4),
+                   (1, 2))
         fit = [(r, v) for r, v in choices if r * v + v + 1 <= self.registers and r <= max(rows, 1)]
         # loads per multiply-add are (r + v) / (r v); a remainder of rows runs one by one, so blocks that divide win
         return min(fit, key=lambda b: (rows % b[0] > 0, (b[0] + b[1]) / (b[0] * b[1])))

@@ -3,7 +3,9 @@
 Two thread pools that both spin make each other wait for milliseconds, so kernels run on the libgomp that torch has
 loaded.  A kernel module starts its loops through a data symbol, `__TVMBackendParallelLaunch`; `memcomp_install`
 overwrites it with a launcher that comes in the same module, as LLVM text, so no C compiler is needed.  Tasks are
-handed out by an atomic counter: uneven tasks (causal attention) even out, and a team of any size does them all.
+handed out by an atomic counter: uneven tasks (causal attention) even out, and a team of any size does them all.  How
+many there are is told beforehand, so that one task wakes nobody; where two callers race for that, only the size of a
+team may differ.
 The thread count is asked at every call; after a fork the child runs alone, since libgomp's threads do not survive one.
 Where no libgomp is loaded, TVM's own pool stays in charge.
 """
@@ -19,13 +21,15 @@ from typing import Any
 
 from memcomp.ir.detect import cpu
 
-CHUNKS = 64  # most tasks of a launch
+CHUNKS = 128  # most tasks of a launch
 
 # { GOMP_parallel, thread count, alone }: what the launcher reads at run time
 _LLVM = """
 @__TVMBackendParallelLaunch = external global ptr
 @memcomp_runtime = internal global ptr null
+@memcomp_hint = internal global i32 CHUNKS
 %job = type { ptr, ptr, i32, i32 }
+declare i32 @llvm.smin.i32(i32, i32)
 declare i32 @memcomp_worker(ptr)
 declare i32 @memcomp_launch(ptr, ptr, i32)
 
@@ -74,7 +78,9 @@ entry:
 count:
   %threadsptr = getelementptr ptr, ptr %runtime, i32 1
   %threads = load ptr, ptr %threadsptr
-  %n = call i32 %threads()
+  %all = call i32 %threads()
+  %hint = load atomic i32, ptr @memcomp_hint monotonic, align 4
+  %n = call i32 @llvm.smin.i32(i32 %all, i32 %hint)
   %one = icmp sle i32 %n, 1
   br i1 %one, label %serial, label %parallel
 parallel:
@@ -87,6 +93,11 @@ serial:
 end:
   %result = load i32, ptr %error
   ret i32 %result
+}
+
+define i32 @memcomp_tasks(i32 %n) {
+  store atomic i32 %n, ptr @memcomp_hint monotonic, align 4
+  ret i32 0
 }
 
 define i32 @memcomp_install_body(ptr %runtime) {

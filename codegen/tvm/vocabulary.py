@@ -274,6 +274,11 @@ def to_bf16(x: Value) -> Value:
     return cast("uint16", select(isnan(x), splat(tirx.const(0x7FC0, "uint32"), width(x)), rounded))
 
 
+def tasks(n: Value) -> None:
+    """Tell the launcher how many tasks the next parallel loop has."""
+    T.evaluate(T.call_extern("int32", "memcomp_tasks", cast("int32", n)))
+
+
 def prefetch(address: Value) -> None:
     """Ask for a cache line, into the second level: it holds more requests in flight.  Any address is allowed."""
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, *(tirx.const(k, "int32") for k in (0, 2, 1))))

@@ -1,6 +1,7 @@
 """Names that kernel text uses and that therefore no tensor may have (the list, without importing tvm)."""
 
 _VALUES = """acc across at bits cast ceildiv clip eq floordiv floormod from_bf16 join land lane like lnot lor
-masked_load masked_store maximum minimum ne piece prefetch put_turned reg row_sums select splat store_turned to_bf16 f32 f64 i64"""
+masked_load masked_store maximum minimum ne piece prefetch put_turned reg row_sums select splat
+store_turned tasks to_bf16 f32 f64 i64"""
 _FUNCTIONS = """absolute cos erf exp exp2 floor log log2 pow recip round rsqrt sigmoid sin sqrt tanh xlogx"""
 WORDS = frozenset(f"{_VALUES} {_FUNCTIONS} T I inf nan".split())

@@ -26,8 +26,9 @@ DTYPE = {
     torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
 }
 Read: TypeAlias = "Value | tuple[Value, ...]"
-CHEAP = frozenset(("add", "sub", "mul", "div", "neg", "max", "min", "where", "real", "int", "abs", "square", "relu", "floor",
-                   "floordiv", "mod", "ceildiv", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"))
+CHEAP = frozenset((
+    "add", "sub", "mul", "div", "neg", "max", "min", "where", "real", "int", "abs", "square", "relu", "floor",
+    "floordiv", "mod", "ceildiv", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"))
 """What may be computed again at every point rather than stored once."""
 
 

@@ -30,11 +30,15 @@ def capture(fn: Callable[..., Any], *example_inputs: Any, dynamic: bool | None =
         graphs.append(gm)
         return gm.forward
 
+    name = getattr(fn, "__name__", type(fn).__name__)
     torch._dynamo.reset()
-    torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=True)(*example_inputs, **kwargs)
+    try:
+        torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=True)(*example_inputs, **kwargs)
+    except torch._dynamo.exc.TorchDynamoException as why:
+        raise InputError(f"{name} does not give one graph", str(why).partition("\n")[0],
+                         "torch.compile(fn, fullgraph=True) must accept it") from why
     if len(graphs) != 1:
-        raise InputError(f"{getattr(fn, '__name__', type(fn).__name__)} gives {len(graphs)} graphs, not one",
-                         hint="fn must compute something on tensors")
+        raise InputError(f"{name} gives {len(graphs)} graphs, not one graph", hint="fn must compute something on tensors")
     return graphs[0]
 
 
