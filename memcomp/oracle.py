@@ -64,9 +64,9 @@ def tolerance(inputs: Iterable[str], output: str, *, elements: int, length: int 
     bound = Tolerance(rms, rms * peak)
     if torch_error is None:
         return bound
-    rounding = max(EPSILON.get(output, 0.0), EPSILON[accumulator] * math.sqrt(max(length or 1, 1)))
-    return Tolerance(min(bound.rms, max(2.0 * torch_error.rms, rounding / 2.0)),
-                     min(bound.max, max(2.0 * torch_error.max, rounding)))
+    once, walk = EPSILON.get(output, 0.0), EPSILON[accumulator] * math.sqrt(max(length or 1, 1))
+    return Tolerance(min(bound.rms, max(2.0 * torch_error.rms, once / 2.0, walk / 2.0)),
+                     min(bound.max, max(2.0 * torch_error.max, once, walk / 2.0 * (peak if length else 2.0))))
 
 
 def measure(actual: Array, reference: Array, scale: Array | float | None = None) -> Error:

@@ -16,7 +16,6 @@ Strip = Callable[[str, int, str], None]           # base, lanes, mask
 Square = Callable[[Point, str, str, int], None]   # point, first row, first column, side
 
 
-
 def loaded(p: Param, text: str) -> str:
     """Text of a stored element (or vector) in its natural kind: f32 for every short float, int64 for integers."""
     if p.dtype == "bf16":

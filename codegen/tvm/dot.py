@@ -20,7 +20,7 @@ from memcomp.ir.tile import Dot, Fold, Load
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tile, or a param read in place (`load`: the statement that would have filled the tile)."""
+    """A tile, or a param read in place of one (`tile` is "" then)."""
 
     access: Access
     dims: tuple[str, ...]
@@ -28,6 +28,7 @@ class Operand:
 
     @staticmethod
     def of(w: Writer, a: Access) -> Operand:
+        """What an operand of a Dot refers to."""
         if a.tensor in w.in_place:
             source = w.in_place[a.tensor]
             return Operand(source.source, w.tiles[a.tensor].dims, "")
@@ -43,10 +44,11 @@ class Operand:
         return contiguous(w, self.access, dim)
 
     def one(self, w: Writer, q: Point) -> str:
+        """Text of one element."""
         return w.tile_at(self.tile, q.scalars) if self.tile else scalar_element(w, self.access, q)
 
     def vec(self, w: Writer, q: Point, lane: str, lanes: int, base: str, mask: str = "") -> str:
-        """Neighbours along `lane`; lanes that the mask excludes are 0."""
+        """Text of neighbours along `lane`; lanes that the mask excludes are 0."""
         if not self.tile:
             return vector(w, self.access, q, lane, lanes, base, mask)
         got = w.tile_at(self.tile, q.scalars, f"at({lanes}, {base})")

@@ -193,6 +193,9 @@ class Body:
         elif isinstance(s, Dot):
             fold = contraction.dot(w, s, point)
             if fold is not None:
+                for a in (s.a, s.b):
+                    if a.tensor in w.in_place:  # only the micro-kernels can go to the param itself
+                        load(w, w.in_place[a.tensor], point)
                 (g,) = grouped((fold,), w.tiles)
                 assert isinstance(g, Group)
                 Nest(w, g, point)

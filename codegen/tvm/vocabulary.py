@@ -40,8 +40,8 @@ def at(lanes: int, base: Value = 0) -> Value:
 
 def acc(x: Value) -> Value:
     """A fresh small buffer that holds `x`; read and written as `b[V(n)]` (SSA registers after LLVM's mem2reg)."""
-    b = T.alloc_buffer((width(x),), dtype(x) if dtype(x) != "bool" else "int8")
-    T.buffer_store(b, x if dtype(x) != "bool" else T.Cast(vector("int8", width(x)), x), [at(width(x))])
+    b = T.alloc_buffer((width(x),), dtype(x))
+    T.buffer_store(b, x, [at(width(x))])
     return b
 
 

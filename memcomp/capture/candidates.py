@@ -6,6 +6,7 @@ flow through maps, views and reductions into the consumers.  Linear layers (an o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -127,11 +128,17 @@ def _between(ends: Sequence[fx.Node], makers: set[fx.Node], reach: dict[fx.Node,
     return core
 
 
-def source(node: fx.Node) -> str:
-    """Module path and file:line of the user's code that made a node."""
+def module_path(node: fx.Node) -> str:
+    """The path of the nn.Module that made a node, from the compiled function's own module on ("" outside of any)."""
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
-    path = path.replace("L['self'].", "").replace("L['self']", "").replace("_modules['", "").replace("']", "")
+    path = re.sub(r"(?:\._modules)?\['?(\w+)'?\]", r".\1", path)  # layers._modules['0'] and layers[0] -> layers.0
+    return re.sub(r"^[LG]\.\w+\.?", "", path)  # the local or global variable that holds the model
+
+
+def source(node: fx.Node) -> str:
+    """Module path and file:line of the user's code that made a node."""
+    path = module_path(node)
     lines = [x.strip() for x in str(node.meta.get("stack_trace") or "").splitlines() if x.strip().startswith("File ")]
     where = ""
     if lines:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from memcomp.capture import table
-from memcomp.capture.candidates import ATTENTION, Group, groups, missed, source
+from memcomp.capture.candidates import ATTENTION, Group, groups, missed, module_path, source
 from memcomp.capture.finish import finish
 from memcomp.capture.reader import Reader, meta
 from memcomp.capture.region import Refused, Region
@@ -233,6 +233,5 @@ def _order(node: fx.Node) -> tuple[int, ...]:
 
 
 def _program_name(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    last = str(list(stack.values())[-1][0]).rpartition(".")[2] if stack else ""
+    last = module_path(node).rpartition(".")[2]
     return last if last.isidentifier() else "region"

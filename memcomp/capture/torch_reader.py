@@ -38,7 +38,8 @@ def capture(fn: Callable[..., Any], *example_inputs: Any, dynamic: bool | None =
         raise InputError(f"{name} does not give one graph", str(why).partition("\n")[0],
                          "torch.compile(fn, fullgraph=True) must accept it") from why
     if len(graphs) != 1:
-        raise InputError(f"{name} gives {len(graphs)} graphs, not one graph", hint="fn must compute something on tensors")
+        raise InputError(f"{name} gives {len(graphs)} graphs, not one graph",
+                         hint="fn must compute something on tensors")
     return graphs[0]
 
 
