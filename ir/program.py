@@ -92,4 +92,5 @@ def close(program: Program, choices: dict[str, int]) -> Program:
     ranks = tuple(replace(r, extent=fix(r.extent)) for r in program.cascade.ranks)
     groups = tuple(replace(g, partition=tuple((r, s if (s := fix(size)) is not None else size)
                                               for r, size in g.partition)) for g in program.mapping.groups)
-    return replace(program, cascade=replace(program.cascade, ranks=ranks), mapping=replace(program.mapping, groups=groups))
+    cascade = replace(program.cascade, ranks=ranks)
+    return replace(program, cascade=cascade, mapping=replace(program.mapping, groups=groups))

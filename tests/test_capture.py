@@ -528,7 +528,8 @@ def test_transformers_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = tiny("llama", "sdpa")
     with torch.no_grad():
-        gm = capture(lambda x: model(x, use_cache=False).logits, TOKENS, level="export")
-    regions, refused = holds(gm, (TOKENS,), 2e-5)
+        gm = capture(model, TOKENS, level="export", kwargs={"use_cache": False}, dynamic=True)
+    regions, refused = holds(gm, (TOKENS, False), 2e-5)
     assert len(regions) == 2 and not refused
-    assert all("where m <= p" in str(r.program) for r in regions)
+    assert all("where m <= p" in str(r.program) and "rank M = P" in str(r.program) for r in regions)
+    assert [r.source.split()[0] for r in regions] == [f"model.layers.{k}.self_attn" for k in (0, 1)]

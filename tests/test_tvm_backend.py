@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from memcomp.codegen.lower import lower
@@ -83,10 +83,13 @@ def test_kernels_equal_the_reference(name: str) -> None:
         assert same(got[out], want[out], 1e-3, 1e-3), out
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+# a failure is reported as found: shrinking it would compile hundreds of kernels
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate))
 @given(programs(), st.integers(0, 99), st.sampled_from(FORMS))
 def test_any_program(program: Any, seed: int, form: Any) -> None:
-    given_ = arrays(program, seed)
+    stored = {t.name: t.dtype for t in program.cascade.tensors}
+    given_ = {n: torch.from_numpy(np.array(x)).to(TORCH[stored[n]]) for n, x in arrays(program, seed).items()}
+    given_ = {n: (x.double() if x.is_floating_point() else x).numpy() for n, x in given_.items()}
     sizes = {r: n for t in program.cascade.inputs() for r, n in zip(t.ranks, given_[t.name].shape, strict=True)}
     sizes = {r: n for r, n in sizes.items() if program.cascade.rank(r).extent is None}
     try:
@@ -96,7 +99,8 @@ def test_any_program(program: Any, seed: int, form: Any) -> None:
         return
     want, got = interpret(p, given_, sizes), run(tp, given_, sizes, form)
     for name in want:
-        assert same(got[name], want[name], 2e-3, 2e-3), name
+        tolerance = {"bf16": 2e-2, "f16": 4e-3}.get(stored[name], 2e-3)
+        assert same(got[name], want[name], tolerance, tolerance), name
 
 
 # -- stored formats, layouts, arguments --------------------------------------------------------------------------------

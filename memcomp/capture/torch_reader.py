@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from memcomp.ir.errors import InputError
 
@@ -22,7 +23,7 @@ def capture(fn: Callable[..., Any], *example_inputs: Any, dynamic: bool | None =
     kwargs = kwargs or {}
     if level == "export":
         module = fn if isinstance(fn, torch.nn.Module) else _Wrapped(fn)
-        shapes = _auto(example_inputs) if dynamic else None
+        shapes = _auto(module, example_inputs, kwargs) if dynamic else None
         return read_exported(torch.export.export(module, example_inputs, kwargs, dynamic_shapes=shapes, strict=False))
     graphs: list[fx.GraphModule] = []
 
@@ -59,6 +60,10 @@ class _Wrapped(torch.nn.Module):
         return self.fn(*args, **kwargs)
 
 
-def _auto(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    auto = torch.export.Dim.AUTO
-    return tuple({k: auto for k in range(x.ndim)} if isinstance(x, torch.Tensor) else None for x in inputs)
+def _auto(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """All lengths of all tensors left for torch to decide."""
+    shapes = torch.export.ShapesCollection()
+    for x in tree_leaves((args, kwargs)):
+        if isinstance(x, torch.Tensor):
+            shapes[x] = {k: torch.export.Dim.AUTO for k in range(x.ndim)}
+    return shapes.dynamic_shapes(module, args, kwargs)
