@@ -175,7 +175,7 @@ def _run(row: dict[str, Any], pairs: Sequence[tuple[int, int]], **shape: Any) ->
 def test_prefill(row: dict[str, Any]) -> None:
     at = PREFILL.index(row)
     pairs = [x for x in product(LENGTHS[1:], LENGTHS[1:]) if x[0] * x[1] <= LIGHT]
-    _run(row, [x for i, x in enumerate(pairs) if (i - at) % 4 == 0], batch=1 + at % 2)
+    _run(row, [x for i, x in enumerate(pairs) if (i - at) % 8 == 0], batch=1 + at % 2)
 
 
 @pytest.mark.parametrize("row", DECODE, ids=_id)
@@ -218,14 +218,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
                                            pytest.param(1, "bf16", marks=pytest.mark.slow),
                                            pytest.param(1, "f16", marks=pytest.mark.slow)])
 def test_layouts(queries: int, dtype: str) -> None:
+    cases = ((0,), (1, 2)) if dtype == "f32" else ((0, 1, 2),)
     for name, lay in LAYOUTS.items():
         torch._dynamo.reset_code_caches()
-        for which in ((0,), (1, 2), (0, 1, 2)):
+        for which in cases:
             fast = compiled(full)
             args = inputs("full", queries, 70, heads=(40, 40), dtype=DTYPES[dtype])
             args = [lay(t) if i in which else t for i, t in enumerate(args)]
             compare(fast(*args), full, args, (name, which))
-    assert memcomp.stats()["fallbacks"] == {} and memcomp.stats()["launches"] == 3 * len(LAYOUTS)
+    assert memcomp.stats()["fallbacks"] == {} and memcomp.stats()["launches"] == len(cases) * len(LAYOUTS)
     assert memcomp.stats()["kernels"] == 1
 
 

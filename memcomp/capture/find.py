@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from memcomp.capture import table
 from memcomp.capture.candidates import ATTENTION, Group, groups, missed, module_path, source
@@ -91,7 +92,11 @@ def _agree(node: fx.Node) -> None:
     """torch's shape rule does not tie the lengths of keys and values, which a kernel relies on: ask, and so guard."""
     named = {**dict(zip(("query", "key", "value"), node.args, strict=False)), **node.kwargs}
     q, k, v = (meta(n) for n in (named.get("query"), named.get("key"), named.get("value")) if isinstance(n, fx.Node))
-    if not (k.shape[-2] == v.shape[-2] and q.shape[-1] == k.shape[-1]):
+    try:
+        equal = bool(k.shape[-2] == v.shape[-2] and q.shape[-1] == k.shape[-1])
+    except GuardOnDataDependentSymNode as why:
+        raise Refusal("a length that depends on data") from why
+    if not equal:
         raise Refusal("keys and values, or queries and keys, differ in length")
 
 

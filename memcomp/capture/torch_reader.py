@@ -62,7 +62,7 @@ class _Wrapped(torch.nn.Module):
 
 def _auto(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """All lengths of all tensors left for torch to decide."""
-    shapes = torch.export.ShapesCollection()
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for x in tree_leaves((args, kwargs)):
         if isinstance(x, torch.Tensor):
             shapes[x] = {k: torch.export.Dim.AUTO for k in range(x.ndim)}
