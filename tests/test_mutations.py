@@ -1,4 +1,4 @@
-"""Wrong kernels are caught: a tile program changed in one place between `lower` and `emit` fails the oracle's comparison.
+"""Wrong kernels are caught: a tile program changed in one place between `lower` and `emit` fails the oracle's check.
 
 Two statements, for every mutant, dtype and length.  The oracle rejects the mutant exactly where it means something
 else: the same tiles in float64 say whether it does.  And it means the same only where `harmless` says so and why.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ import memcomp
 from memcomp.codegen import python
 from memcomp.codegen.lower import lower
 from memcomp.config import config
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, children, rebuild, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, children, rebuild, variables, walk
 from memcomp.ir.program import Program, close, knobs
 from memcomp.ir.simplify import simplify
 from memcomp.ir.text import parse
@@ -79,12 +79,13 @@ def tiles(form: str, dtype: str, decode: bool, tile: int) -> TileProgram:
     return lower(close(p, choices))
 
 
-# -- mutators: each yields (what, program) for every place it applies to ------------------------------------------------
+# -- mutators: each yields (what, program) for every place it applies to ----------------------------------------------
 
-Edit = Callable[[Statement, bool], Iterator[tuple[str, tuple[Statement, ...]]]]
+Body: TypeAlias = tuple[Statement, ...]
+Edit: TypeAlias = Callable[[Statement, bool], Iterator[tuple[str, Body]]]
 
 
-def edited(body: tuple[Statement, ...], edit: Edit, inside: bool = False) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+def edited(body: Body, edit: Edit, inside: bool = False) -> Iterator[tuple[str, Body]]:
     """Bodies with exactly one statement edited; `inside`: in a loop."""
     for i, s in enumerate(body):
         for what, new in edit(s, inside):
@@ -105,12 +106,12 @@ def each(tp: TileProgram, edit: Edit) -> Iterator[tuple[str, TileProgram]]:
             yield what, replace(tp, kernels=(*tp.kernels[:i], replace(k, body=body), *tp.kernels[i + 1:]))
 
 
-def first_tile_dropped(s: Statement, inside: bool) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+def first_tile_dropped(s: Statement, inside: bool) -> Iterator[tuple[str, Body]]:
     if isinstance(s, Loop):
         yield s.var, (replace(s, lo=s.lo + 1),)
 
 
-def last_tile_dropped(s: Statement, inside: bool) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+def last_tile_dropped(s: Statement, inside: bool) -> Iterator[tuple[str, Body]]:
     if isinstance(s, Loop):
         yield s.var, (replace(s, hi=s.hi - 1),)
 
@@ -127,25 +128,25 @@ def _shifted(e: Expr) -> Iterator[Expr]:
             yield Call(e.op, (e.args[0], e.args[1] + by))
 
 
-def mask_shifted(s: Statement, inside: bool) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+def mask_shifted(s: Statement, inside: bool) -> Iterator[tuple[str, Body]]:
     if isinstance(s, Map):
         for n, body in enumerate(_shifted(s.body)):
             yield f"{s.tile} by {'+-'[n % 2]}1, comparison {n // 2}", (replace(s, body=body),)
 
 
-def mask_skipped(s: Statement, inside: bool) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+def mask_skipped(s: Statement, inside: bool) -> Iterator[tuple[str, Body]]:
     """Every tile is taken for one that needs no mask."""
     if isinstance(s, When) and inside and s.orelse:
         yield "", s.body
 
 
-def mask_always(s: Statement, inside: bool) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+def mask_always(s: Statement, inside: bool) -> Iterator[tuple[str, Body]]:
     """No tile is taken for one that needs no mask."""
     if isinstance(s, When) and inside and s.orelse:
         yield "", s.orelse
 
 
-def correction_skipped(s: Statement, inside: bool) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+def correction_skipped(s: Statement, inside: bool) -> Iterator[tuple[str, Body]]:
     """A carried tile is not rescaled."""
     if isinstance(s, Map) and inside and isinstance(s.body, Call) and s.body.op == "mul":
         if any(isinstance(a, Access) and a.tensor == s.tile for a in s.body.args) and not any(
@@ -153,7 +154,7 @@ def correction_skipped(s: Statement, inside: bool) -> Iterator[tuple[str, tuple[
             yield s.tile, ()
 
 
-def accumulation_dropped(s: Statement, inside: bool) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+def accumulation_dropped(s: Statement, inside: bool) -> Iterator[tuple[str, Body]]:
     if isinstance(s, Fold | Dot) and s.accumulate:
         yield f"{s.tile} ({s.monoid if isinstance(s, Fold) else 'dot'})", (replace(s, accumulate=False),)
 
@@ -166,7 +167,7 @@ def heads_swapped(tp: TileProgram) -> Iterator[tuple[str, TileProgram]]:
         extents |= {d.name: d.count for d in k.dims if d.capacity in (J, G) and isinstance(d.count, Const)}
 
         def edit(s: Statement, inside: bool, k: TileKernel = k,
-                 extents: dict[str, Expr] = extents) -> Iterator[tuple[str, tuple[Statement, ...]]]:
+                 extents: dict[str, Expr] = extents) -> Iterator[tuple[str, Body]]:
             if not isinstance(s, Load | Store):
                 return
             at = s.source if isinstance(s, Load) else s.target
@@ -210,7 +211,7 @@ def mutants(tp: TileProgram) -> Iterator[tuple[str, str, TileProgram]]:
 
 def harmless(kind: str, place: str, form: str, queries: int, keys: int, tile: int) -> bool | None:
     """Does the mutant mean the same?  None: not told here, float64 decides."""
-    seen = {"full": keys, "causal": min(keys, queries), "window": min(keys, WINDOW)}[form]  # by the query that sees most
+    seen = {"full": keys, "causal": min(keys, queries), "window": min(keys, WINDOW)}[form]  # by who sees most
     if kind in ("heads_swapped", "point_lost"):
         if place == "m0":  # the last key of a tile may be one that no query sees
             return form == "causal" and 1 < queries < min(keys, tile)
@@ -333,3 +334,51 @@ def test_wrong_prefill_is_caught(form: str, dtype: str) -> None:
 def test_wrong_kernels_are_caught_at_every_length(queries: int, tile: int, form: str, dtype: str) -> None:
     for keys in LENGTHS:
         show(form, dtype, queries, keys, tile)
+
+
+# -- end to end: the machine's own kernels, judged by `memcomp.check` -------------------------------------------------
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _checked(patch: pytest.MonkeyPatch, dtype: str, change: Callable[[TileProgram], TileProgram]) -> bool:
+    torch._dynamo.reset()
+    memcomp.reset()
+    with patch.context() as m:
+        m.setattr("memcomp.codegen.lower.lower", lambda p: change(lower(p)))
+        report = memcomp.check(causal, *inputs(dtype, 300, 300), rest="eager", strict=True)
+    assert memcomp.stats()["launches"] == 1
+    return report.ok
+
+
+def _first(kind: str, tp: TileProgram) -> TileProgram:
+    return next(new for k, _, new in mutants(tp) if k == kind)
+
+
+NAMED = ("last_tile_dropped", "mask_shifted", "correction_skipped", "heads_swapped")
+REST = sorted((ALWAYS | SEVERAL | MASKS) - set(NAMED))
+
+
+@pytest.mark.parametrize("kind,dtype", [(k, "f32") for k in NAMED] + [
+    pytest.param(k, d, marks=pytest.mark.slow) for d in DTYPES for k in (*NAMED, *REST) if d != "f32" or k in REST])
+def test_wrong_machine_code_is_caught(kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _checked(monkeypatch, dtype, lambda tp: _first(kind, tp))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_machine_code_is_not(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _checked(monkeypatch, dtype, lambda tp: tp)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", LENGTHS)
+def test_an_output_of_zeros_is_wrong(keys: int, dtype: str) -> None:
+    for queries in (1, 7, 65):
+        judge = Judge.of("full", inputs(dtype, queries, keys), dtype)
+        alone = tolerance([dtype], dtype, elements=judge.exact.size, length=keys * E_, torch_error=None)
+        for wrong in (0.0, math.nan, math.inf):
+            error = judge.error(np.full_like(judge.exact, wrong))
+            assert not judge.bound.admits(error)
+            assert not alone.admits(error)  # without torch's own error to go by, too

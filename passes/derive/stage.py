@@ -98,15 +98,21 @@ class Stage:
         laws = dict(plain.laws)
         needed = self._growth(s, terms, guard)
         centre = self._cancelling(s, terms, guard)
-        known = [g for g in needed if _covers(g, terms, guard)]
-        for gauges in ([*known, *centre], known) if centre else (known,):
-            again = Separator(self.sides(over), self.facts, gauges)
+        for centred in (True, False) if centre else (False,):
+            gauges = [*needed, *centre] if centred else needed
             try:
-                terms = again.terms(body) if gauges else terms
+                while True:
+                    again = Separator(self.sides(over), self.facts, gauges)
+                    found = again.terms(body) if gauges else terms
+                    covered = [g for g in gauges if _covers(g, found, guard)]
+                    if covered == gauges:
+                        break
+                    gauges = covered
             except NoLaw:
-                if gauges is known:
+                if not centred:
                     raise
                 continue
+            terms = found
             break
         laws.update(again.laws)
         for g in dict.fromkeys([*needed, *gauges]):
@@ -262,10 +268,8 @@ def _linear(items: list[tuple[Expr, float]]) -> Powers:
 
 
 def _covers(g: Gauge, terms: list[Term], guard: tuple[Expr, ...]) -> bool:
-    """Does the reference see every point where its atom is a factor?"""
-    level = keyed(dict(g.level))
-    return all(set(g.guard) <= set(guard + t.when + t.mask) for t in terms for x, p in t.a
-               if ratio(keyed(linear(x)), level) is not None)
+    """Does the reference see every point where a difference from it is a factor?"""
+    return all(set(g.guard) <= set(guard + t.when + t.mask) for t in terms for x, _ in t.a if x == g.shift)
 
 
 def _fits(g: Gauge, ea: Powers, points: tuple[Expr, ...]) -> bool:
