@@ -17,7 +17,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 sweep: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
+	HYPOTHESIS_PROFILE=random $(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
 
 bench: $(READY)
 	$(BIN)/python benchmarks/cpu.py

@@ -175,13 +175,21 @@ def _split(c: Cascade, r: Rank, k: int) -> Cascade:
             over = tuple(x for v in s.reduce.over for x in ((outer.var, g.var) if v == r.var else (v,)))
             new = replace(new, reduce=Reduce(s.reduce.monoid, over))
         statements.append(new)
-    tensors = tuple(_split_dims(t, dims.get(t.name, set()), outer.name, inner) for t in c.tensors)
+    declared = (*c.tensors, *_kept(c, r, dims))
+    tensors = tuple(_split_dims(t, dims.get(t.name, set()), outer.name, inner) for t in declared)
     ranks = [x for x in c.ranks if x.name != outer.name]
     at = ranks.index(r)
     ranks[at + 1:at + 1] = [outer, g]
     out = _pruned(Cascade(tuple(ranks), tensors, tuple(statements)), {r.name})
     known = ranges(out)
     return replace(out, einsums=tuple(rewritten(s, lambda e: simplify(e, known)) for s in out.einsums))
+
+
+def _kept(c: Cascade, r: Rank, dims: dict[str, set[int]]) -> list[Tensor]:
+    """Undeclared temporaries that keep the rank (read at a constant, say): their writers no longer show it."""
+    written = dict.fromkeys(n for s in c.einsums if r.var in s.space() for n in s.names)
+    return [c.tensor(n) for n in written if c.declared(n.removesuffix("'")) is None and n not in dims
+            and r.name in c.tensor(n).ranks]
 
 
 def _split_dims(t: Tensor, dims: set[int], outer: str, inner: str) -> Tensor:

@@ -4,6 +4,7 @@ import os
 import sys
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,3 +26,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     twice = {"ir", "passes", "codegen"} & set(sys.modules)
     if twice:
         raise pytest.UsageError(f"imported without the memcomp prefix: {', '.join(sorted(twice))}")
+
+
+# `make test` is the same every time, on every machine; `make sweep` and HYPOTHESIS_PROFILE=random look further
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

@@ -139,3 +139,19 @@ def test_equal_spellings_meet() -> None:
     a = parse(HEAD + "O[b, h, p] = max{m} K[b, 0, m] where m <= p and p >= 0\n")
     b = parse(HEAD + "C[b, m] = K[b, 0, m]\nO[b, h, p] = max{m} C[b, m + 0] where 2*m <= 2*p\n")
     assert canonicalize(a).digest == canonicalize(b).digest
+
+
+def test_a_temporary_read_at_a_constant_keeps_its_rank_when_heads_are_split() -> None:
+    program = parse("""program p
+rank M <= 64
+rank H = 4
+rank J = 2
+in C[M, J]: f32
+out O[M]: f32
+T[m, h] = C[m, h//2]
+O[m] = T[m, 0]
+""")
+    made = canonicalize(program)
+    verify(made)
+    c = np.random.default_rng(0).standard_normal((5, 2))
+    assert np.array_equal(interpret(made, {"C": c})["O"], interpret(program, {"C": c})["O"])

@@ -175,3 +175,42 @@ def test_no_named_composite() -> None:
 
     folder = Path(separate.__file__).parent.parent
     assert not [f for f in folder.rglob("*.py") if "soft" + "max" in f.read_text().lower()]
+
+
+NAN_ROW = """program masked_inside
+rank P
+rank M
+rank F = 2
+in S[P, M]: f32
+in mask[P, M]: bool
+in V[M, F]: f32
+out O[P, F]: f32
+GM[p] = max{m} S[p, m] where mask[p, m]
+SN[p, m] = exp(S[p, m] - GM[p]) where mask[p, m]
+SD[p] = sum{m} SN[p, m] where mask[p, m]
+A[p, m] = SN[p, m] / SD[p]
+O[p, f] = sum{m} A[p, m] * V[m, f]
+"""
+TWO_CHOICES = """program two_choices
+rank P
+rank M
+in S[P, M]: f32
+in C[P]: f32
+out O[P]: f32
+out N[P]: f32
+O[p] = sum{m} where(m < 4, S[p, m] + C[p], exp(S[p, m]))
+N[p] = sum{m} O[p]
+"""
+
+
+@pytest.mark.parametrize("text", [NAN_ROW, TWO_CHOICES])
+def test_a_choice_shields_its_own_factors_and_frames_serve_their_own_points(text: str) -> None:
+    program = parse(text)
+    rng = np.random.default_rng(0)
+    inputs = {"S": rng.standard_normal((4, 10)), "mask": np.tril(np.ones((4, 10), bool), -1),
+              "V": rng.standard_normal((10, 2)), "C": rng.standard_normal(4)}
+    inputs = {t.name: inputs[t.name] for t in program.cascade.inputs()}
+    with np.errstate(all="ignore"):
+        expected, found = interpret(program, inputs), interpret(reduce_passes(program, tile=(3,)), inputs)
+    for name, value in expected.items():
+        assert same(value, found[name]), name
