@@ -16,8 +16,8 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
-sweep: $(READY)
-	HYPOTHESIS_PROFILE=random $(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
+sweep: $(READY)  ## everything, the long tests and fresh random programs too: hours
+	HYPOTHESIS_PROFILE=random $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "slow or not slow"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/cpu.py
