@@ -321,6 +321,20 @@ def test_nothing(fn: Callable[..., Tensor], batch: int, queries: int, keys: int)
     assert memcomp.stats()["fallbacks"] == {}
 
 
+@pytest.mark.parametrize("changes", [[(4, 2, 16), (4, 2, 32)], [(4, 2, 16), (6, 3, 16)]], ids=["head size", "heads"])
+def test_another_number_that_kernels_know_is_another_graph(changes: list[tuple[int, int, int]]) -> None:
+    """torch makes a symbol of what it sees change: a head size or a group does not stay one."""
+    fn = grouped(causal)
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        memcomp.reset()
+        fast = torch.compile(fn, backend=backend, options={"rest": "eager", "strict": True}, dynamic=dynamic)
+        for heads, kv, e in changes:
+            args = inputs("full", 20, 20, group=heads // kv, kv=kv, heads=(e, e))
+            compare(fast(*args), fn, args, (heads, kv, e))
+        assert memcomp.stats()["fallbacks"] == {} and memcomp.stats()["launches"] == len(changes)
+
+
 def test_the_fast_part_shows_what_it_says() -> None:
     for rows in (PREFILL, DECODE):
         for name, values in FACTORS.items():
