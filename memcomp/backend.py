@@ -21,8 +21,9 @@ from memcomp import runtime
 from memcomp.binding import make_entry
 from memcomp.config import Config, config
 from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
+from memcomp.passes.generalize import numbers
 from memcomp.pipeline import ABI, Compiled, compile_program
-from memcomp.sizes import solve
+from memcomp.sizes import input_shapes, solve, sources
 from memcomp.surgery import autocast_at, example, hint, original, replace_region
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def install(gm: fx.GraphModule, settings: Config) -> tuple[list[Installed], list
 
     with boundary("the graph", settings, failure("the graph")):
         regions, refused = find_regions(gm)
+        if any([_settle(region) for region in regions]):
+            regions, refused = find_regions(gm)
         for r in refused:
             with boundary(r.where, settings):
                 raise Refusal(r.why, r.where)
@@ -140,6 +143,20 @@ def _install_region(gm: fx.GraphModule, region: Region, settings: Config) -> Com
     replace_region(gm, region, key, kept)
     runtime.count_region(compiled.digest)
     return compiled
+
+
+def _settle(region: Region) -> bool:
+    """Take the number of each symbolic extent that a kernel cannot be without (a head size); another number is then
+    another graph.  Says whether there was one."""
+    shapes = sources(input_shapes(region.program.cascade))
+    found = False
+    for name in sorted(numbers(region.program, region_sizes(region)) & set(shapes)):
+        tensor, dim, _ = shapes[name]
+        size = example(region.inputs[tensor]).shape[dim]
+        if not isinstance(size, int):
+            int(size)  # torch guards on it
+            found = True
+    return found
 
 
 def region_sizes(region: Region) -> dict[str, int]:

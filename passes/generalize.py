@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from memcomp.ir.cascade import Cascade, Einsum, extent_of
@@ -61,6 +62,29 @@ def generalize(program: Program) -> Program:
         for r in c.ranks
     )
     return replace(program, cascade=replace(c, ranks=ranks))
+
+
+def numbers(program: Program, sizes: Mapping[str, int]) -> set[str]:
+    """Symbolic ranks that should be numbers: with the extents in `sizes` they would not have become symbols, or an
+    index is divided by them (heads of a group).
+
+    sizes: an extent for each symbolic rank.
+    """
+    c = program.cascade
+    symbols = {r.name for r in c.ranks if r.extent is None and r.name in sizes}
+    # a symbol that happens to be small now is not a small group
+    ranks = tuple(replace(r, extent=Const(max(sizes[r.name], SMALL + 1))) if r.name in symbols else r for r in c.ranks)
+    divisors = {
+        size.rank
+        for e in c.einsums
+        for a in (*accesses(e), *e.outs)
+        for i in a.index
+        for n in walk(i)
+        if isinstance(n, Call) and n.op in ("floordiv", "mod")
+        for size in walk(n.args[1])
+        if isinstance(size, Size)
+    }
+    return symbols & divisors | symbols - _free(replace(c, ranks=ranks))
 
 
 def _free(c: Cascade) -> set[str]:

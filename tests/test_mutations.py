@@ -37,6 +37,7 @@ DTYPES = ("f32", "bf16", "f16")
 LENGTHS = (1, 7, 63, 64, 65, 1000, 4096)
 WINDOW = 50
 B, J, G, E_ = 2, 2, 2, 16
+TILE = 32  # keys at a time, where not said
 
 # -- programs, as capture reads them, and what they are in torch ------------------------------------------------------
 
@@ -75,7 +76,7 @@ def tiles(form: str, dtype: str, decode: bool, tile: int) -> TileProgram:
     """The tile program for any lengths: `tile` keys at a time."""
     text = TEXT.format(B=B, H=J * G, J=J, G=G, E=E_, P=1 if decode else 640, M=1280, dtype=dtype, where=WHERE[form])
     p: Program = rewrite(parse(text), config=config(), observe=lambda *_: None)
-    choices = {k.name: tile if k.name == "m0" else k.choices[0] for k in knobs(p)}
+    choices = {k.name: tile if k.name == "m0" else k.choices[0 if tile == TILE else -1] for k in knobs(p)}
     return lower(close(p, choices))
 
 
@@ -223,7 +224,7 @@ def harmless(kind: str, place: str, form: str, queries: int, keys: int, tile: in
         return None
     steps = math.ceil(seen / tile)  # of the task with the most keys
     if kind == "correction_skipped":
-        return steps == 1  # there is nothing yet to rescale
+        return True if steps == 1 else None  # nothing yet to rescale; nor later, where no score exceeds the first tile's
     if kind == "accumulation_dropped":  # nothing yet to join; and any reference serves, it need not be the greatest
         return steps == 1 or "(max)" in place
     if kind in ("mask_shifted", "mask_skipped"):
@@ -307,7 +308,6 @@ def show(form: str, dtype: str, queries: int, keys: int, tile: int) -> set[tuple
 ALWAYS = {"heads_swapped", "point_lost", "first_tile_dropped", "last_tile_dropped"}
 SEVERAL = {"correction_skipped", "accumulation_dropped"}
 MASKS = {"mask_shifted", "mask_skipped"}
-TILE = 32
 DECODE = [(1, keys) for keys in LENGTHS]
 PREFILL = [(7, 7), (63, 64), (64, 65), (65, 63), (7, 1000), (65, 1)]
 
@@ -329,11 +329,12 @@ def test_wrong_prefill_is_caught(form: str, dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", WHERE)
-@pytest.mark.parametrize("tile", [32, 64, 128])
+@pytest.mark.parametrize("keys", LENGTHS)
 @pytest.mark.parametrize("queries", LENGTHS)
-def test_wrong_kernels_are_caught_at_every_length(queries: int, tile: int, form: str, dtype: str) -> None:
-    for keys in LENGTHS:
-        show(form, dtype, queries, keys, tile)
+def test_wrong_kernels_are_caught_at_every_length(queries: int, keys: int, form: str, dtype: str) -> None:
+    for tile in (32, 64, 128):
+        if tile == 128 or queries * keys <= 70_000:
+            show(form, dtype, queries, keys, tile)
 
 
 # -- end to end: the machine's own kernels, judged by `memcomp.check` -------------------------------------------------
@@ -354,7 +355,7 @@ def _checked(patch: pytest.MonkeyPatch, dtype: str, change: Callable[[TileProgra
 
 
 def _first(kind: str, tp: TileProgram) -> TileProgram:
-    return next(new for k, _, new in mutants(tp) if k == kind)
+    return next(new for k, place, new in mutants(tp) if k == kind and not harmless(k, place, "causal", 300, 300, 128))
 
 
 NAMED = ("last_tile_dropped", "mask_shifted", "correction_skipped", "heads_swapped")
