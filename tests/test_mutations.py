@@ -224,7 +224,7 @@ def harmless(kind: str, place: str, form: str, queries: int, keys: int, tile: in
         return None
     steps = math.ceil(seen / tile)  # of the task with the most keys
     if kind == "correction_skipped":
-        return True if steps == 1 else None  # nothing yet to rescale; nor later, where no score exceeds the first tile's
+        return True if steps == 1 else None  # nothing to rescale, nor later below the first maximum
     if kind == "accumulation_dropped":  # nothing yet to join; and any reference serves, it need not be the greatest
         return steps == 1 or "(max)" in place
     if kind in ("mask_shifted", "mask_skipped"):
