@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test sweep bench clean
+.PHONY: demo test sweep cascades bench clean
 
 demo: $(READY)
 	$(BIN)/memcomp demo
@@ -19,9 +19,14 @@ test: $(READY)
 sweep: $(READY)  ## everything, the long tests and fresh random programs too: hours
 	HYPOTHESIS_PROFILE=random $(BIN)/python -m pytest -n 2 --dist worksteal -q -m "slow or not slow"
 
+cascades: $(READY)  ## 20,000 random cascades against their rewritten forms; goes on where it was stopped
+	$(BIN)/python benchmarks/random_cascades.py --jobs 2
+
 bench: $(READY)
+	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/first_call.py
+	$(BIN)/python benchmarks/fusemax.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/perplexity.py
 

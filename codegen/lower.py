@@ -18,6 +18,7 @@ from memcomp.ir.cascade import Cascade, Tensor
 from memcomp.ir.errors import VerifyError
 from memcomp.ir.expr import Access, Expr, Size, call, transform, walk
 from memcomp.ir.program import Program, knobs
+from memcomp.ir.register import expanded
 from memcomp.ir.tile import Param, TileKernel, TileProgram
 
 
@@ -28,6 +29,7 @@ def lower(program: Program) -> TileProgram:
     """
     if open_knobs := knobs(program):
         raise VerifyError(f"knob {open_knobs[0].name} of {program.name} is open", hint="close the knobs first")
+    program = expanded(program)
     c = program.cascade
     owner = {t: g.name for g in program.mapping.groups for t in g.tensors}
     for e in c.einsums:

@@ -7,6 +7,7 @@ import random
 
 from memcomp.codegen.lower_ops import LOOP, PRE, GroupOps, Op
 from memcomp.ir.expr import Access, Call, Const, Expr
+from memcomp.ir.laws import value
 from memcomp.ir.ops import MONOIDS, OPS
 from memcomp.ir.point import at_point
 
@@ -28,11 +29,9 @@ class Fills:
         if not isinstance(e, Call):
             return None
         v = [self.at(a, guards) for a in e.args]
-        if all(x is not None for x in v):
-            for at, value in OPS[e.op].limits:
-                if len(v) == 1 and v[0] == at:
-                    return value
-            known = float(OPS[e.op].numpy(*v))
+        numbers = [x for x in v if x is not None]
+        if len(numbers) == len(v):
+            known = value(OPS[e.op], *numbers)
             return None if math.isnan(known) else known
         if e.op == "mul" and 0.0 in v:
             return 0.0  # policy: excluded points of loaded tiles are finite

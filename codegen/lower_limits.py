@@ -41,7 +41,8 @@ class Limits(Tiles):
         if key not in self.scalars:
             name = self.fresh("greatest" if greatest else "least")
             self.tiles[f"load {name}"] = Tile(name, (), "i64")
-            self.body[PRE].append(Fold(name, "max" if greatest else "min", over, data))
+            inside = tuple(d for d in over if d in self.g.dims)  # a grid variable is one number in a tile
+            self.body[PRE].append(Fold(name, "max" if greatest else "min", inside, data))
             self.scalars[key] = Access(name, ())
         return self.scalars[key]
 

@@ -62,8 +62,9 @@ class Tiles:
         return e
 
     def load(self, a: Access, phase: int, guards: tuple[Expr, ...] = ()) -> Access:
-        phase = phase if phase != LOOP or self.moves(a) else PRE
-        for p in (phase, PRE):
+        chosen = any(isinstance(n, Access) and n.tensor in self.home for i in a.index for n in walk(i))
+        phase = phase if chosen or phase != LOOP or self.moves(a) else PRE
+        for p in () if chosen else (phase, PRE):  # a place that was computed may be another one later
             if (a, p) in self.loaded:
                 return self.loaded[a, p]
         dims: list[str] = []
@@ -91,6 +92,8 @@ class Tiles:
         """Indices that only a guard keeps inside the tensor are cut to it, so that no load leaves memory."""
 
         def nested(e: Expr) -> Expr:
+            if isinstance(e, Access) and e.tensor in self.home:
+                return Access(self.tile(e.tensor, tile_dims(e)), e.index)
             if isinstance(e, Access):
                 return self.clamped(e)
             return rebuild(e, tuple(nested(x) for x in e.args)) if isinstance(e, Call) else e

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
-from memcomp.ir.expr import Access, Const, Expr, Size, Var, conjuncts, reads, variables
+from memcomp.ir.expr import Access, Const, Expr, Size, Var, conjuncts, keep, reads, variables, walk
 
 DTYPES = ("f64", "f32", "f16", "bf16", "e4m3", "e5m2", "i64", "i32", "i16", "i8", "u8", "bool")
+T = TypeVar("T")
 Role: TypeAlias = Literal["in", "out", "state", "temp"]
 
 
@@ -68,8 +70,18 @@ class Reduce:
     over: tuple[str, ...]
 
 
+class _Statement:
+    """What a statement knows of itself once it was asked."""
+
+    __slots__ = ("_accesses", "_names", "_reads", "_space")
+    _accesses: tuple[Access, ...]
+    _names: tuple[str, ...]
+    _reads: frozenset[str]
+    _space: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
-class Einsum:
+class Einsum(_Statement):
     """`outs = reduce{over} body where guard`.
 
     The iteration space is the variables of `outs` and of `reduce.over`.  Points where the guard is false do not
@@ -88,41 +100,56 @@ class Einsum:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(o.tensor for o in self.outs)
+        try:
+            return self._names
+        except AttributeError:
+            return keep(self, "_names", tuple(o.tensor for o in self.outs))
 
     def space(self) -> tuple[str, ...]:
         """Iteration variables: those of the outputs in order, then the reduced ones."""
-        seen: dict[str, None] = {}
-        for o in self.outs:
-            for i in o.index:
-                for v in _vars_in_order(i):
-                    seen.setdefault(v)
-        for v in self.reduce.over if self.reduce else ():
-            seen.setdefault(v)
-        return tuple(seen)
+        try:
+            return self._space
+        except AttributeError:
+            seen = {n.name: None for o in self.outs for i in o.index for n in walk(i) if isinstance(n, Var)}
+            seen |= dict.fromkeys(self.reduce.over if self.reduce else ())
+            return keep(self, "_space", tuple(seen))
 
-    def reads(self) -> set[str]:
+    def reads(self) -> frozenset[str]:
         """Tensors read by body, guard or output index."""
-        r = reads(self.body)
-        if self.guard is not None:
-            r |= reads(self.guard)
-        for o in self.outs:
-            for i in o.index:
-                r |= reads(i)
-        return r
+        try:
+            return self._reads
+        except AttributeError:
+            return keep(self, "_reads", frozenset().union(*map(reads, self._parts())))
+
+    def accesses(self) -> tuple[Access, ...]:
+        """Every read in body, guard and output index, gathers included (not the outputs themselves)."""
+        try:
+            return self._accesses
+        except AttributeError:
+            return keep(self, "_accesses", tuple(n for x in self._parts() if reads(x)
+                                                 for n in walk(x) if isinstance(n, Access)))
+
+    def _parts(self) -> tuple[Expr, ...]:
+        return (self.body, *((self.guard,) if self.guard is not None else ()), *(i for o in self.outs for i in o.index))
 
     def guards(self) -> tuple[Expr, ...]:
         return conjuncts(self.guard)
 
 
-def _vars_in_order(e: Expr) -> list[str]:
-    from memcomp.ir.expr import walk
+class _Tables:
+    """Names looked up once they were asked for."""
 
-    return [n.name for n in walk(e) if isinstance(n, Var)]
+    __slots__ = ("_declared", "_once", "_ranks", "_readers", "_temporaries", "_writers")
+    _declared: dict[str, Tensor]
+    _once: dict[object, Any]
+    _ranks: dict[str, Rank]
+    _readers: dict[str, tuple[Einsum, ...]]
+    _temporaries: dict[str, Tensor]
+    _writers: dict[str, tuple[Einsum, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Cascade:
+class Cascade(_Tables):
     """Ranks, declared tensors and statements in order; single assignment; written before read."""
 
     ranks: tuple[Rank, ...] = ()
@@ -130,32 +157,62 @@ class Cascade:
     einsums: tuple[Einsum, ...] = ()
 
     def rank(self, name: str) -> Rank:
-        for r in self.ranks:
-            if r.name == name:
-                return r
-        raise KeyError(name)
+        try:
+            return self._ranks[name]
+        except AttributeError:
+            return keep(self, "_ranks", {r.name: r for r in reversed(self.ranks)})[name]
 
     def declared(self, name: str) -> Tensor | None:
-        for t in self.tensors:
-            if t.name == name:
-                return t
-        return None
+        try:
+            return self._declared.get(name)
+        except AttributeError:
+            return keep(self, "_declared", {t.name: t for t in reversed(self.tensors)}).get(name)
 
     def tensor(self, name: str) -> Tensor:
         """The declared tensor, or the temporary with the ranks its writer gives it."""
         t = self.declared(name)
+        if t is None and name.endswith("'"):
+            t = self.declared(name[:-1])
         if t is not None:
             return t
-        if name.endswith("'") and (t := self.declared(name[:-1])) is not None:
-            return t
-        for e in self.einsums:
-            for at, o in enumerate(e.outs):
-                if o.tensor == name and (ranks := written_ranks(o)) is not None:
-                    return Tensor(name, ranks, "i64" if at else "f32")  # the second result is an index
-        raise KeyError(name)
+        try:
+            return self._temporaries[name]
+        except AttributeError:
+            found = {o.tensor: Tensor(o.tensor, ranks, "i64" if at else "f32")  # the second result is an index
+                     for e in reversed(self.einsums) for at, o in reversed(list(enumerate(e.outs)))
+                     if (ranks := written_ranks(o)) is not None}
+            return keep(self, "_temporaries", found)[name]
 
     def writers(self, name: str) -> tuple[Einsum, ...]:
-        return tuple(e for e in self.einsums if name in e.names)
+        try:
+            return self._writers.get(name, ())
+        except AttributeError:
+            found: dict[str, list[Einsum]] = {}
+            for e in self.einsums:
+                for n in dict.fromkeys(e.names):
+                    found.setdefault(n, []).append(e)
+            return keep(self, "_writers", {n: tuple(es) for n, es in found.items()}).get(name, ())
+
+    def readers(self, name: str) -> tuple[Einsum, ...]:
+        """The statements that read a tensor, in order."""
+        try:
+            return self._readers.get(name, ())
+        except AttributeError:
+            found: dict[str, list[Einsum]] = {}
+            for e in self.einsums:
+                for n in e.reads():
+                    found.setdefault(n, []).append(e)
+            return keep(self, "_readers", {n: tuple(es) for n, es in found.items()}).get(name, ())
+
+    def once(self, f: Callable[[Cascade], T]) -> T:
+        """f(self), computed when it is first asked for."""
+        try:
+            known = self._once
+        except AttributeError:
+            known = keep(self, "_once", {})
+        if f not in known:
+            known[f] = f(self)
+        return known[f]  # type: ignore[no-any-return]
 
     def inputs(self) -> tuple[Tensor, ...]:
         return tuple(t for t in self.tensors if t.role in ("in", "state"))

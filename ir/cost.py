@@ -19,9 +19,14 @@ Where not even a tile fits, the share 1 - C / work(tile) of it crosses the bound
 reads an argument again, and for temporaries, else kept, once as they are written and once for each reader.
 Without mapping every statement is a group of its own without loops: it reads its inputs and writes its output.
 
+A level that the program places its tensors in (`addressed`) holds one tile of each at a time, and no more: a tensor is
+touched again in every round of the loops it lacks that stand outside the last loop it has.  `keep X @ level` says that
+X stays in that level, and takes no room in those behind it.
+
 Time: per group the largest of operations / peak (times the idle share of the last round of tasks), transcendentals /
 their peak, and traffic / bandwidth of each level behind the second; groups follow one another.  What moves between the
 nearest two (registers and cache) is counted but bounds nothing: an emitter cuts tiles into registers once more.
+On a target with arrays of processing elements `memcomp.ir.arrays` counts cycles instead of operations.
 """
 
 from __future__ import annotations
@@ -31,11 +36,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from memcomp.ir.arrays import PhaseCost, schedule
 from memcomp.ir.cascade import Cascade, Einsum, Knob
 from memcomp.ir.counts import Sizes, operations, tensor_of, width
 from memcomp.ir.expr import Access, Const, variables, walk
 from memcomp.ir.program import Group, Program
-from memcomp.ir.target import Target
+from memcomp.ir.target import Level, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +54,20 @@ class LevelCost:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitCost:
+    """cycles: of work on this array; utilisation: their share of the whole time."""
+
+    name: str
+    cycles: float
+    utilisation: float
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """flops: additions, multiplications, maxima; special: exp, log, division and so on; the rest in bytes, seconds.
 
     seconds: as mapped; floor: the roofline, with compulsory traffic and every unit busy.
+    units, phases: on a target with arrays, else empty.
     """
 
     flops: float
@@ -60,6 +76,8 @@ class Cost:
     levels: tuple[LevelCost, ...]
     seconds: float
     floor: float
+    units: tuple[UnitCost, ...] = ()
+    phases: tuple[PhaseCost, ...] = ()
 
     @property
     def traffic(self) -> float:
@@ -71,9 +89,25 @@ class Cost:
         """Operations per byte of memory traffic."""
         return (self.flops + self.special) / self.traffic if self.traffic else math.inf
 
+    def __str__(self) -> str:
+        rows = [("operations", f"{self.flops:.6g}"), ("exp, division and the like", f"{self.special:.6g}"),
+                ("compulsory traffic", f"{self.compulsory:.6g} B"),
+                *((f"traffic to {x.name}", f"{x.traffic:.6g} B, holding {x.footprint:.6g} B") for x in self.levels),
+                ("time", f"{self.seconds:.6g} s, at least {self.floor:.6g} s"),
+                *((f"unit {u.name}", f"{u.cycles:.6g} cycles, busy {u.utilisation:.1%}") for u in self.units)]
+        for k, p in enumerate(self.phases):
+            work = ", ".join(f"{n:.6g} on {unit}" for unit, n in p.busy) or "drain"
+            rows.append((f"phase {k + 1} of {p.group}", f"{p.cycles:.6g} cycles: {work}"))
+        wide = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{wide}}  {value}" for name, value in rows)
 
-def cost(program: Program, sizes: Mapping[str, int], target: Target) -> Cost:
-    """The cost with these extents of the symbolic ranks (a bounded or ragged rank may be left to its bound)."""
+
+def cost(program: Program, sizes: Mapping[str, int], target: Target, moved: float | None = None) -> Cost:
+    """The cost with these extents of the symbolic ranks (a bounded or ragged rank may be left to its bound).
+
+    moved: bytes to and from memory where they are known, by measurement or from another mapper; they stand in for what
+    the model counts, shared out among the groups in its proportions.
+    """
     c, n = program.cascade, Sizes(program.cascade, sizes)
     grouped = {t for g in program.mapping.groups for t in g.tensors}
     nests = [_Nest(c, n, g, tuple(e for e in c.einsums if e.names[0] in g.tensors)) for g in program.mapping.groups]
@@ -82,16 +116,26 @@ def cost(program: Program, sizes: Mapping[str, int], target: Target) -> Cost:
     special = sum(x.special for x in nests)
     levels = []
     for at, level in enumerate(target.levels[1:], 1):
-        near = target.levels[at - 1]
-        footprint = max((x.held(level.bytes) for x in nests), default=0.0)
+        footprint = max((x.held(target, at) for x in nests), default=0.0)
         if at == len(target.levels) - 1:
             footprint = _arguments(c, n, nests)
-        levels.append(LevelCost(level.name, sum(x.traffic(near.bytes) for x in nests), footprint))
-    seconds = sum(_seconds(x, target) for x in nests)
+        levels.append(LevelCost(level.name, sum(x.traffic(target, at - 1) for x in nests), footprint))
+    share = 1.0
+    if moved is not None:
+        share = moved / levels[-1].traffic if levels[-1].traffic else 1.0
+        levels[-1] = LevelCost(levels[-1].name, moved, levels[-1].footprint)
+    phases = tuple(schedule(x.group, x.points, target) for x in nests) if target.arrays else ((),) * len(nests)
+    seconds = sum(_seconds(x, target, p, share) for x, p in zip(nests, phases, strict=True))
     least = compulsory(program, sizes)
     floor = max(sum(f / target.peak(d) for x in nests for d, f in x.by_dtype.items()), special / target.special,
                 least / target.memory.bandwidth)
-    return Cost(flops, special, least, tuple(levels), seconds, floor)
+    every = tuple(p for each in phases for p in each)
+    return Cost(flops, special, least, tuple(levels), seconds, floor, _units(every, target, seconds), every)
+
+
+def _units(phases: tuple[PhaseCost, ...], target: Target, seconds: float) -> tuple[UnitCost, ...]:
+    busy = {u: sum(n for p in phases for unit, n in p.busy if unit == u) for u in target.arrays}
+    return tuple(UnitCost(u, n, n / (seconds * target.clock) if seconds else 0.0) for u, n in busy.items())
 
 
 def compulsory(program: Program, sizes: Mapping[str, int]) -> float:
@@ -117,12 +161,16 @@ def _arguments(c: Cascade, n: Sizes, nests: list[_Nest]) -> float:
     return sum(n.elements(tensor_of(c, x)) * width(c, x) for x in names)
 
 
-def _seconds(x: _Nest, target: Target) -> float:
+def _seconds(x: _Nest, target: Target, phases: tuple[PhaseCost, ...], share: float) -> float:
     rounds = -(-x.tasks // target.threads) * target.threads / x.tasks if x.tasks else 0.0
-    busy = sum(flops / target.peak(dtype) for dtype, flops in x.by_dtype.items()) * rounds
-    times = [busy, x.special / target.special * rounds]
-    for near, level in zip(target.levels[1:], target.levels[2:], strict=False):
-        times.append(x.traffic(near.bytes) / level.bandwidth)
+    if target.arrays:
+        times = [sum(p.cycles for p in phases) / target.clock]
+    else:
+        busy = sum(flops / target.peak(dtype) for dtype, flops in x.by_dtype.items()) * rounds
+        times = [busy, x.special / target.special * rounds]
+    for at, level in enumerate(target.levels[2:], 1):
+        known = share if level is target.memory else 1.0
+        times.append(x.traffic(target, at) * known / level.bandwidth)
     return max(times)
 
 
@@ -146,7 +194,8 @@ class _Nest:
         self.readers: Counter[str] = Counter()
         self.size: dict[str, tuple[int, int]] = {}
         self.touched: dict[tuple[str, frozenset[str], int], float] = {}
-        self.crossed: dict[float, float] = {}
+        self.crossed: dict[tuple[Level, frozenset[str]], float] = {}
+        self.points: list[tuple[Einsum, float]] = []
         for e in einsums:
             self.readers.update({a.tensor for a in _reads(e)})
             for name, vs in {(a.tensor, self._variables(a)) for a in _reads(e)}:
@@ -165,6 +214,7 @@ class _Nest:
         for e in einsums:
             plain, special = operations(e.body)
             live = n.live(e)
+            self.points.append((e, live))
             plain += e.reduce is not None
             self.flops += plain * live
             self.special += special * live
@@ -215,30 +265,44 @@ class _Nest:
             self.touched[key] = float(min(math.prod(self._extent(v) for v in vs if v not in still), elements)) * each
         return self.touched[key]
 
-    def work(self, fixed: int) -> float:
-        arguments = sum(max(self._bytes(t, vs, fixed) for vs in ways) for t, ways in self.outer.items())
-        return arguments + sum(self._bytes(t, vs, len(self.loops)) for t, vs in self.inner.items())
+    def work(self, fixed: int, nearer: frozenset[str] = frozenset()) -> float:
+        """Bytes in use while the first `fixed` loops stand still, without what is kept in `nearer` levels."""
+        away = self._kept(nearer)
+        arguments = (max(self._bytes(t, vs, fixed) for vs in ways) for t, ways in self.outer.items() if t not in away)
+        inner = (self._bytes(t, vs, len(self.loops)) for t, vs in self.inner.items() if t not in away)
+        return sum(arguments) + sum(inner)
 
-    def held(self, capacity: float) -> float:
-        """The largest working set that fits; a tile if none does."""
-        sets = [self.work(k) for k in range(len(self.loops) + 1)]
-        return max((w for w in sets if w <= capacity), default=sets[-1])
+    def _kept(self, levels: frozenset[str]) -> set[str]:
+        return {t for t, level in self.group.keep if level in levels}
 
-    def traffic(self, capacity: float) -> float:
-        """Bytes across the boundary behind a level of this capacity."""
-        if capacity not in self.crossed:
-            self.crossed[capacity] = self._traffic(capacity)
-        return self.crossed[capacity]
+    def held(self, target: Target, at: int) -> float:
+        """The largest working set that fits in a level; a tile if none does."""
+        level, nearer = target.levels[at], frozenset(x.name for x in target.levels[:at])
+        tile = self.work(len(self.loops), nearer)
+        if level.addressed:
+            return tile
+        return max((w for k in range(len(self.loops)) if (w := self.work(k, nearer)) <= level.bytes), default=tile)
 
-    def _traffic(self, capacity: float) -> float:
-        total = 0.0
-        tile = self.work(len(self.loops))
+    def traffic(self, target: Target, at: int) -> float:
+        """Bytes across the boundary behind a level."""
+        key = target.levels[at], frozenset(x.name for x in target.levels[:at])
+        if key not in self.crossed:
+            self.crossed[key] = self._traffic(*key)
+        return self.crossed[key]
+
+    def _traffic(self, level: Level, nearer: frozenset[str]) -> float:
+        total, capacity, loops = 0.0, level.bytes, self.loops
+        tile = self.work(len(loops), nearer)
         over = 1.0 - capacity / tile if tile > capacity else 0.0
-        spilled = [k for k in range(len(self.loops)) if self.work(k + 1) > capacity]
+        spilled = [k for k in range(len(loops)) if self.work(k + 1, nearer) > capacity]
         for name, ways in self.outer.items():
             for vs, readers in ways.items():
-                again = math.prod(self._extent(self.loops[k]) for k in spilled if self.loops[k] not in vs)
+                if level.addressed:
+                    spilled = list(range(max((k for k, v in enumerate(loops) if v in vs), default=0)))
+                again = math.prod(self._extent(loops[k]) for k in spilled if loops[k] not in vs)
                 total += self._bytes(name, vs, 0) * (again + over * (readers - 1))
         for name, vs in self.inner.items():
+            if name in self._kept(nearer):
+                continue
             total += over * (1 + self.readers[name]) * self._bytes(name, vs, 0)
         return total

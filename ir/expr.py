@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias, Union
+from typing import TypeAlias, TypeVar, Union
 
 
 class _Sugar:
-    """Infix building for code that writes expressions; comparisons are `.lt()` etc. since == is structural."""
+    """Infix building for code that writes expressions; comparisons are `.lt()` etc. since == is structural.
 
-    __slots__ = ()
+    The slots are what a node knows of itself once it was asked: trees share parts, and rewrites ask again and again.
+    """
+
+    __slots__ = ("_hash", "_reads", "_symbols", "_variables")
+    _hash: int
+    _reads: frozenset[str]
+    _symbols: frozenset[str]
+    _variables: frozenset[str]
 
     def __add__(self, other: Like) -> Call:
         return call("add", self, other)
@@ -77,20 +84,50 @@ class Size(_Sugar):
     rank: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Access(_Sugar):
     """One element of a tensor; `index` has one integer expression per rank of the tensor."""
 
     tensor: str
     index: tuple[Expr, ...]
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(other) is Access and hash(self) == hash(other) and self.tensor == other.tensor
+                                 and self.index == other.index)
 
-@dataclass(frozen=True, slots=True)
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            return keep(self, "_hash", hash((self.tensor, self.index)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Call(_Sugar):
     """A row of `ir.ops` applied to arguments."""
 
     op: str
     args: tuple[Expr, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(other) is Call and hash(self) == hash(other) and self.op == other.op
+                                 and self.args == other.args)
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            return keep(self, "_hash", hash((self.op, self.args)))
+
+
+_NOTHING: frozenset[str] = frozenset()
+_T = TypeVar("_T")
+
+
+def keep(node: object, slot: str, value: _T) -> _T:
+    """Note in a frozen node what it says of itself."""
+    object.__setattr__(node, slot, value)
+    return value
 
 
 Expr: TypeAlias = Union[Const, Var, Size, Access, Call]
@@ -123,10 +160,15 @@ def rebuild(e: Expr, kids: tuple[Expr, ...]) -> Expr:
 
 
 def walk(e: Expr) -> Iterator[Expr]:
-    """All nodes, parents first."""
-    yield e
-    for k in children(e):
-        yield from walk(k)
+    """All nodes, parents first, left to right."""
+    todo = [e]
+    while todo:
+        n = todo.pop()
+        yield n
+        if type(n) is Call:
+            todo += n.args[::-1]
+        elif type(n) is Access:
+            todo += n.index[::-1]
 
 
 def transform(e: Expr, f: Callable[[Expr], Expr]) -> Expr:
@@ -143,14 +185,35 @@ def substitute(e: Expr, table: Mapping[Expr, Expr]) -> Expr:
     return rebuild(e, tuple(substitute(k, table) for k in kids)) if kids else e
 
 
-def variables(e: Expr) -> set[str]:
+def variables(e: Expr) -> frozenset[str]:
     """Names of the rank variables in `e`."""
-    return {n.name for n in walk(e) if isinstance(n, Var)}
+    if type(e) is Var:
+        return frozenset((e.name,))
+    try:
+        return e._variables
+    except AttributeError:
+        return keep(e, "_variables", _NOTHING.union(*map(variables, children(e))))
 
 
-def reads(e: Expr) -> set[str]:
+def reads(e: Expr) -> frozenset[str]:
     """Names of the tensors read in `e`, index gathers included."""
-    return {n.tensor for n in walk(e) if isinstance(n, Access)}
+    try:
+        return e._reads
+    except AttributeError:
+        own = (e.tensor,) if type(e) is Access else ()
+        return keep(e, "_reads", _NOTHING.union(own, *map(reads, children(e))))
+
+
+def symbols(e: Expr) -> frozenset[str]:
+    """Names of the rank variables and of the sizes (upper case) in `e`."""
+    if type(e) is Var:
+        return frozenset((e.name,))
+    if type(e) is Size:
+        return frozenset((e.rank,))
+    try:
+        return e._symbols
+    except AttributeError:
+        return keep(e, "_symbols", _NOTHING.union(*map(symbols, children(e))))
 
 
 def conjuncts(guard: Expr | None) -> tuple[Expr, ...]:

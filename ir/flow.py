@@ -7,7 +7,7 @@ proved; writing it states that its points differ, as a scatter does everywhere.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from memcomp.ir.cascade import Cascade, Einsum, Knob
@@ -33,12 +33,13 @@ _NEGATION = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of a cascade when a statement runs: extents, integer tensors, loops."""
+    """What is known of a cascade when a statement runs: extents, integer tensors, loops; `seen`: views asked for."""
 
     cascade: Cascade
     integers: frozenset[str]
     fixed: dict[Expr, Expr]
     loops: tuple[tuple[tuple[str, int], ...], ...]
+    seen: dict[Einsum, tuple[Ranges, Ranges]] = field(default_factory=dict, compare=False, repr=False)
 
     def ground(self, e: Expr) -> Expr:
         """The expression with fixed sizes put in."""
@@ -69,14 +70,17 @@ class Facts:
 
     def views(self, s: Einsum) -> tuple[Ranges, Ranges]:
         """The ranges of a statement's variables by extent alone, and as its guard narrows them."""
-        return self.ranges(s.space(), None), self.ranges(s.space(), s.guard)
+        if s not in self.seen:
+            whole = self.ranges(s.space(), None)
+            self.seen[s] = whole, whole if s.guard is None else self.ranges(s.space(), s.guard)
+        return self.seen[s]
 
     def proves(self, cond: Expr, ranges: Ranges) -> bool:
         return proves(self.ground(cond), ranges, integers=self.integers)
 
 
-def _ends(out: Ranges, names: set[str]) -> Iterator[Expr]:
-    for n in names & out.keys():
+def _ends(out: Ranges, names: Collection[str]) -> Iterator[Expr]:
+    for n in out.keys() & names:
         for b in out[n]:
             if not isinstance(b, int):
                 yield b
@@ -95,7 +99,7 @@ def _about(c: Expr) -> Iterator[tuple[str, str, Expr]]:
 
 def facts(c: Cascade, integers: frozenset[str]) -> Facts:
     fixed: dict[Expr, Expr] = {Size(r.name): r.extent for r in c.ranks if isinstance(r.extent, Const)}
-    return Facts(c, integers, fixed, loops(c))
+    return Facts(c, integers, fixed, c.once(loops))
 
 
 # -- single assignment ------------------------------------------------------------------------------------------------
@@ -104,7 +108,9 @@ def facts(c: Cascade, integers: frozenset[str]) -> Facts:
 def collides(s: Einsum, out: Access, f: Facts) -> set[str]:
     """Variables whose different points may write the same element; empty where the index is one to one or gathers."""
     space = set(s.space()) - set(s.reduce.over if s.reduce else ())
-    known: set[str] = set()
+    known = {i.name for i in out.index if isinstance(i, Var)}
+    if space <= known:
+        return set()
     for ranges in f.views(s):
         dims = [simplify(f.ground(i), ranges, integers=f.integers) for i in out.index]
         for c in s.guards():  # an equation pins one more combination
@@ -172,6 +178,8 @@ def _quotients(dims: list[Expr]) -> set[str]:
 
 def disjoint(s: Einsum, a: Access, t: Einsum, b: Access, f: Facts) -> bool:
     """Do two statements write different elements of one tensor?  Indices that gather are taken at their word."""
+    if any(isinstance(i, Const) and isinstance(j, Const) and i != j for i, j in zip(a.index, b.index, strict=True)):
+        return True
     other = {v: v + "__b" for v in t.space()}
 
     def apart(e: Expr) -> Expr:
@@ -230,12 +238,12 @@ def loops(c: Cascade) -> tuple[tuple[tuple[str, int], ...], ...]:
 
 def earlier(reader: int, access: Access, writer: int, target: Access, f: Facts) -> bool:
     """Is the element that statement `reader` reads never written later by statement `writer`?"""
-    views = f.views(f.cascade.einsums[reader])
-    written = f.views(f.cascade.einsums[writer])[0]
     for mine, theirs in zip(f.loops[reader], f.loops[writer], strict=False):
         if mine != theirs:
             break
         v = mine[0]
+        views = f.views(f.cascade.einsums[reader])
+        written = f.views(f.cascade.einsums[writer])[0]
         orders = {_compare(v, access, target, ranges, written, f) for ranges in views}
         if "before" in orders:
             return True
@@ -252,6 +260,12 @@ def _compare(v: str, read: Access, write: Access, ranges: Ranges,
     if mine and all(i == w for i, w in mine):
         best = "same"
     for i, w in mine:
+        at, to = _after(i, v), _after(w, v)
+        if at is not None and to is not None:  # v+1 is written, v read
+            if at < to:
+                return "before"
+            best = "same" if at == to else best
+            continue
         terms = linear(f.ground(w), integers=f.integers) or {}
         step = next((t for t in terms if t is not None and _scaled(t, terms[t])[0] == v), None)
         if step is None:
@@ -267,3 +281,12 @@ def _compare(v: str, read: Access, write: Access, ranges: Ranges,
         if f.proves(call("lt", i, start + k), ranges):
             best = "same"
     return best
+
+
+def _after(i: Expr, v: str) -> int | None:
+    """n of an index v + n; None for any other index."""
+    if i == Var(v):
+        return 0
+    if isinstance(i, Call) and i.op == "add" and i.args[0] == Var(v) and isinstance(i.args[1], Const):
+        return int(i.args[1].value)
+    return None

@@ -1,21 +1,22 @@
 """Scalar operators with their laws, and primitive monoids.  Nothing composite is listed here.
 
-A law is a fact that rewrites may use; each rewrite says which one it used.  Users add rows with `register`.
-Laws follow `docs/derivation.md`: homomorphism, homogeneity, monotonicity, range, growth, limits.
+A law is a fact that rewrites may use; `ir.laws` names each one (`exp.hom`), and a rewrite says which ones it used.
+Users add operators with `ir.register`, which tests what is stated.  Laws follow `docs/derivation.md`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from memcomp.ir.errors import OptionError, nearest
+from memcomp.ir.expr import Expr
 
-Order = Literal["inc", "dec", ""]
+Order = Literal["inc", "dec", "sign", ""]
 INF = math.inf
 
 
@@ -26,30 +27,38 @@ class Op:
     numpy:     its meaning on float64 (or integer / bool) arrays.
     infix:     its spelling between operands in the text form, "" for a function call.
     result:    "real", "int", "bool" or "same" (as the arguments).
-    hom:       (a, b): f(x a y) = f(x) b f(y), e.g. exp: ("add", "mul").
-    degree:    positive homogeneity: f(c x) = c**degree f(x) for c >= 0, in its first argument.
-    monotone:  per argument "inc", "dec" or "" (none known); non-strict unless `strict`.
+    definition: the same meaning in terms of other rows, over the variables `PARAMETERS`; None where the row is known
+               to every backend.
+
+    The laws; those with a domain hold where the arguments are real, >= 0 ("nonneg") or > 0 ("pos"):
+    hom:       (a, b): f(x a y) = f(x) b f(y) in the first argument, e.g. exp: ("add", "mul").
+    degree:    positive homogeneity: f(c x, c y) = c**degree f(x, y) for c > 0.
+    linear:    groups of arguments in which f is jointly linear, e.g. mul: in each of the two.
+    monotone:  per argument "inc", "dec", "sign" (as the sign of the other argument) or "" (none known).
+    strict:    the monotone arguments are strictly so.
     range:     bounds of the result over the whole domain.
-    growth:    "exp" | "poly" | "bounded" | "log" | "" as the argument grows.
-    domain:    arguments for which the laws hold: "real", "nonneg" or "pos".
+    positive:  the result is > 0 over the whole domain.
     limits:    ((x, f(x)), ...) values at infinities that rewrites may rely on.
-    linear:    linear in each argument taken jointly (add, sub, neg).
     """
 
     name: str
     arity: int
-    numpy: Callable[..., Any]
+    numpy: Callable[..., Any] = field(compare=False, repr=False)
     infix: str = ""
     result: Literal["real", "int", "bool", "same"] = "real"
     hom: tuple[str, str] | None = None
     degree: float | None = None
+    linear: tuple[tuple[int, ...], ...] = ()
     monotone: tuple[Order, ...] = ()
     strict: bool = False
     range: tuple[float, float] = (-INF, INF)
-    growth: Literal["exp", "poly", "bounded", "log", ""] = ""
+    positive: bool = False
     domain: Literal["real", "nonneg", "pos"] = "real"
     limits: tuple[tuple[float, float], ...] = ()
-    linear: bool = False
+    definition: Expr | None = None
+
+
+PARAMETERS = ("x", "y", "z")
 
 
 def _erf(x: Any) -> Any:
@@ -85,42 +94,40 @@ def _logical(f: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 _ROWS = (
     # arithmetic
-    Op("add", 2, np.add, "+", "same", monotone=("inc", "inc"), strict=True, linear=True, growth="poly"),
-    Op("sub", 2, np.subtract, "-", "same", monotone=("inc", "dec"), strict=True, linear=True, growth="poly"),
-    Op("mul", 2, np.multiply, "*", "same", degree=1.0, hom=("mul", "mul"), growth="poly"),
-    Op("div", 2, _div, "/", "real", degree=1.0, growth="poly"),
-    Op("neg", 1, np.negative, "", "same", monotone=("dec",), strict=True, linear=True, growth="poly"),
-    Op("max", 2, np.maximum, "", "same", degree=1.0, monotone=("inc", "inc"), growth="poly"),
-    Op("min", 2, np.minimum, "", "same", degree=1.0, monotone=("inc", "inc"), growth="poly"),
-    Op("pow", 2, np.power, "", "real", hom=("mul", "mul"), growth="poly"),
-    Op("square", 1, np.square, "", "same", hom=("mul", "mul"), degree=2.0, range=(0.0, INF), growth="poly"),
-    Op("abs", 1, np.abs, "", "same", hom=("mul", "mul"), degree=1.0, range=(0.0, INF), growth="poly"),
-    Op("relu", 1, lambda x: np.maximum(x, 0), "", "same", degree=1.0, monotone=("inc",), range=(0.0, INF),
-       growth="poly"),
-    Op("recip", 1, lambda x: _div(1.0, x), hom=("mul", "mul"), degree=-1.0),
-    Op("sqrt", 1, np.sqrt, hom=("mul", "mul"), degree=0.5, monotone=("inc",), strict=True, range=(0.0, INF),
-       growth="poly", domain="nonneg"),
-    Op("rsqrt", 1, lambda x: _div(1.0, np.sqrt(x)), hom=("mul", "mul"), degree=-0.5, monotone=("dec",), strict=True,
-       range=(0.0, INF), domain="pos"),
+    Op("add", 2, np.add, "+", "same", linear=((0, 1),)),
+    Op("sub", 2, np.subtract, "-", "same", linear=((0, 1),)),
+    Op("mul", 2, np.multiply, "*", "same", linear=((0,), (1,)), monotone=("sign", "sign")),
+    Op("div", 2, _div, "/", "real", linear=((0,),), monotone=("sign", "")),
+    Op("neg", 1, np.negative, "", "same", linear=((0,),)),
+    Op("max", 2, np.maximum, "", "same", degree=1.0, monotone=("inc", "inc")),
+    Op("min", 2, np.minimum, "", "same", degree=1.0, monotone=("inc", "inc")),
+    Op("pow", 2, np.power, "", "real", hom=("mul", "mul"), domain="nonneg"),
+    Op("square", 1, np.square, "", "same", hom=("mul", "mul"), range=(0.0, INF)),
+    Op("abs", 1, np.abs, "", "same", hom=("mul", "mul"), degree=1.0, range=(0.0, INF)),
+    Op("relu", 1, lambda x: np.maximum(x, 0), "", "same", degree=1.0, monotone=("inc",), range=(0.0, INF)),
+    Op("recip", 1, lambda x: _div(1.0, x), hom=("mul", "mul")),
+    Op("sqrt", 1, np.sqrt, degree=0.5, monotone=("inc",), strict=True, range=(0.0, INF), domain="nonneg"),
+    Op("rsqrt", 1, lambda x: _div(1.0, np.sqrt(x)), degree=-0.5, monotone=("dec",), strict=True, range=(0.0, INF),
+       positive=True, domain="pos"),
     # transcendental
-    Op("exp", 1, np.exp, hom=("add", "mul"), monotone=("inc",), strict=True, range=(0.0, INF), growth="exp",
+    Op("exp", 1, np.exp, hom=("add", "mul"), monotone=("inc",), strict=True, range=(0.0, INF), positive=True,
        limits=((-INF, 0.0),)),
-    Op("exp2", 1, np.exp2, hom=("add", "mul"), monotone=("inc",), strict=True, range=(0.0, INF), growth="exp",
+    Op("exp2", 1, np.exp2, hom=("add", "mul"), monotone=("inc",), strict=True, range=(0.0, INF), positive=True,
        limits=((-INF, 0.0),)),
-    Op("log", 1, np.log, hom=("mul", "add"), monotone=("inc",), strict=True, growth="log", domain="pos",
-       limits=((0.0, -INF),)),
-    Op("log2", 1, np.log2, hom=("mul", "add"), monotone=("inc",), strict=True, growth="log", domain="pos",
-       limits=((0.0, -INF),)),
-    Op("xlogx", 1, _xlogx, growth="poly", domain="nonneg", limits=((0.0, 0.0),)),
-    Op("tanh", 1, np.tanh, monotone=("inc",), range=(-1.0, 1.0), growth="bounded"),
-    Op("sigmoid", 1, _sigmoid, monotone=("inc",), range=(0.0, 1.0), growth="bounded"),
-    Op("erf", 1, _erf, monotone=("inc",), range=(-1.0, 1.0), growth="bounded"),
-    Op("sin", 1, np.sin, range=(-1.0, 1.0), growth="bounded"),
-    Op("cos", 1, np.cos, range=(-1.0, 1.0), growth="bounded"),
-    Op("floor", 1, np.floor, monotone=("inc",), growth="poly"),
-    Op("round", 1, np.round, monotone=("inc",), growth="poly"),
+    Op("log", 1, np.log, hom=("mul", "add"), monotone=("inc",), strict=True, domain="pos"),
+    Op("log2", 1, np.log2, hom=("mul", "add"), monotone=("inc",), strict=True, domain="pos"),
+    Op("xlogx", 1, _xlogx, domain="nonneg"),
+    Op("log1p", 1, np.log1p, monotone=("inc",), strict=True, domain="nonneg"),
+    Op("expm1", 1, np.expm1, monotone=("inc",), range=(-1.0, INF)),
+    Op("tanh", 1, np.tanh, monotone=("inc",), range=(-1.0, 1.0)),
+    Op("sigmoid", 1, _sigmoid, monotone=("inc",), range=(0.0, 1.0), positive=True),
+    Op("erf", 1, _erf, monotone=("inc",), range=(-1.0, 1.0)),
+    Op("sin", 1, np.sin, range=(-1.0, 1.0)),
+    Op("cos", 1, np.cos, range=(-1.0, 1.0)),
+    Op("floor", 1, np.floor, monotone=("inc",)),
+    Op("round", 1, np.round, monotone=("inc",)),
     # choice and truth
-    Op("where", 3, np.where, "", "same"),
+    Op("where", 3, np.where, "", "same", linear=((1, 2),)),
     Op("lt", 2, np.less, "<", "bool"),
     Op("le", 2, np.less_equal, "<=", "bool"),
     Op("gt", 2, np.greater, ">", "bool"),
@@ -181,17 +188,3 @@ def op(name: str) -> Op:
         raise OptionError(f"unknown operator {name!r}", hint=nearest(name, OPS))
     return OPS[name]
 
-
-def register(row: Op) -> Op:
-    """Add a scalar function with its laws.  Registering another meaning under a known name is an error.
-
-    The laws are the caller's promise: rewrites rely on them.
-    """
-    known = OPS.get(row.name)
-    if known is not None and known != row:
-        raise OptionError(f"operator {row.name!r} is already registered with other laws",
-                          hint="choose another name, or registrations of the same row")
-    if not row.name.isidentifier() or row.arity == 0 or row.arity < -1:
-        raise OptionError(f"operator {row.name!r} needs an identifier and at least one argument")
-    OPS[row.name] = row
-    return row

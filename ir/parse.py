@@ -6,6 +6,7 @@
     X[i, ...] [, Y[i, ...]] = [monoid{v, ...}] EXPR [where EXPR]
     group NAME: X, Y   followed by any of
       partition R: SIZE | space R, ... | loop-order R, ... | lane R | keep X, ... @ LEVEL
+      phase X, ... @ UNIT, Y, ... @ UNIT | drain X, ... @ UNIT
     proof free text
 
 Infix, loosest first: or, and, not, comparisons (which do not chain), + -, * / // %, << >> & |, unary -.
@@ -21,14 +22,14 @@ from memcomp.ir.errors import ParseError, nearest
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var
 from memcomp.ir.lex import Line, Token, picture, read_line, spelled
 from memcomp.ir.ops import MONOIDS, OPS
-from memcomp.ir.program import Group, Mapping, Program
+from memcomp.ir.program import Group, Mapping, Phase, Program
 from memcomp.ir.show import COMPARE, INFIX, LEVELS, NOT, SUM
 
 LITERALS: dict[str, bool | float] = {"true": True, "false": False, "inf": math.inf, "nan": math.nan}
 RESERVED = frozenset({*LITERALS, "and", "or", "not", "where", "iter", "in", "empty"})
 ROLES = ("in", "out", "state", "temp")
 HEADS = ("program", "rank", *ROLES, "group", "proof")
-PARTS = ("partition", "space", "loop-order", "lane", "keep")
+PARTS = ("partition", "space", "loop-order", "lane", "keep", "phase", "drain")
 _HEADER = re.compile(r"\s*program\s+(?P<name>\S+)(?:\s+on\s+(?P<target>\S+))?\s*$")
 _FIRST = "the first line is program NAME, or program NAME on cpu"
 _EXPRESSION = "an expression is built from numbers, variables (m), sizes (M), accesses X[m], calls exp(x) and operators"
@@ -193,7 +194,7 @@ def _plain_name(line: Line) -> str:
 
 def _part(line: Line, head: str, g: Group) -> Group:
     """One indented line of a group."""
-    partition, space, loop_order, lane, keep = g.partition, g.space, g.loop_order, g.lane, g.keep
+    partition, space, loop_order, lane, keep, phases = g.partition, g.space, g.loop_order, g.lane, g.keep, g.phases
     if head == "partition":
         rank = _rank_name(line)
         line.expect(":", "write partition P: 64, or partition P: ?p0 in 32|64")
@@ -204,13 +205,26 @@ def _part(line: Line, head: str, g: Group) -> Group:
         loop_order += tuple(line.listed(_rank_name))
     elif head == "lane":
         lane = _rank_name(line)
+    elif head in ("phase", "drain"):
+        bind = _bound(line)
+        while line.take(","):
+            bind += _bound(line)
+        phases += (Phase(bind, head == "drain"),)
     else:
         kept = line.listed(_plain_name)
         line.expect("@", "write keep RM, RD @ reg")
         level = _plain_name(line)
         keep += tuple((tensor, level) for tensor in kept)
     line.end(f"one {head} to a line")
-    return Group(g.name, g.tensors, partition, space, loop_order, lane, keep)
+    return Group(g.name, g.tensors, partition, space, loop_order, lane, keep, phases)
+
+
+def _bound(line: Line) -> tuple[tuple[str, str], ...]:
+    """Tensors and the unit that computes them."""
+    tensors = line.listed(_plain_name)
+    line.expect("@", "write phase S, LM @ array, RD @ vector")
+    unit = _plain_name(line)
+    return tuple((tensor, unit) for tensor in tensors)
 
 
 def _header(number: int, source: str) -> tuple[str, str]:

@@ -17,10 +17,15 @@ def at_point(e: Expr, known: dict[str, float], choose: Callable[[], float]) -> f
         return _value(e, known, choose)
 
 
-def _value(e: Expr, known: dict[str, float], choose: Callable[[], float]) -> float:
+def _value(e: Expr, known: dict[str, float], choose: Callable[[], float], whole: bool = False) -> float:
+    """whole: an operator on integers asks; what it reads is one, too large to vanish in a shift."""
     if isinstance(e, Const):
         return float(e.value)
     if isinstance(e, Call):
-        return float(OPS[e.op].numpy(*(np.float64(_value(a, known, choose)) for a in e.args)))
+        row = OPS[e.op]
+        whole = (row.result == "int" and row.name != "int") or (whole and row.result == "same")
+        kind = np.int64 if whole else np.float64
+        return float(row.numpy(*(kind(_value(a, known, choose, whole)) for a in e.args)))
     name = e.tensor if isinstance(e, Access) else str(e)
-    return known.setdefault(name, choose())
+    x = known.setdefault(name, float(int(choose() * 2.0**24)) if whole else choose())
+    return float(int(x)) if whole else x

@@ -10,6 +10,18 @@ from memcomp.ir.expr import Const, Expr
 
 
 @dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of time of a machine with arrays of processing elements (its binding; TeAAL's word).
+
+    bind:  (tensor, unit): the unit that computes the statements of that tensor; units of one phase run side by side.
+    drain: nothing new starts: the last reduction of these tensors runs out through the rows of its array.
+    """
+
+    bind: tuple[tuple[str, str], ...]
+    drain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """Einsums that run as one kernel, and how (the mapping; FuseMax/TeAAL words).
 
@@ -20,6 +32,8 @@ class Group:
     loop_order: the sequential (iterative) ranks, outermost first.
     lane:      the rank laid across vector lanes (`P0` or another tile rank); None = each tile's own last rank.
     keep:      (tensor, level) for tensors held at a level of the target.
+    phases:    what runs on which unit and side by side with what, in order, once a round of the loops; none: the
+               statements follow one another, each on the unit that is done first.
     """
 
     name: str
@@ -29,6 +43,7 @@ class Group:
     loop_order: tuple[str, ...] = ()
     lane: str | None = None
     keep: tuple[tuple[str, str], ...] = ()
+    phases: tuple[Phase, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,10 @@ def show_group(g: Group) -> list[str]:
         lines.append(f"  lane {g.lane}")
     for level, kept in groupby(g.keep, key=lambda k: k[1]):
         lines.append(f"  keep {', '.join(tensor for tensor, _ in kept)} @ {level}")
+    for phase in g.phases:
+        bound = [f"{', '.join(tensor for tensor, _ in same)} @ {unit}"
+                 for unit, same in groupby(phase.bind, key=lambda b: b[1])]
+        lines.append(f"  {'drain' if phase.drain else 'phase'} {', '.join(bound)}")
     return lines
 
 

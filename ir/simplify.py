@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, reads, rebuild, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, reads, rebuild, symbols, walk
 from memcomp.ir.ops import OPS
 from memcomp.ir.poly import (
     Poly,
@@ -103,16 +103,26 @@ def proves(cond: Expr, ranges: Ranges = NOTHING, *, integers: Collection[str] = 
 
 
 def _context(expr: Expr, ranges: Ranges, integers: Collection[str], index: bool) -> _Context:
-    names = set(integers) | (reads(expr) if index else set())
-    for n in walk(expr):
-        if isinstance(n, Access):
-            for i in n.index:
-                names |= reads(i)
-    for pair in ranges.values():
-        for b in pair:
-            if b is not None and not isinstance(b, int):
-                names |= reads(b)
-    return _shared(tuple((k, *v) for k, v in sorted(ranges.items())), frozenset(names))
+    """What is known of the names that the expression holds, or a bound of one of those; equal for equal names, so that
+    like expressions of one program share it."""
+    used: dict[str, tuple[Bound, Bound]] = {}
+    names: set[str] = set()
+    data = reads(expr)
+    todo = [expr]
+    while todo:
+        e = todo.pop()
+        for n in symbols(e):
+            if n in ranges and n not in used:
+                used[n] = ranges[n]
+                for b in ranges[n]:
+                    if b is not None and not isinstance(b, int):
+                        names |= reads(b)
+                        todo.append(b)
+        if reads(e):
+            names |= {t for a in walk(e) if isinstance(a, Access) for i in a.index for t in reads(i)}
+    if data:
+        names |= data if index else data.intersection(integers)
+    return _shared(tuple((k, *v) for k, v in sorted(used.items())), frozenset(names))
 
 
 @lru_cache(maxsize=512)

@@ -67,7 +67,7 @@ def _pieces(block: Block, names: tuple[str, ...], limit: int, factors: tuple[Exp
     if factors is None:
         parts: list[set[str]] = [set(span)]
     else:
-        parts = [variables(f) & span.keys() for f in factors] + [set(names)]
+        parts = [set(variables(f) & span.keys()) for f in factors] + [set(names)]
     steps = dict(span)
     while True:
         worst = max(parts, key=lambda p: math.prod(steps[v] for v in p))

@@ -27,18 +27,40 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
+class Array:
+    """Processing elements in rows and columns that work in step.
+
+    cycles:    (operator, cycles of one element for it); "mac" is a product added to a sum.  Who lacks an operator
+               cannot run it.
+    pipelined: the operators of one statement overlap, so that it takes as long as its slowest, not their sum.
+    """
+
+    rows: int
+    columns: int
+    cycles: tuple[tuple[str, float], ...]
+    pipelined: bool = False
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
 class Unit:
     """A kind of arithmetic unit, all instances together.  peaks: (dtype of the operands, operations/s); a
-    multiply-add counts as two.  `special` does exp, log, tanh and the like, one operation each."""
+    multiply-add counts as two.  `special` does exp, log, tanh and the like, one operation each.  array: the elements
+    that it is made of, where statements are bound to it one by one."""
 
     name: str
     peaks: tuple[tuple[str, float], ...]
+    array: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """A machine.  backend: the codegen folder that writes for it; levels: nearest first, memory last;
-    threads: cores or multiprocessors; lanes: f32 values in a vector register; source: where the figures come from."""
+    threads: cores or multiprocessors; lanes: f32 values in a vector register; clock: Hz, where units are arrays;
+    source: where the figures come from."""
 
     name: str
     backend: str
@@ -48,6 +70,7 @@ class Target:
     threads: int = 1
     lanes: int = 32
     source: str = ""
+    clock: float = 0.0
 
     def level(self, name: str) -> Level:
         for level in self.levels:
@@ -71,6 +94,11 @@ class Target:
         """Transcendental functions per second."""
         return max(p for u in self.units if u.name == "special" for _, p in u.peaks)
 
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """Units that statements are bound to, by name; none where a machine is told by its peaks alone."""
+        return {u.name: u.array for u in self.units if u.array is not None}
+
     def has(self, feature: str) -> bool:
         return feature in self.features
 
@@ -93,9 +121,19 @@ def target(name: str) -> Target:
 def _read(name: str, data: dict[str, Any]) -> Target:
     levels = tuple(Level(x["name"], int(x["bytes"]), float(x["bandwidth"]), int(x.get("count", 1)),
                          bool(x.get("addressed", False))) for x in data["levels"])
-    units = tuple(Unit(u["name"], tuple((d, float(p)) for d, p in u["peaks"].items())) for u in data["units"])
-    return Target(name, data["backend"], levels, units, tuple(data.get("features", ())), int(data.get("threads", 1)),
-                  int(data.get("lanes", 32)), data.get("source", ""))
+    clock = float(data.get("clock", 0.0))
+    units = [Unit(u["name"], tuple((d, float(p)) for d, p in u["peaks"].items())) for u in data.get("units", ())]
+    for u in data.get("arrays", ()):
+        array = Array(int(u["rows"]), int(u.get("columns", 1)), tuple((o, float(n)) for o, n in u["cycles"].items()),
+                      bool(u.get("pipelined", False)))
+        rate = array.elements * clock
+        cost = dict(array.cycles)
+        # one word size: an array multiplies every dtype alike
+        units.append(Unit(u["name"], tuple((d, 2 * rate / cost["mac"]) for d in BYTES if "mac" in cost), array))
+        if "exp" in cost:
+            units.append(Unit("special", (("f32", rate / cost["exp"]),)))
+    return Target(name, data["backend"], levels, tuple(units), tuple(data.get("features", ())),
+                  int(data.get("threads", 1)), int(data.get("lanes", 32)), data.get("source", ""), clock)
 
 
 def _detected(name: str, data: dict[str, Any]) -> Target:
@@ -116,7 +154,7 @@ def _detected(name: str, data: dict[str, Any]) -> Target:
         bandwidth = float(x["bandwidth"]) if "bandwidth" in x else x["rate"] * clock * count
         levels.append(Level(x["name"], size, bandwidth, count, x["name"] == "reg"))
     base = found.cores * clock * int(data["pipes"]) * 2 * lanes
-    units = [Unit(u["name"], tuple((d, base * k) for d, k in u["peaks"].items())) for u in data["units"]]
+    units = [Unit(u["name"], tuple((d, base * k) for d, k in u["peaks"].items())) for u in data.get("units", ())]
     if "amx_bf16" in found.features:  # 16 x 16 x 32 multiply-adds in 16 cycles
         units.append(Unit("tile", (("bf16", found.cores * clock * 1024.0),)))
     elif "avx512_bf16" in found.features:

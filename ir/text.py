@@ -11,15 +11,17 @@ from dataclasses import replace
 from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Reduce, Tensor
 from memcomp.ir.expr import Access, Expr, Size, Var, transform, variables, walk
 from memcomp.ir.parse import parse
-from memcomp.ir.program import Group, Mapping, Program
+from memcomp.ir.program import Group, Mapping, Phase, Program
+from memcomp.ir.register import definitions
 from memcomp.ir.show import show, show_einsum, show_expr
 
 __all__ = ["canonical", "digest", "parse", "show", "show_einsum", "show_expr"]
 
 
 def digest(program: Program) -> str:
-    """sha256 (hex) over the text of `canonical(program)`."""
-    return hashlib.sha256(show(canonical(program)).encode()).hexdigest()
+    """sha256 (hex) over the text of `canonical(program)` and the registered operators that it uses."""
+    text = "\n".join((show(canonical(program)), *definitions(program)))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def canonical(program: Program) -> Program:
@@ -87,6 +89,7 @@ class _Renaming:
             tuple((self.rank(r), self.knob(size)) for r, size in g.partition),
             tuple(rank(r) for r in g.space), tuple(rank(r) for r in g.loop_order),
             None if g.lane is None else rank(g.lane), tuple((self.tensor(t), level) for t, level in g.keep),
+            tuple(Phase(tuple((self.tensor(t), unit) for t, unit in x.bind), x.drain) for x in g.phases),
         )
 
     def program(self) -> Program:

@@ -22,11 +22,15 @@ from memcomp.ir.verify_declared import check_declared, check_indices, check_name
 from memcomp.ir.verify_mapping import check_mapping
 
 
-def verify(program: Program) -> None:
-    """Raise VerifyError for the first invariant that the program breaks: what, the statement with carets, a hint."""
+def verify(program: Program, since: Program | None = None) -> None:
+    """Raise VerifyError for the first invariant that the program breaks: what, the statement with carets, a hint.
+
+    since: a program that was verified: a cascade that it shares is not looked at again.
+    """
     check_names(program)
-    check_declared(program.cascade)
-    _Statements(program.cascade).check()
+    if since is None or program.cascade is not since.cascade:
+        check_declared(program.cascade)
+        _Statements(program.cascade).check()
     check_mapping(program)
 
 
@@ -38,7 +42,12 @@ class _Statements:
         self.ranks: dict[str, Rank] = {r.name: r for r in c.ranks}
         self.tensors: dict[str, Tensor] = {t.name: t for t in c.tensors}
         self.writes: dict[str, list[tuple[int, Access]]] = {}
-        self.text = ""  # of the statement at hand
+        self.at: Einsum | None = None  # the statement at hand
+
+    @property
+    def text(self) -> str:
+        """Of the statement at hand."""
+        return show_einsum(self.at) if self.at is not None else ""
 
     def fail(self, what: str, part: Expr | str, hint: str, *, right: bool = False) -> NoReturn:
         fail(what, self.text, part if isinstance(part, str) else show_expr(part), hint, right=right)
@@ -48,18 +57,18 @@ class _Statements:
             for o in s.outs:
                 self.writes.setdefault(o.tensor, []).append((i, o))
         for s in self.c.einsums:
-            self.text = show_einsum(s)
+            self.at = s
             self.check_shape(s)
             for o in s.outs:
                 self.check_written(o)
         for s in self.c.einsums:
-            self.text = show_einsum(s)
+            self.at = s
             self.check_space(s)
             self.check_reads(s)
             self.check_kinds(s)
         known = flow.facts(self.c, frozenset(n for n, t in self.tensors.items() if kind_of_dtype(t.dtype) == "int"))
         for i, s in enumerate(self.c.einsums):
-            self.text = show_einsum(s)
+            self.at = s
             self.check_bounds(s)
             self.check_assignment(i, s, known)
             self.check_order(i, s, known)
@@ -117,7 +126,8 @@ class _Statements:
                       f"{o.tensor}'[...], or write another tensor")
         elif t.role == "state" and not o.tensor.endswith("'"):
             self.fail(f"state {o.tensor!r} is written without '", o, f"its new value is {o.tensor}'")
-        check_indices(o, t, self.text)
+        if len(o.index) != len(t.ranks):
+            check_indices(o, t, self.text)
         for i in o.index:
             v = _plain(i)
             if v and v.upper() in self.ranks and self.ranks[v.upper()].iterative and _offset(i) not in (0, 1):
@@ -196,7 +206,8 @@ class _Statements:
                 if t.role in ("temp", "out") and n.tensor not in self.writes:
                     self.fail(f"{t.role} {n.tensor!r} is read and never written", n, "write it, or declare it in",
                               right=True)
-                check_indices(n, t, self.text)
+                if len(n.index) != len(t.ranks):
+                    check_indices(n, t, self.text)
 
     def check_kinds(self, s: Einsum) -> None:
         def dtype(name: str) -> str:
@@ -280,14 +291,11 @@ class _Statements:
 
     def check_order(self, i: int, s: Einsum, known: flow.Facts) -> None:
         """Every element is written before it is read."""
-        for e in (*(x for o in s.outs for x in o.index), s.body, *s.guards()):
-            for a in walk(e):
-                if not isinstance(a, Access):
-                    continue
-                for j, w in self.writes.get(a.tensor, ()):
-                    if not flow.earlier(i, a, j, w, known):
-                        self.too_early(i, s, a, j, w, known)
-                self.check_start(s, a)
+        for a in dict.fromkeys(s.accesses()):
+            for j, w in self.writes.get(a.tensor, ()):
+                if not flow.earlier(i, a, j, w, known):
+                    self.too_early(i, s, a, j, w, known)
+            self.check_start(s, a)
 
     def check_start(self, s: Einsum, a: Access) -> None:
         """A value carried from one iteration to the next has a first one."""

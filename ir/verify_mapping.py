@@ -44,14 +44,14 @@ def check_mapping(p: Program) -> None:
 def _check_order(p: Program, home: dict[str, int]) -> None:
     """A group reads only what it or an earlier group writes, and an iterative run that feeds itself is one group."""
     groups, c = p.mapping.groups, p.cascade
+    last = {n: i for i, s in enumerate(c.einsums) for n in s.names}
     for i, s in enumerate(c.einsums):
         mine = home[s.names[0]]
         for n in sorted(s.reads() & home.keys()):
             if home[n] > mine:
                 fail(f"group {groups[mine].name!r} reads {n!r}, which the later group {groups[home[n]].name!r} writes",
                      show_einsum(s), n, "order the groups so that a tensor is written before it is read")
-            later = [j for j, w in enumerate(c.einsums) if n in w.names and j > i]
-            if later and home[n] != mine:
+            if last[n] > i and home[n] != mine:
                 fail(f"{n!r} is carried around a loop through groups {groups[home[n]].name!r} and "
                      f"{groups[mine].name!r}", show_einsum(s), n, "put the whole loop in one group")
 
@@ -94,6 +94,20 @@ def _check_parts(g: Group, c: Cascade, written: set[str], choices: dict[str, tup
         if tensor not in declared:
             fail(f"unknown tensor {tensor!r} in group {g.name!r}", f"keep {tensor} @ {level}", tensor,
                  nearest(tensor, declared))
+    bound: set[str] = set()
+    for text, phase in zip(show_group(g)[-len(g.phases):] if g.phases else (), g.phases, strict=True):
+        for tensor, _ in phase.bind:
+            if tensor not in g.tensors:
+                fail(f"group {g.name!r} does not compute {tensor!r}", text.strip(), tensor, nearest(tensor, g.tensors))
+            if not phase.drain and tensor in bound:
+                fail(f"{tensor!r} stands in two phases of group {g.name!r}", text.strip(), tensor,
+                     "a statement runs once a round")
+            if phase.drain and tensor not in bound:
+                fail(f"{tensor!r} drains before it runs", text.strip(), tensor, "write its phase first")
+            bound.add(tensor)
+    if g.phases and (missing := [t for t in g.tensors if t not in bound]):
+        fail(f"{missing[0]!r} stands in no phase of group {g.name!r}", show_group(g)[0], missing[0],
+             "bind every tensor of the group to a unit, or none")
 
 
 def _carried(rank: str, g: Group, c: Cascade) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memcomp.backend import compile
     from memcomp.config import Config
     from memcomp.ir.errors import InputError, MemcompError, OptionError, ParseError, Refusal, VerifyError
+    from memcomp.operators import register
     from memcomp.oracle import check
     from memcomp.report import explain
     from memcomp.runtime import reset, stats
@@ -25,13 +26,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "compile": "memcomp.backend", "explain": "memcomp.report", "check": "memcomp.oracle",
     "stats": "memcomp.runtime", "reset": "memcomp.runtime", "Config": "memcomp.config",
+    "register": "memcomp.operators",
     **{n: "memcomp.ir.errors"
        for n in ("MemcompError", "ParseError", "VerifyError", "Refusal", "OptionError", "InputError")},
 }
 
 __all__ = [
     "Config", "InputError", "MemcompError", "OptionError", "ParseError", "Refusal", "VerifyError",
-    "check", "compile", "explain", "reset", "stats",
+    "check", "compile", "explain", "register", "reset", "stats",
 ]
 
 

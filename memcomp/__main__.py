@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (`check` found an error in the result) or 2 (bad input)."""
+    """Run one command; returns the exit code: 0, 1 (`check` found an error), 2 (bad input), 130 (Ctrl-C)."""
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
     except MemcompError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written in part", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -53,12 +56,16 @@ def _parser() -> argparse.ArgumentParser:
         return p
 
     command("show", _show, "Print the programs that are read out of the input.")
-    command("explain", _explain, "Passes, kernels and traffic of each region, before and after.")
+    explain = command("explain", _explain, "Passes, kernels and traffic of each region, before and after.")
+    explain.add_argument("--html", metavar="FILE", type=Path,
+                         help="write one page that shows it all, instead (as does -o FILE.html)")
     opt = command("opt", _opt, "Print the rewritten programs.")
     opt.add_argument("--dump-after", metavar="STATION", action="append", default=[],
                      help="also print after this station (repeatable; `all`)")
     cost = command("cost", _cost, "Operations, traffic and time by the cost model.")
     cost.add_argument("--size", metavar="RANK=N", action="append", default=[], help="extent of a symbolic rank")
+    cost.add_argument("--traffic", metavar="BYTES",
+                      help="bytes to and from memory, where they are known, instead of the model's")
     emit = command("emit", _emit, "Print the kernels' source.")
     emit.add_argument("--backend", default="", help="a folder of codegen; default: the target's own")
     command("check", _check, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.")
@@ -100,9 +107,16 @@ def _programs(args: argparse.Namespace, programs: Sequence[Program]) -> int:
 def _explain(args: argparse.Namespace) -> int:
     from memcomp.report import explain
 
+    html = args.html or (args.output if args.output and args.output.suffix in (".html", ".htm") else None)
+    if html and args.json:
+        raise OptionError("the explanation cannot be JSON and a page of HTML at once", hint="run it twice")
+    if args.html and args.output:
+        raise OptionError("--html and -o both name the file to write", hint="use one of them")
     given = read(args.input)
     found = (explain(given, target=args.target) if isinstance(given, Program)
              else explain(given.fn, *given.inputs, target=args.target))
+    if html:
+        return _put(html, found.html())
     return _write(args, json.dumps(found.json(), indent=2) if args.json else str(found))
 
 
@@ -110,18 +124,19 @@ def _cost(args: argparse.Namespace) -> int:
     from memcomp.config import config
     from memcomp.ir.cost import cost
     from memcomp.ir.target import target
-    from memcomp.pipeline import compile_program, shape_sizes
+    from memcomp.pipeline import map_program, shape_sizes
 
     settings = config({"target": args.target})
     known = dict(_assignment(s) for s in args.size)
+    moved = None if args.traffic is None else _count(args.traffic)
     rows = []
     for p in _read_programs(args):
         if unknown := known.keys() - {r.name for r in p.cascade.ranks}:
             raise OptionError(f"{p.name} has no rank {min(unknown)!r}",
                               hint=nearest(min(unknown), [r.name for r in p.cascade.ranks]))
-        program = compile_program(p, config=settings, sizes=known).program
+        program = map_program(p, config=settings, sizes=known)
         sizes = shape_sizes(p, program, known)
-        rows.append((program, sizes, cost(program, sizes, target(args.target))))
+        rows.append((program, sizes, cost(program, sizes, target(args.target), moved)))
     if args.json:
         from dataclasses import asdict
 
@@ -199,6 +214,16 @@ def _read_programs(args: argparse.Namespace) -> list[Program]:
     return list({r.read.digest: r.read for r in found.regions}.values())
 
 
+def _count(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise OptionError(f"--traffic {text!r} is not a number of bytes", hint="e.g. 1.5e9")
+    return value
+
+
 def _assignment(text: str) -> tuple[str, int]:
     name, _, value = text.partition("=")
     if not name or not value.isdigit():
@@ -225,10 +250,14 @@ def _write(args: argparse.Namespace, text: str) -> int:
     if args.output is None:
         print(text)
         return 0
-    target: Path = args.output
+    return _put(args.output, text + "\n")
+
+
+def _put(target: Path, text: str) -> int:
     try:
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False) as f:
-            f.write(text + "\n")
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False,
+                                         encoding="utf-8") as f:
+            f.write(text)
         os.replace(f.name, target)
     except OSError as error:
         raise InputError(f"cannot write {target}", str(error)) from error

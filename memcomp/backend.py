@@ -91,10 +91,10 @@ def install(gm: fx.GraphModule, settings: Config) -> tuple[list[Installed], list
         return lambda why: failed.append(Refused(where, why))
 
     with boundary("the graph", settings, failure("the graph")):
-        regions, refused = find_regions(gm)
+        regions, refused = find_regions(gm, settings.chains)
         if any([_settle(region) for region in regions]):
-            regions, refused = find_regions(gm)
-        for r in refused:
+            regions, refused = find_regions(gm, settings.chains)
+        for r in (r for r in refused if not r.chain):
             with boundary(r.where, settings):
                 raise Refusal(r.why, r.where)
         failed += refused

@@ -11,6 +11,7 @@ from memcomp.ir.errors import OptionError, nearest
 
 RESTS = ("inductor", "eager")
 TUNES = ("off",)
+CHAINS = ("gain", "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Config:
     rest_options: handed to Inductor as its config patches.
     strict:       an own failure or a refused region is an error instead of a fallback with a warning.
     tune:         "off" closes knobs by the cost model.
+    chains:       reductions without a product: "gain" takes those whose result is small and needs fewer passes than it
+                  was written with; "all" also those that write as much as they read, as torch's own kernels do.
     dump:         stations whose program is printed to stderr (MEMCOMP_DUMP=capture,reduce_passes,tvm).
     """
 
@@ -30,13 +33,15 @@ class Config:
     rest_options: tuple[tuple[str, Any], ...] = ()
     strict: bool = False
     tune: str = "off"
+    chains: str = "gain"
     dump: tuple[str, ...] = ()
 
 
 def config(options: Mapping[str, Any] | None = None) -> Config:
     """The `Config` of user options (names and values as the user wrote them) and the environment.
 
-    Variables: MEMCOMP_DUMP, MEMCOMP_TARGET, MEMCOMP_REST, MEMCOMP_STRICT (1 or 0), MEMCOMP_TUNE; an explicit option
+    Variables: MEMCOMP_DUMP, MEMCOMP_TARGET, MEMCOMP_REST, MEMCOMP_STRICT (1 or 0), MEMCOMP_TUNE,
+    MEMCOMP_CHAINS; an explicit option
     wins.  Raises OptionError for an unknown name or an illegal value.
     """
     given = {**_environment(), **dict(options or {})}
@@ -46,6 +51,7 @@ def config(options: Mapping[str, Any] | None = None) -> Config:
             raise OptionError(f"unknown option {name!r}", f"options = {dict(options or {})!r}", nearest(name, known))
     _choice(given, "rest", RESTS)
     _choice(given, "tune", TUNES)
+    _choice(given, "chains", CHAINS)
     if not isinstance(given.get("strict", False), bool):
         raise OptionError(f"option strict={given['strict']!r} is not a truth value", hint="use True or False")
     rest = given.get("rest_options", {})
@@ -69,7 +75,7 @@ def _choice(given: Mapping[str, Any], name: str, legal: tuple[str, ...]) -> None
 
 def _environment() -> dict[str, Any]:
     env: dict[str, Any] = {}
-    for name in ("target", "rest", "tune"):
+    for name in ("target", "rest", "tune", "chains"):
         if value := os.environ.get(f"MEMCOMP_{name.upper()}"):
             env[name] = value
     if value := os.environ.get("MEMCOMP_STRICT"):

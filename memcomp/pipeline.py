@@ -17,6 +17,7 @@ from memcomp.config import Config
 from memcomp.ir.cascade import extent_of
 from memcomp.ir.errors import OptionError, Refusal, nearest
 from memcomp.ir.program import Program
+from memcomp.ir.register import definitions
 from memcomp.ir.tile import Kernel, TileProgram
 from memcomp.ir.verify import verify
 from memcomp.passes import PIPELINE
@@ -24,6 +25,7 @@ from memcomp.sizes import evaluate, input_shapes, solve, sources
 from memcomp.tune import close_knobs
 
 STATIONS = ("capture", *PIPELINE, "tune", "lower", "emit")
+CANONICAL = PIPELINE.index("canonicalize") + 1  # the form in which the user's passes are counted
 GENERAL = PIPELINE.index("generalize") + 1  # what comes after works on the program that equal layers share
 ABI = 1  # of a built kernel's call: tensors in the order of its params, then sizes
 EXAMPLE_EXTENT = 1024  # stands for a symbolic extent without a bound where candidates are only ranked
@@ -49,7 +51,7 @@ class Compiled:
 
 
 _LOCK = threading.RLock()
-_READ: dict[tuple[Program, str, str], Compiled] = {}  # equal layers take the first exit
+_READ: dict[tuple[Program, tuple[str, ...], str, str], Compiled] = {}  # equal layers take the first exit
 _BUILT: dict[tuple[str, tuple[str, ...], str, str, str], Compiled] = {}
 
 
@@ -75,12 +77,12 @@ def text_of(value: object) -> str:
 
 
 def rewrite(program: Program, *, config: Config, observe: Observer, names: tuple[str, ...] = PIPELINE) -> Program:
-    """Run the rewrites of `names` in order, verified after each."""
+    """Run the rewrites of `names` in order on a verified program, and verify what each makes."""
     for name in names:
         step = getattr(import_module(f"memcomp.passes.{name}"), name)
         rewritten = step(program)
         if rewritten is not program:
-            verify(rewritten)
+            verify(rewritten, since=program)
         program = rewritten
         observe(name, program)
     return program
@@ -135,15 +137,15 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
     """
     backend = backend or backend_of(config.target)
     read = replace(read, target=config.target)
-    same = (replace(read, name=""), backend, config.tune)
+    same = (replace(read, name=""), definitions(read), backend, config.tune)
     with _LOCK:
         if same in _READ and observe is None:
             return _READ[same]
         see = observers(config, observe)
         verify(read)
         see("capture", read)
-        before = rewrite(read, config=config, observe=see, names=PIPELINE[:1])
-        general = rewrite(before, config=config, observe=see, names=PIPELINE[1:GENERAL])
+        before = rewrite(read, config=config, observe=see, names=PIPELINE[:CANONICAL])
+        general = rewrite(before, config=config, observe=see, names=PIPELINE[CANONICAL:GENERAL])
         # a digest does not know names, and sizes that no shape shows are passed by name
         shown = sources(input_shapes(general.cascade))
         named = tuple(r.name for r in general.cascade.ranks if r.extent is None and r.name not in shown)
@@ -156,6 +158,37 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
             if key not in _BUILT:
                 _BUILT[key] = Compiled(general.digest, before, closed, tiles, kernel, build(kernel))
         return _READ.setdefault(same, _BUILT[key])
+
+
+def gains(read: Program) -> tuple[bool, tuple[str, ...]]:
+    """Does the derived form walk an input less often along a rank that no result has?  (Where a result has it, one pass
+    reads and one writes, which other compilers' kernels do too.)  And which laws are missing."""
+    from memcomp.ir.traversal import passes
+    from memcomp.passes.reduce_passes import refusals
+
+    names, settings = PIPELINE[:PIPELINE.index("reduce_passes") + 1], Config()
+    verify(read)
+    before = rewrite(read, config=settings, observe=observers(settings), names=names[:CANONICAL])
+    after = rewrite(before, config=settings, observe=observers(settings), names=names[CANONICAL:])
+    was, now = passes(before), passes(after)
+    written = {r for t in before.cascade.outputs() for r in t.ranks}
+    ins = [(t.name, r) for t in before.cascade.inputs() for r in t.ranks if r not in written]
+    return any(now.get(x, 0) < was.get(x, 0) for x in ins), tuple(f"{r.where}: {r.why}" for r in refusals(after))
+
+
+def map_program(read: Program, *, config: Config, sizes: Mapping[str, int] | None = None) -> Program:
+    """The closed program of `read`, without its kernels; one that comes with a mapping keeps it.
+
+    sizes: as for `compile_program`.  Raises Refusal where a station cannot go on.
+    """
+    read = replace(read, target=config.target)
+    see = observers(config)
+    verify(read)
+    see("capture", read)
+    mapped = read if read.mapping.groups else rewrite(read, config=config, observe=see)
+    closed = close_knobs(mapped, shape_sizes(read, mapped, sizes or {}), tune=config.tune)
+    see("tune", closed)
+    return closed
 
 
 def fixed(program: Program) -> dict[str, int]:

@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from memcomp.analysis import Analysis, analyse
 from memcomp.config import config
 from memcomp.ir.program import Program
 from memcomp.pipeline import Compiled, compile_program, shape_sizes
+from memcomp.rounds import Rounds, rounds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from memcomp.ir.cost import LevelCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +49,19 @@ class Passes:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes between the kernels and memory per call; compulsory: each input read once, each output written once."""
+    """Bytes between the kernels and memory per call; compulsory: each input read once, each output written once;
+    levels: the same for every level of the machine but the nearest, memory last."""
 
     bytes: float
     compulsory: float
+    levels: tuple[LevelCost, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class RegionReport:
-    """One region: as read, as run, and what that costs at `sizes`."""
+    """One region: as read, as run, and what that costs at `sizes` (of `program`; `known` of them are `read`'s own).
+
+    analysis: of the form that was read, and of the form that runs."""
 
     source: str
     read: Program
@@ -62,6 +70,9 @@ class RegionReport:
     passes: Passes
     traffic: Traffic
     sizes: Mapping[str, int]
+    known: Mapping[str, int] = field(default_factory=dict)
+    rounds: tuple[Rounds, ...] = ()
+    analysis: tuple[Analysis, ...] = ()
     refusals: tuple[Refused, ...] = ()
 
     def __str__(self) -> str:
@@ -88,11 +99,22 @@ class Explanation:
                 "source": r.source, "program": str(r.program), "digest": r.program.digest,
                 "kernels": [{"name": k.name, "source": k.source} for k in r.kernels],
                 "passes": {"before": _pairs(r.passes.before), "after": _pairs(r.passes.after)},
-                "traffic": {"bytes": r.traffic.bytes, "compulsory": r.traffic.compulsory},
+                "analysis": dict(zip(("before", "after"), (a.json() for a in r.analysis), strict=False)),
+                "traffic": {"bytes": r.traffic.bytes, "compulsory": r.traffic.compulsory, "levels": [
+                    {"name": x.name, "bytes": x.traffic, "held": x.footprint} for x in r.traffic.levels]},
+                "derivation": list(r.program.proofs),
+                "rounds": [{"kernel": x.kernel, "loop": x.loop, "total": x.total, "run": x.run, "masked": x.masked,
+                            "exact": x.exact} for x in r.rounds],
                 "sizes": dict(r.sizes), "refusals": [_refusal(x) for x in r.refusals],
             } for r in self.regions],
             "refusals": [_refusal(x) for x in self.refusals],
         }
+
+    def html(self) -> str:
+        """The same as one page of HTML that needs nothing else."""
+        from memcomp.page import page
+
+        return page(self)
 
 
 def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: Any) -> Explanation:
@@ -128,14 +150,21 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
 def describe(source: str, read: Program, compiled: Compiled, known: Mapping[str, int]) -> RegionReport:
     """The report of one program; `known`: extents of its symbolic ranks, others are taken from their bounds."""
     from memcomp.ir.cost import cost
+    from memcomp.ir.counts import Sizes
     from memcomp.ir.target import target
-    from memcomp.ir.traversal import passes
 
     sizes = shape_sizes(read, compiled.program, known)
-    spent = cost(compiled.program, sizes, target(compiled.program.target))
+    extents = Sizes(compiled.program.cascade, sizes)
+    whole = {r.var: extents(r.name) for r in compiled.program.cascade.ranks if r.iterative}
+    machine = target(compiled.program.target)
+    spent = cost(compiled.program, sizes, machine)
+    before = analyse(compiled.before, shape_sizes(read, compiled.before, known), machine)
+    after = analyse(compiled.program, sizes, machine)
     return RegionReport(
         source, read, compiled.program, (KernelText(compiled.kernel.name, compiled.kernel.source),),
-        Passes(passes(compiled.before), passes(compiled.program)), Traffic(spent.traffic, spent.compulsory), sizes)
+        Passes(before.passes, after.passes),
+        Traffic(spent.traffic, spent.compulsory, spent.levels), sizes, dict(known),
+        tuple(x for k in compiled.tiles.kernels for x in rounds(k, sizes, whole)), (before, after))
 
 
 def _render(regions: Sequence[RegionReport], refusals: Sequence[Refused]) -> RenderableType:
@@ -144,7 +173,7 @@ def _render(regions: Sequence[RegionReport], refusals: Sequence[Refused]) -> Ren
     from rich.text import Text
 
     parts: list[RenderableType] = []
-    for same in _by_kernel(regions):
+    for same in by_kernel(regions):
         first = same[0]
         more = f" and {len(same) - 1} more like it" if len(same) > 1 else ""
         parts.append(Text(f"{first.source}{more}", style="bold"))
@@ -156,11 +185,18 @@ def _render(regions: Sequence[RegionReport], refusals: Sequence[Refused]) -> Ren
             if key[1] in repeated and (n > 1 or key[0] in inputs):
                 table.add_row(*key, str(n), str(after.get(key, "-")))
         parts.append(table)
+        for form, analysis in zip(("as read", "now"), first.analysis, strict=False):
+            parts += [Text(f"{form}: {line}") for line in analysis.lines(size_of)]
         parts.append(Text("kernel: " + ", ".join(k.name for k in first.kernels)))
         ratio = first.traffic.bytes / first.traffic.compulsory if first.traffic.compulsory else 1.0
         at = ", ".join(f"{n}={x}" for n, x in sorted(first.sizes.items()))
-        parts.append(Text(f"traffic: {_bytes(first.traffic.bytes)}, compulsory {_bytes(first.traffic.compulsory)} "
+        parts.append(Text(f"traffic: {size_of(first.traffic.bytes)}, compulsory {size_of(first.traffic.compulsory)} "
                           f"({ratio:.2f}x)" + (f" at {at}" if at else "")))
+        if first.traffic.levels and first.traffic.compulsory:
+            parts.append(Text("over compulsory, by level: " + ", ".join(
+                f"{x.name} {x.traffic / first.traffic.compulsory:.2f}x" for x in first.traffic.levels)))
+        parts += [Text(f"rounds: {x.loop}: {x}") for x in first.rounds]
+        parts += [Text(f"derived: {line}") for line in first.program.proofs]
         parts += [Text(f"refused: {r}") for r in first.refusals]
         parts.append(Text(""))
     parts += [Text(f"left to torch: {r}") for r in refusals]
@@ -169,7 +205,8 @@ def _render(regions: Sequence[RegionReport], refusals: Sequence[Refused]) -> Ren
     return Group(*parts)
 
 
-def _by_kernel(regions: Sequence[RegionReport]) -> list[list[RegionReport]]:
+def by_kernel(regions: Sequence[RegionReport]) -> list[list[RegionReport]]:
+    """Regions that run the same kernel at the same sizes, together."""
     groups: dict[tuple[str, tuple[tuple[str, int], ...]], list[RegionReport]] = {}
     for r in regions:
         groups.setdefault((r.program.digest, tuple(sorted(r.sizes.items()))), []).append(r)
@@ -186,7 +223,8 @@ def _plain(value: RenderableType) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def _bytes(n: float) -> str:
+def size_of(n: float) -> str:
+    """Bytes as a person reads them."""
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
             return f"{n:.4g} {unit}"

@@ -1,3 +1,3 @@
 """Rewrites: Program -> Program, one public function per file, in the order of `PIPELINE`."""
 
-PIPELINE = ("canonicalize", "specialize", "generalize", "reduce_passes", "fuse", "partition")
+PIPELINE = ("reroll", "canonicalize", "specialize", "generalize", "reduce_passes", "places", "fuse", "partition")

@@ -8,6 +8,7 @@ from memcomp.ir.cascade import Cascade, Einsum, Knob
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, transform, variables, walk
 
 WHOLE = 256  # a rank of at most so many points may be a tile dim as it is
+HELD = 12_288  # and in a loop one of at most so many (the features of a head)
 
 
 def largest(c: Cascade, rank: str) -> int | None:
@@ -24,6 +25,12 @@ def whole(c: Cascade, var: str) -> bool:
     """May the variable's rank be a tile dim without being cut?"""
     n = largest(c, var.upper())
     return n is not None and n <= WHOLE
+
+
+def held(c: Cascade, var: str) -> bool:
+    """May the variable's rank be a tile dim of a loop, whose tiles are walked once a step?"""
+    n = largest(c, var.upper())
+    return n is not None and n <= HELD
 
 
 def out_vars(e: Einsum) -> tuple[str, ...]:
@@ -51,8 +58,7 @@ def product_operands(e: Einsum) -> list[Expr]:
 
 def accesses(e: Einsum) -> list[Access]:
     """Every access in body, guard and output index (not the outputs themselves)."""
-    roots = (e.body, *e.guards(), *(i for o in e.outs for i in o.index))
-    return [n for r in roots for n in walk(r) if isinstance(n, Access)]
+    return list(e.accesses())
 
 
 def carried(c: Cascade) -> dict[str, tuple[str, Einsum, int]]:
@@ -88,7 +94,7 @@ def shared(c: Cascade, loop: list[Einsum], var: str) -> tuple[str, ...]:
     short ones that some product of the loop lacks (a task for each would compute that product again).
 
     A carried temporary that lacks some of them is computed by every task anew, if it is small beside the others."""
-    mine = carried(c)
+    mine = c.once(carried)
     states = [e for e in loop if any(n in mine and mine[n][1] is e and mine[n][0] == var for n in e.names)]
     products = [set(out_vars(e)) for e in loop if product_operands(e)]
     again = _repeatable(c, states, var)
@@ -104,11 +110,10 @@ def _repeatable(c: Cascade, states: list[Einsum], var: str) -> list[Einsum]:
         larger = [p for p in points.values() if p > points[e.names]]
         full = set.intersection(*larger) if larger else set()
         declared = c.declared(e.out.tensor.removesuffix("'"))
-        readers = [o for o in c.einsums if set(e.names) & o.reads() and o.names not in points]
         if (
             full > points[e.names]
             and (declared is None or declared.role == "temp")
-            and all(full <= set(out_vars(o)) for o in readers)
+            and all(full <= set(out_vars(o)) for n in e.names for o in c.readers(n) if o.names not in points)
         ):
             out.append(e)
     return out

@@ -8,7 +8,7 @@ from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Const, Expr, Var, children, conjunction, conjuncts, rebuild, substitute, walk
 from memcomp.ir.program import Program
 from memcomp.ir.simplify import simplify
-from memcomp.passes._ranks import drop_unit, indexed, ranges, rewritten, split, temporary
+from memcomp.passes._ranks import drop_unit, indexed, join, ranges, rewritten, split, temporary
 
 _INTEGERS = ("i64", "i32", "i16", "i8", "u8", "bool")
 
@@ -17,7 +17,8 @@ def canonicalize(program: Program) -> Program:
     """The same meaning in normal form; applying it again changes nothing.
 
     Unneeded statements, copies and repetitions go; ranks of one point become index 0; a rank read in groups `h//k`
-    becomes two, so that readers of one element share a rank; indices and guards are simplified.
+    becomes two, and two ranks that are summed over one dimension of a tensor become one, so that readers of one element
+    share a rank; indices and guards are simplified.
 
     before:
         program p
@@ -48,7 +49,7 @@ def canonicalize(program: Program) -> Program:
     old = program.cascade
     while True:
         new = old
-        for step in (_live, _simplified, drop_unit, split, _without_copies, _without_repetitions):
+        for step in (_live, _simplified, drop_unit, split, join, _without_copies, _without_repetitions):
             new = step(new)
         if new == old:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from memcomp.ir import flow
@@ -9,7 +10,7 @@ from memcomp.ir.cascade import Cascade, Einsum, is_init
 from memcomp.ir.expr import Size, Var
 from memcomp.ir.program import Group, Mapping, Program
 from memcomp.ir.simplify import simplify
-from memcomp.passes._roles import accesses, carried, common, out_vars, shared, whole
+from memcomp.passes._roles import accesses, carried, common, held, out_vars, shared, whole
 
 
 def fuse(program: Program) -> Program:
@@ -54,14 +55,18 @@ def fuse(program: Program) -> Program:
 class _Fusion:
     def __init__(self, c: Cascade) -> None:
         self.c, self.all = c, c.einsums
-        self.carried = carried(c)
-        self.loops = flow.loops(c)
+        self.carried = c.once(carried)
+        self.loops = c.once(flow.loops)
         self.writers: dict[str, list[int]] = {}
+        self.readers: dict[str, list[int]] = {}
         for k, e in enumerate(self.all):
             for n in e.names:
                 self.writers.setdefault(n, []).append(k)
+            for n in e.reads():
+                self.readers.setdefault(n, []).append(k)
         self.group: dict[int, int] = {}
         self.parts_: list[list[int]] = []
+        self.made: dict[int, set[str]] = {}  # tensors of a group
         self.shared: list[tuple[str, ...]] = []  # variables that every task of a group has its own values of
 
     def parts(self) -> list[list[int]]:
@@ -78,40 +83,71 @@ class _Fusion:
             if j not in self.group:
                 self.group[j] = g
                 self.parts_[g].append(j)
+                self.made.setdefault(g, set()).update(self.all[j].names)
 
     # -- a loop ------------------------------------------------------------------------------------------------------
 
     def _loop(self, loop: tuple[str, int]) -> None:
-        run = [k for k, path in enumerate(self.loops) if path and path[0] == loop]
+        run = []
+        for k in range(loop[1], len(self.all)):  # a loop is a run of statements
+            if self.loops[k][:1] != (loop,):
+                break
+            run.append(k)
         g = len(self.parts_)
         self.parts_.append([])
         own = shared(self.c, [self.all[k] for k in run], loop[0])
         self.shared.append(own)
         for k in run:
             self._put(k, g)
-        grown = True
-        while grown:
-            grown = any(self._joins(k, g) for k in range(len(self.all)) if k not in self.group)
+        floor, near, known = self._floor(), set[int](), 0
+        while known < len(self.parts_[g]):
+            near |= self._near(self.parts_[g][known:])
+            known = len(self.parts_[g])
+            any(self._joins(k, g, floor) for k in sorted(near) if k not in self.group)
 
-    def _joins(self, k: int, g: int) -> bool:
+    def _near(self, ks: Iterable[int]) -> set[int]:
+        """Statements that feed one of these or follow it: only those can join a group."""
+        out: set[int] = set()
+        for k in ks:
+            out.update(j for n in self.all[k].reads() for j in self.writers.get(n, ()))
+            out.update(j for n in self.all[k].names for j in self.readers.get(n, ()))
+        return out
+
+    def _floor(self) -> list[int]:
+        """For each statement the last place before it that no group and no loop spans: what it waits for is there or
+        later, or before all that is later."""
+        spans = [(min(part), max(part)) for part in self.parts_ if part]
+        spans += [(path[0][1], k) for k, path in enumerate(self.loops) if path]
+        inside = [0] * (len(self.all) + 1)
+        for low, high in spans:
+            inside[low + 1] += 1  # a cut at low is before the span
+            inside[high + 1] -= 1
+        out, at, depth = [], 0, 0
+        for k in range(len(self.all)):
+            depth += inside[k]
+            at = k if depth == 0 else at
+            out.append(at)
+        return out
+
+    def _joins(self, k: int, g: int, floor: list[int]) -> bool:
         """Take statement k into group g: before the loop where only the group reads it, or after it."""
         e, own = self.all[k], set(self.shared[g])
         private = set(e.space()) - own
         if (
             len(e.outs) > 1
-            or not all(whole(self.c, v) for v in private)
+            or not all(held(self.c, v) for v in private)
             or set(e.reduce.over if e.reduce else ()) & own
         ):
             return False
-        mine = {n for j in self.parts_[g] for n in self.all[j].names}
-        users = [j for j in range(len(self.all)) if set(e.names) & self.all[j].reads()]
+        mine = self.made[g]
+        users = list(dict.fromkeys(j for n in e.names for j in self.readers.get(n, ())))
         declared = self.c.declared(e.out.tensor.removesuffix("'"))
         temp = declared is None or declared.role == "temp"
         feeds = bool(users) and all(self.group.get(j) == g for j in users) and temp
         follows = bool(e.reads() & mine) and own <= set(out_vars(e))
         if not ((feeds and (own <= set(out_vars(e)) or e.reduce is None)) or follows):
             return False
-        if any(self._reaches(g, w) for n in e.reads() - mine for w in self.writers.get(n, ())):
+        if any(self._reaches(g, w, floor) for n in e.reads() - mine for w in self.writers.get(n, ())):
             return False  # it waits for something that waits for this group
         if not self._aligned(e, g) or any(
             not self._aligned(self.all[j], g, set(e.names)) for j in users if self.group.get(j) == g
@@ -120,24 +156,26 @@ class _Fusion:
         self._put(k, g)
         return True
 
-    def _reaches(self, g: int, k: int) -> bool:
+    def _reaches(self, g: int, k: int, floor: list[int]) -> bool:
         """Does statement k need a result of group g (through any statement)?"""
+        first = floor[min(self.parts_[g])]
         seen, todo = set[int](), [k]
         while todo:
             at = todo.pop()
-            if at in seen:
+            if at in seen or at < first:
                 continue
             seen.add(at)
             if self.group.get(at) == g:
                 return True
-            same = [j for j, h in self.group.items() if at in self.group and h == self.group[at]]
+            same = self.parts_[self.group[at]] if at in self.group else ()
+            seen.update(same)
             for j in (at, *same):
                 todo += [w for n in self.all[j].reads() for w in self.writers.get(n, ()) if w != j]
         return False
 
     def _aligned(self, e: Einsum, g: int, names: set[str] | None = None) -> bool:
         """Are the group's tensors (or `names`) read at the very points that the task has written?"""
-        mine = names if names is not None else {n for j in self.parts_[g] for n in self.all[j].names}
+        mine = names if names is not None else self.made[g]
         for a in accesses(e):
             state = a.tensor + "'" in mine  # the old value of a state that the group overwrites
             if a.tensor not in mine and not state:
@@ -162,19 +200,22 @@ class _Fusion:
         e = self.all[k]
         if len(e.outs) == 1 and all(len(self.writers[n]) == 1 for n in e.names):
             feeding = {self.group[w] for n in e.reads() for w in self.writers.get(n, ()) if w in self.group}
+            if not out_vars(e):  # numbers of one walk
+                feeding |= {g for g, part in enumerate(self.parts_) if _numbers([*(self.all[j] for j in part), e])}
+            floor = self._floor() if feeding else []
             for g in sorted(feeding, reverse=True):
                 if any(self.loops[j] for j in self.parts_[g]):
                     continue
                 members = [self.all[j] for j in self.parts_[g]]
                 points = common([*members, e])
                 spaces = [set(m.space()) - set(points) for m in (*members, e)]
-                mine = {n for m in members for n in m.names}
+                mine = self.made[g]
                 if (
-                    points
-                    and all(whole(self.c, v) for s in spaces for v in s)
+                    (points and all(whole(self.c, v) for s in spaces for v in s)
+                     or _numbers([*members, e]) and not (e.reduce and e.reads() & mine))
                     and len({len(m.outs) for m in members}) == 1
                     and self._aligned(e, g)
-                    and not any(self._reaches(g, w) for n in e.reads() - mine for w in self.writers.get(n, ()))
+                    and not any(self._reaches(g, w, floor) for n in e.reads() - mine for w in self.writers.get(n, ()))
                 ):
                     self._put(k, g)
                     self.shared[g] = points
@@ -198,3 +239,9 @@ class _Fusion:
             left.remove(done)
             out.append(sorted(self.parts_[done]))
         return out
+
+
+def _numbers(members: list[Einsum]) -> bool:
+    """Are these single numbers, of one walk over the same ranks and what follows from it?"""
+    walked = {frozenset(e.reduce.over) for e in members if e.reduce}
+    return len(walked) <= 1 and not any(out_vars(e) for e in members)

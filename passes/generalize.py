@@ -9,10 +9,10 @@ from memcomp.ir.cascade import Cascade, Einsum, extent_of
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, substitute, variables, walk
 from memcomp.ir.program import Program
 from memcomp.ir.simplify import linear, simplify
-from memcomp.passes._roles import accesses, out_vars, product_operands
+from memcomp.passes._roles import HELD, accesses, out_vars, product_operands
 
 SMALL = 8  # a group of at most so many rows stays a number: it is unrolled
-FEATURES = 1024  # a contraction of at most so many terms stays a number: it is a tile
+FEATURES = HELD  # a contraction of at most so many terms stays a number: it is a tile
 
 
 def generalize(program: Program) -> Program:
@@ -92,7 +92,10 @@ def _free(c: Cascade) -> set[str]:
     fixed = {r.name for r in c.ranks if extent_of(c, r.name) is not None}
     made = {v for e in c.einsums for v in out_vars(e)}
     reduced = {v for e in c.einsums for v in (e.reduce.over if e.reduce else ())}
-    products = {v for e in c.einsums if product_operands(e) and e.reduce for v in e.reduce.over}
+    sums = [(e, set(e.reduce.over)) for e in c.einsums if e.reduce]
+    inner = {v for e, over in sums if set(out_vars(e)) & (reduced - over) for v in over}  # makes what others walk
+    products = inner | {v for e, over in sums if product_operands(e) for v in over}
+    products -= {v for e, over in sums if not product_operands(e) for v in over - inner}  # a chain of reductions
     guarded = {v for e in c.einsums for g in e.guards() for v in variables(g)}
     streamed = {v for v in reduced if v in made or v not in products or (extent_of(c, v.upper()) or 0) > FEATURES}
     core = [e for e in c.einsums if e.reduce and (set(e.reduce.over) & streamed or product_operands(e))] or list(
@@ -134,6 +137,7 @@ def _tie(c: Cascade, free: set[str], derived: dict[str, Expr]) -> set[str]:
                     pinned |= (ranks | {rank}) & free
                 else:
                     derived[tied[0]] = tied[1]
+                    pinned |= {v.upper() for v in variables(i) if _stays(c, v, i)} & free
     given = {r for t in c.inputs() for r in t.ranks}
     pinned |= {r for r in free if r not in named | set(derived) or r not in given | set(derived)}
     for r, x in derived.items():  # no circles, and numbers stay where everything they rest on does

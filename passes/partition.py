@@ -59,9 +59,11 @@ class _Mapper:
 
     def run(self) -> Program:
         c, g = self.program.cascade, self.program.mapping.groups[self.at]
-        where = [k for k, e in enumerate(c.einsums) if set(e.names) & set(g.tensors)]
-        loops = {path[0][0] for k, path in enumerate(flow.loops(c)) if k in where and path}
-        if any(len(path) > 1 for k, path in enumerate(flow.loops(c)) if k in where) or len(loops) > 1:
+        places = c.once(_places)
+        where = sorted({k for t in g.tensors for k in places[t]})
+        paths = [c.once(flow.loops)[k] for k in where]
+        loops = {path[0][0] for path in paths if path}
+        if any(len(path) > 1 for path in paths) or len(loops) > 1:
             raise Refusal(
                 f"group {g.name} has nested or several sequential ranks", ", ".join(g.tensors), "a kernel runs one loop"
             )
@@ -196,6 +198,15 @@ class _Mapper:
                 f"{e.out.tensor} reduces over several ranks, one of them ragged", "", "a kernel streams one rank"
             )
         return replace(c, ranks=(*c.ranks, Rank(name, extent)), einsums=tuple(rest)), [new]
+
+
+def _places(c: Cascade) -> dict[str, list[int]]:
+    """Tensor -> the numbers of the statements that write it."""
+    out: dict[str, list[int]] = {}
+    for k, e in enumerate(c.einsums):
+        for n in e.names:
+            out.setdefault(n, []).append(k)
+    return out
 
 
 def _long(c: Cascade, members: list[Einsum]) -> list[str]:

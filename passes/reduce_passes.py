@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memcomp.ir.cascade import Knob
+from memcomp.ir.cascade import Knob, extent_of
 from memcomp.ir.errors import OptionError, nearest
 from memcomp.ir.program import Program
 from memcomp.passes.derive.stream import Refused, refusals, streamed
@@ -11,14 +11,18 @@ __all__ = ["Refused", "reduce_passes", "refusals"]
 FRAMES = ("first", "running")
 
 
-def reduce_passes(program: Program, *, splits: int | Knob | None = None, tile: tuple[int, ...] = (32, 64, 128),
-                  frame: str = "first", ranks: tuple[str, ...] | None = None) -> Program:
+def reduce_passes(program: Program, *, splits: int | Knob | None = None, tile: tuple[int, ...] | None = None,
+                  frame: str = "first", weighted: bool = True, ranks: tuple[str, ...] | None = None) -> Program:
     """Derive the one-pass form over every long rank by separation, order lifting and gauges (docs/derivation.md).
 
-    splits: cut the rank into so many parallel parts (or a knob), merged at the end; tile: choices of the tile size.
+    splits: cut the rank into so many parallel parts (or a knob), merged at the end; tile: choices of the tile size;
+            None = 32, 64 or 128, fewer where a row of features is long (its tiles must fit a fast level).
     frame:  reference of polynomial states, "first" (mean of the first live tile) or "running" (mean so far).
+    weighted: measure powers under an exponential weight from their weighted mean, whose frame has the indices of weight
+            and value (elementwise work, one pass); False: they wait for another pass.
     ranks:  only these ranks; None = those over which some chain needs several passes or whose summands are temporaries,
             and which no output carries.
+    A sum over `m < p` whose terms only change frame when p moves on becomes a scan over p (without splits).
     Where a law is missing the statements stay as they are and a proof line says which (`refusals`).
     Raises OptionError for an unknown frame or rank, or a share or tile size below 1.
 
@@ -56,6 +60,17 @@ def reduce_passes(program: Program, *, splits: int | Knob | None = None, tile: t
     for name in ranks or ():
         if name not in known:
             raise OptionError(f"unknown rank {name!r}", hint=nearest(name, known))
+    tile = _tiles(program) if tile is None else tile
     if not tile or min(tile) < 1 or (isinstance(splits, int) and splits < 1):
         raise OptionError("tile sizes and splits are at least 1", hint=f"given: tile={tile}, splits={splits}")
-    return streamed(program, splits, tile, frame, ranks)
+    return streamed(program, splits, tile, frame, weighted, ranks)
+
+
+_MOST = 1 << 15  # elements of a tile of rows (128 KiB of f32), two of which are alive
+
+
+def _tiles(program: Program) -> tuple[int, ...]:
+    """Points of a tile: at most so many that a tile over them and the widest fixed rank has `_MOST` elements."""
+    c = program.cascade
+    widest = max((extent_of(c, r.name) or 1 for r in c.ranks if not r.iterative), default=1)
+    return tuple(sorted({max(8, min(n, _MOST * n // 128 // widest)) for n in (32, 64, 128)}))

@@ -66,10 +66,10 @@ def specialize(program: Program) -> Program:
 def _specialized(c: Cascade, e: Einsum) -> Cascade | None:
     """The cascade with the temporary that `e` writes computed where it is read; None where that does not apply."""
     name, t = e.out.tensor, c.declared(e.out.tensor)
-    alone = len(e.outs) == 1 and len(c.writers(name)) == 1 and not is_init(e) and name not in carried(c)
+    alone = len(e.outs) == 1 and len(c.writers(name)) == 1 and not is_init(e) and name not in c.once(carried)
     if not alone or (t is not None and t.role != "temp") or not all(isinstance(i, Var) for i in e.out.index):
         return None
-    users = [a for s in c.einsums for a in accesses(s) if a.tensor == name]
+    users = [a for s in c.readers(name) for a in accesses(s) if a.tensor == name]
     for k, own in enumerate(e.out.index):
         assert isinstance(own, Var)
         points = list(dict.fromkeys(simplify(a.index[k], index=True) for a in users))

@@ -447,9 +447,11 @@ def test_refused(name: str) -> None:
     gm, _ = dynamo(fn, fresh(HEADS), False)
     before = str(gm.graph)
     regions, refused = find_regions(gm)
+    if name == "scan between":  # what follows the scan is a region of its own
+        assert len(regions) == 1 and not refused and str(gm.graph) == before
+        return
     assert not regions and len(refused) == 1 and why in refused[0].why
     assert __file__.rpartition("/")[2] in refused[0].where
-    assert name != "scan between" or str(gm.graph) == before
 
 
 def test_linear_layers_stay() -> None:

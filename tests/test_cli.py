@@ -131,6 +131,17 @@ def test_bad_input_is_an_error_and_two(capsys: pytest.CaptureFixture[str], tmp_p
     assert sorted(tmp_path.rglob("*.mc")) == before
 
 
+def test_an_interrupted_command_is_one_line(capsys: pytest.CaptureFixture[str], program: str, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memcomp.__main__.read", interrupted)
+    code, out, err = run(capsys, "show", program, "-o", str(tmp_path / "out.mc"))
+    assert (code, out) == (130, "") and err.startswith("interrupted") and err.count("\n") == 1
+    assert not (tmp_path / "out.mc").exists()
+
+
 def test_output_is_whole_or_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path, program: str) -> None:
     target = tmp_path / "out.mc"
     assert run(capsys, "show", program, "-o", str(target))[:2] == (0, "")

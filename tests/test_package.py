@@ -46,7 +46,7 @@ def test_distributions_hold_real_folders(built: tuple[set[str], set[str]], which
     rooms = [f for room in ROOMS for f in (ROOT / room).rglob("*.py")]
     expected = {str(f.relative_to(ROOT)) for f in own} | {f"memcomp/{f.relative_to(ROOT)}" for f in rooms}
     expected |= {f"memcomp/{f.relative_to(ROOT)}" for f in (ROOT / "ir" / "targets").glob("*.toml")}
-    assert expected | {"memcomp/py.typed"} <= names
+    assert expected | {"memcomp/py.typed", "memcomp/page.css"} <= names
     assert not {n for n in names if n.startswith(("tests/", "benchmarks/", *(f"{r}/" for r in ROOMS)))}
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from memcomp.ir.cascade import Cascade
+from memcomp.ir.counts import Sizes
+from memcomp.ir.interpret import interpret
 from memcomp.ir.program import Program
 from memcomp.ir.text import parse
-from memcomp.ir.traversal import Traversal, passes, traversals
+from memcomp.ir.traversal import Traversal, classify, passes, stages, traversals
+from memcomp.ir.verify import verify
+from tests.chains import NAMES as CHAINS
+from tests.chains import load as chain
 from tests.programs import programs
 
 SCORES = """rank P
@@ -137,13 +146,74 @@ def test_what_must_stay_alive() -> None:
     assert find(CASCADE_5, "QK", "M1").live == "tile" and find(CASCADE_5, "QK", "M0").live == "fiber"
 
 
+def test_the_chain_names_what_each_pass_makes() -> None:
+    assert find(CASCADE_4, "K", "M").chain == (("K", "QK", "GM"), ("SN", "SD"), ("A",))
+    assert find(CASCADE_5, "K", "M").passes == 1 and find(CASCADE_5, "K", "M0").of == "M"
+    assert stages(load(CASCADE_4), "M") == {"QK": 1, "GM": 1, "SN": 2, "SD": 2, "A": 3, "O": 3}
+
+
+def test_waiting_is_told_from_walking() -> None:
+    """Queries may be walked outside all passes; a row of features is summed up before the scores can go on."""
+    assert find(CASCADE_4, "QK", "M").waits and find(CASCADE_4, "K", "E").waits
+    assert not find(CASCADE_4, "QK", "P").waits and not find(CASCADE_4, "Q", "P").waits
+
+
+# FuseMax, Table I, and what each pass walks along: the data (M) or one summary for each tile (M1)
+TAXONOMY = {
+    "pytorch": ("M", "M", "M"), "tensorflow": ("M", "M", "M"), "flat": ("M", "M", "M"), "et": ("M", "M", "M"),
+    "tileflow": ("M", "M"), "choi": ("M", "M1", "M"),
+    "flash_attention": ("M",), "flash_attention_2": ("M",), "rabe_staats": ("M", "M1"),
+}
+FOLDER = Path(__file__).parent / "cases" / "taxonomy"
+
+
+def test_the_taxonomy_is_complete() -> None:
+    assert {p.stem for p in FOLDER.glob("*.mc")} == set(TAXONOMY)
+
+
+@pytest.mark.parametrize("name", TAXONOMY)
+def test_taxonomy(name: str) -> None:
+    """The class by fiber length; a pass over summaries weighs M1/M.  All forms mean the same."""
+    program, first = (parse((FOLDER / f"{n}.mc").read_text()) for n in (name, "pytorch"))
+    verify(program)
+    found = classify(program, "M")
+    assert found is not None and found.walks == TAXONOMY[name] and found.passes == TAXONOMY[name].count("M")
+    extent = Sizes(program.cascade, {"P": 5, "M": 400})
+    summaries = len(found.walks) - found.passes
+    assert found.weight(extent) == pytest.approx(found.passes + summaries / 4)  # tiles of 4
+    rng = np.random.default_rng(0)
+    inputs = {n: rng.normal(size=(5 if n == "Q" else 11, 8)) for n in "QKV"}
+    np.testing.assert_allclose(interpret(program, inputs)["O"], interpret(first, inputs)["O"], rtol=1e-12)
+
+
+def test_the_class_is_that_of_the_rank_walked_most() -> None:
+    """Without naming one; and every whole fiber of it is passed at most so often."""
+    for text, _ in GOLDEN.values():
+        found = classify(load(text))
+        assert found is not None
+        assert found.passes == max(t.passes for t in traversals(load(text)) if t.rank == t.of)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_proof_states_what_the_counter_finds(name: str) -> None:
+    """`M: 3 -> 1 passes`: counted on the cascade that was read and on the one that came out."""
+    from memcomp.passes.reduce_passes import reduce_passes
+
+    read = chain(name)
+    made = reduce_passes(read)
+    said = [m for line in made.proofs if (m := re.fullmatch(r"(\w+): (\d+) -> (\d+) passes", line))]
+    for m in said if name != "ragged" else ():  # a ragged rank is bounded by a tensor's dimension, which has its own
+        for program, number in ((read, m[2]), (made, m[3])):
+            assert max(n for (_, r), n in passes(program).items() if r == m[1]) == int(number)
+
+
 @settings(max_examples=60, deadline=None)
 @given(p=programs())
 def test_laws(p: Program) -> None:
     """Every count has its witness, direct reads are among the passes, and one more statement never lowers one."""
     found = traversals(p)
     for t in found:
-        assert len(t.witness) == t.passes - 1
+        assert len(t.witness) == t.passes - 1 and t.chain[0][0] == t.tensor
         assert all(1 <= n <= t.passes for n in t.reads)
     c = p.cascade
     fewer = passes(Cascade(c.ranks, c.tensors, c.einsums[:-1]))

@@ -94,7 +94,7 @@ def load(w: Writer, s: Load, point: Point) -> None:
             got = vector(w, s.source, q, last, lanes, base, mask)
             w.line(f"{w.tile_at(t.name, q.scalars, f'at({lanes}, {base})')} = cast({element!r}, {got})")
 
-        _over(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: strip(q, b, n, m)))
+        over_points(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: strip(q, b, n, m)))
         return
 
     def one(q: Point) -> None:
@@ -124,7 +124,7 @@ def store(w: Writer, s: Store, point: Point) -> None:
             else:
                 w.line(f"{place(w, s.target, q, last, lanes, base)} = {value}")
 
-        _over(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: strip(q, b, n, m)))
+        over_points(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: strip(q, b, n, m)))
         return
 
     def one(q: Point) -> None:
@@ -174,7 +174,7 @@ def _by_squares(w: Writer, t: Tile, turned: tuple[str, int], point: Point, squar
     """All points of a tile: whole squares over (turned dim, last dim), and what remains one by one."""
     column, size = turned
     if not size:
-        _over(w, order, point, one)
+        over_points(w, order, point, one)
         return
     last = t.dims[-1]
 
@@ -196,7 +196,7 @@ def _by_squares(w: Writer, t: Tile, turned: tuple[str, int], point: Point, squar
             with w.block(heads[0]), w.block(heads[1]):
                 one(q.at(**{d: v, other: u}))
 
-    _over(w, tuple(d for d in t.dims if d not in (last, column)), point, plane)
+    over_points(w, tuple(d for d in t.dims if d not in (last, column)), point, plane)
 
 
 def vector(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str, mask: str) -> str:
@@ -260,14 +260,14 @@ def strips(w: Writer, dim: str, body: Strip, lanes: int = 0) -> None:
             tail()
 
 
-def _over(w: Writer, dims: tuple[str, ...], point: Point, body: Body) -> None:
+def over_points(w: Writer, dims: tuple[str, ...], point: Point, body: Body) -> None:
     """Nested loops over all points of `dims`."""
     if not dims:
         body(point)
         return
     v = w.names.fresh(w.names[dims[0]])
     with w.block(f"for {v} in T.serial({w.count(dims[0])}):"):
-        _over(w, dims[1:], point.at(**{dims[0]: v}), body)
+        over_points(w, dims[1:], point.at(**{dims[0]: v}), body)
 
 
 def _memory_order(w: Writer, a: Access, dims: tuple[str, ...]) -> tuple[str, ...]:

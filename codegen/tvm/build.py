@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from memcomp.codegen.tvm.emit import Layout, emit
-from memcomp.codegen.tvm.isa import AVX2, AVX512, NEON, PLAIN, SSE, Isa
+from memcomp.codegen.tvm.isa import ALL, BF16_TILES, Isa
 from memcomp.codegen.tvm.words import WORDS
 from memcomp.ir.errors import Refusal
 from memcomp.ir.tile import Kernel
 
-_ISA = {i.name: i for i in (AVX512, AVX2, SSE, NEON, PLAIN)}
+_ISA = {i.name: i for i in ALL}
 _compiling = threading.Lock()
 
 
@@ -77,23 +77,37 @@ def _unit(t: Any) -> int:
 
 def compiled(kernel: Kernel) -> Callable[..., Any]:
     """Compile the text and load it; parallel loops run on torch's threads where it has loaded its OpenMP."""
+    from memcomp.codegen.tvm import launcher
+
+    if set(BF16_TILES) <= set(_ISA[kernel.isa].attributes):
+        launcher.allow_tiles()
+    loaded = machine_code(kernel)
+    launcher.install(loaded)
+    return loaded[kernel.entry]  # type: ignore[no-any-return]
+
+
+def machine_code(kernel: Kernel) -> Any:
+    """The compiled module, which need not be able to run on this machine; `inspect_source("asm")` is its text."""
     import tvm.script
     from tvm import tirx
     from tvm.script import tirx as T
 
-    from memcomp.codegen.tvm import launcher
+    from memcomp.codegen.tvm import bf16, launcher
 
+    form = _ISA[kernel.isa]
     try:
-        with machine(_ISA[kernel.isa]):
+        with machine(form):
             function = tvm.script.from_source(kernel.source, extra_vars={**vocabulary(), "T": T})
+        instructions = bf16.text(form.attributes)
+        if instructions:
+            function = function.with_body(
+                tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", instructions, function.body))
         module = launcher.with_launcher(tvm.IRModule({"main": function}))
         with _compiling:
             tirx.compilation_pipeline.register_tir_pipeline("memcomp", _pipeline)
-            loaded = tirx.build(module, target=machine(_ISA[kernel.isa]), pipeline="memcomp")
+            return tirx.build(module, target=machine(form), pipeline="memcomp")
     except RuntimeError as error:  # every error of TVM's own derives from it
         raise Refusal(f"TVM does not compile {kernel.name}", str(error).strip().splitlines()[-1]) from error
-    launcher.install(loaded)
-    return loaded[kernel.entry]  # type: ignore[no-any-return]
 
 
 def written_for(kernel: Kernel) -> Isa:
@@ -113,10 +127,10 @@ def machine(isa: Isa) -> Any:
 
 
 def vocabulary() -> dict[str, Any]:
-    from memcomp.codegen.tvm import maths
+    from memcomp.codegen.tvm import bf16, maths
     from memcomp.codegen.tvm import vocabulary as words
 
-    known = {**{n: getattr(words, n) for n in WORDS if hasattr(words, n)}, **maths.FUNCTIONS,
+    known = {**{n: getattr(m, n) for m in (words, bf16) for n in WORDS if hasattr(m, n)}, **maths.FUNCTIONS,
              "inf": float("inf"), "nan": float("nan")}
     missing = WORDS - set(known) - {"T", "I"}
     assert not missing, missing

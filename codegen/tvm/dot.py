@@ -1,5 +1,7 @@
 """Contractions on registers: two micro-kernels, and the general reduction where neither fits.
 
+Both run on f32 values or, where `pairs` says so, on bf16 pairs; `tiles` has the third form of those.
+
 outer: the tile's vector dim belongs to one operand, whose neighbours along it lie together; the other gives one number
     per row.  Rows x vectors of accumulators stay in registers over the whole contraction, start from zero and are added
     to the tile once: the error of a long sum is that of its blocks.
@@ -12,10 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from memcomp.codegen.tvm import pairs, tiles
 from memcomp.codegen.tvm.access import ahead, contiguous, scalar_element, strips, vector
+from memcomp.codegen.tvm.pairs import Pairs
 from memcomp.codegen.tvm.writer import Point, Writer, plus, power_of_two, times
 from memcomp.ir.expr import Access, call, variables
 from memcomp.ir.tile import Dot, Fold, Load
+
+PART = 256  # terms that one accumulator takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,16 @@ class Operand:
 
 def dot(w: Writer, s: Dot, point: Point) -> Fold | None:
     """Write a contraction; returns the reduction to write instead where no micro-kernel fits."""
+    product = w.products.get(id(s))
+    if product is not None:
+        rows, columns = (pairs.operand(w, side, point, product.form == "tiles") for side in product.sides)
+        if product.form == "tiles":
+            tiles.product(w, s, product, rows, columns, point)
+        elif product.form == "inner":
+            _inner(w, s, rows, columns, product.k, point)
+        else:
+            _outer(w, s, rows, columns, point)
+        return None
     t = w.tiles[s.tile]
     a, b = Operand.of(w, s.a), Operand.of(w, s.b)
     if t.dtype == "f32" and t.dims and all(_real(w, x) for x in (a, b)):
@@ -66,7 +82,7 @@ def dot(w: Writer, s: Dot, point: Point) -> Fold | None:
                 if y.runs_along(w, lane):
                     _outer(w, s, x, y, point)
                     return None
-                along = [d for d in s.over if x.runs_along(w, d) and y.runs_along(w, d)]
+                along = [d for d in s.over if w.vector(d) > 1 and x.runs_along(w, d) and y.runs_along(w, d)]
                 if along:
                     _inner(w, s, x, y, along[0], point)
                     return None
@@ -80,6 +96,9 @@ def in_place(w: Writer, load: Load, dots: list[Dot]) -> bool:
     again for every block of rows.
     """
     t, p = w.tiles[load.tile], w.params[load.source.tensor]
+    ways = [w.products[id(s)] for s in dots if id(s) in w.products]
+    if ways:
+        return len(ways) == len(dots) and pairs.in_place(w, load, ways)
     if t.dtype != "f32" or p.dtype not in ("f32", "bf16", "f16"):
         return False
     for s in dots:
@@ -119,6 +138,36 @@ def _loops(w: Writer, dims: list[str], point: Point, body: Callable[[Point], Non
         _loops(w, dims[1:], point.at(**{dims[0]: v}), body)
 
 
+def _in_parts(w: Writer, dims: list[str], point: Point, step: Callable[[Point], None], totals: list[str],
+              lanes: int) -> None:
+    """All steps of a contraction; a long one is summed in parts, whose roundings do not add up along the whole."""
+    n = w.fixed(dims[-1])
+    if n is None or n <= PART:
+        _loops(w, dims, point, step)
+        return
+    sums = [w.names.fresh("sum") for _ in totals]
+    for x in sums:
+        w.line(f"{x} = acc(splat(f32(0.0), {lanes}))")
+
+    def part(q: Point, start: str, size: int) -> None:
+        for total in totals:
+            w.line(f"{total}[at({lanes})] = splat(f32(0.0), {lanes})")
+        with w.repeat("i", f"i64({size})") as i:
+            step(q.at(**{dims[-1]: f"({i} + {start})"}))
+        for x, total in zip(sums, totals, strict=True):
+            w.line(f"{x}[at({lanes})] = {x}[at({lanes})] + {total}[at({lanes})]")
+
+    def parts(q: Point) -> None:
+        with w.repeat("i", f"i64({n // PART})") as i:
+            part(q, times(i, PART), PART)
+        if n % PART:
+            part(q, f"i64({n // PART * PART})", n % PART)
+
+    _loops(w, dims[:-1], point, parts)
+    for x, total in zip(sums, totals, strict=True):
+        w.line(f"{total}[at({lanes})] = {x}[at({lanes})]")
+
+
 def _rows(w: Writer, dim: str, size: int, point: Point, body: Callable[[list[Point]], None]) -> None:
     """Call body(points of `size` rows), then of single rows for what remains."""
     if not dim:
@@ -136,13 +185,39 @@ def _rows(w: Writer, dim: str, size: int, point: Point, body: Callable[[list[Poi
         body([point.at(**{dim: r})])
 
 
-def _outer(w: Writer, s: Dot, a: Operand, b: Operand, point: Point) -> None:
+def _added(total: str, lanes: int, a: Operand | Pairs, x: str, y: str) -> str:
+    """Text of a multiply-add."""
+    old = f"{total}[at({lanes})]"
+    return f"{old} = dot_pairs({old}, {x}, {y})" if isinstance(a, Pairs) else f"{old} = {old} + {x} * {y}"
+
+
+def _pairs_then_last(w: Writer, b: Pairs, over: tuple[str, ...], point: Point,
+                     body: Callable[[Point, bool], None]) -> None:
+    """All pairs of the contracted dims; in place, a last number without a partner has a step of its own."""
+    k = b.side.k
+
+    def along(q: Point) -> None:
+        n, count = w.fixed(k), w.count(k)
+        whole = b.buffer == "" and (n is None or n % 2 > 0)
+        round_up = 0 if whole else 1
+        stop = f"i64({(n + round_up) // 2})" if n is not None else f"T.truncdiv({plus(count, round_up)}, 2)"
+        with w.repeat("i", stop) as i:
+            body(q.at(**{k: i}), True)
+        if whole:
+            with w.block(f"if T.truncmod({count}, 2) == 1:"):
+                body(q.at(**{k: stop}), False)
+
+    _loops(w, [d for d in over if d != k], point, along)
+
+
+def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Point) -> None:
     t = w.tiles[s.tile]
     lane = t.dims[-1]
     free = [d for d in t.dims[:-1] if d not in b.dims]
     row = max(free, key=lambda d: w.dims[d].capacity) if free else ""
     outside = [d for d in t.dims[:-1] if d != row]
-    size, vectors = w.isa.block(w.fixed(row) or w.dims[row].capacity if row else 1)
+    rows = w.fixed(row) or w.dims[row].capacity if row else 1
+    size, vectors = w.isa.block(rows, w.padded(lane) // w.vector(lane) if isinstance(b, Pairs) else 4)
 
     def columns(q: Point) -> None:
         start, step = 0, vectors
@@ -169,17 +244,26 @@ def _outer(w: Writer, s: Dot, a: Operand, b: Operand, point: Point) -> None:
             totals.append(w.names.fresh("total"))
             w.line(f"{totals[-1]} = acc(splat(f32(0.0), {lanes}))")
 
-        def step(q: Point) -> None:
+        def step(q: Point, whole: bool = True) -> None:
             inside = {d: q.scalars[d] for d in s.over}
             x = w.names.fresh("b")
-            if not b.tile:
-                ahead(w, b.access, q, lane, lanes, base)
-            w.let(x, f"{b.vec(w, q, lane, lanes, base, _edge(w, b, lane, base, lanes))}")
+            mask = _edge(w, b, lane, base, lanes)
+            if isinstance(b, Pairs):
+                if not b.tile and whole:
+                    for k in (0, 1):
+                        ahead(w, b.access, q.at(**{b.side.k: plus(f"{q.scalars[b.side.k]} * 2", k)}), lane, lanes, base)
+                w.let(x, f"reg({b.vec(w, q, lane, lanes, base, mask, whole)})")
+            else:
+                if not b.tile:
+                    ahead(w, b.access, q, lane, lanes, base)
+                w.let(x, b.vec(w, q, lane, lanes, base, mask))
             for r, total in zip(rows, totals, strict=True):
-                value = a.one(w, r.at(**inside))
-                w.line(f"{total}[at({lanes})] = {total}[at({lanes})] + {value} * {x}")
+                w.line(_added(total, lanes, a, a.one(w, r.at(**inside)), x))
 
-        _loops(w, list(s.over), rows[0], step)
+        if isinstance(b, Pairs):
+            _pairs_then_last(w, b, s.over, rows[0], step)
+        else:
+            _in_parts(w, list(s.over), rows[0], step, totals, lanes)
         for r, total in zip(rows, totals, strict=True):
             out = w.tile_at(t.name, r.scalars, f"at({lanes}, {base})")
             w.line(f"{out} = {out + ' + ' if s.accumulate else ''}{total}[at({lanes})]")
@@ -187,21 +271,21 @@ def _outer(w: Writer, s: Dot, a: Operand, b: Operand, point: Point) -> None:
     _loops(w, outside, point, columns)
 
 
-def _edge(w: Writer, b: Operand, lane: str, base: str, lanes: int) -> str:
+def _edge(w: Writer, b: Operand | Pairs, lane: str, base: str, lanes: int) -> str:
     """The mask that a param needs where its last columns are fewer than the block; tiles are padded."""
     if b.tile or w.full(lane, lanes):
         return ""
     return f"lane({lanes}) < clip({w.count(lane)} - {base})"
 
 
-def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) -> None:
+def _inner(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, along: str, point: Point) -> None:
     t = w.tiles[s.tile]
     key = t.dims[-1]
     free = [d for d in t.dims[:-1] if d not in b.dims]
     row = max(free, key=lambda d: w.dims[d].capacity) if free else ""
     outside = [d for d in t.dims[:-1] if d != row]
     deeper = [d for d in s.over if d != along]
-    lanes = w.vector(along)
+    lanes, each = (pairs.LANES, 2) if isinstance(b, Pairs) else (w.vector(along), 1)
     most = min(w.isa.registers // 2, lanes)       # accumulators; at most one result per lane
     rows = w.fixed(row) or w.dims[row].capacity if row else 1
     size = min(rows, 4 if most >= 16 else 2) if rows not in (3, 5, 6) or rows > most else rows
@@ -231,9 +315,9 @@ def _inner(w: Writer, s: Dot, a: Operand, b: Operand, along: str, point: Point) 
                     w.let(ys[-1], f"reg({b.vec(w, here, along, n, at, mask)})")
                 for r, x in zip(totals, xs, strict=True):
                     for total, y in zip(r, ys, strict=True):
-                        w.line(f"{total}[at({n})] = {total}[at({n})] + {x} * {y}")
+                        w.line(_added(total, lanes, a, x, y))
 
-            strips(w, along, strip, lanes)
+            strips(w, along, strip, lanes * each)
 
         _loops(w, deeper, points[0], step)
         flat = [f"{n}[at({lanes})]" for r in totals for n in r]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from memcomp.codegen.tvm import dot as contraction
+from memcomp.codegen.tvm import pairs
 from memcomp.codegen.tvm.access import load, store, view
 from memcomp.codegen.tvm.express import Expressions, truth
 from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
@@ -52,6 +53,7 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
     for k in tp.kernels:
         w = Writer(tp, replace(k, body=_straight(k.body)), shape, names)
         w.units = {p.name: u for p, u in zip(tp.params, units, strict=True)}
+        w.products = pairs.products(w)
         _kernel(w)
         lines += w.lines
         names.forget({t.name for t in k.tiles} | {d.name for d in k.dims})
@@ -122,8 +124,13 @@ def _kernel(w: Writer) -> None:
             Body(w).run(k.body, Point(scalars))
         text = "\n".join(w.lines[start:])
         used = [t for t in k.tiles if re.search(rf"\b{names[t.name]}\b", text)]
-        w.lines[start:start] = [
-            "    " * depth + f"{names[t.name]} = T.alloc_buffer({w.shape(t)}, {TILE_ELEMENT[t.dtype]!r})" for t in used]
+        buffers = {names[t.name]: (w.shape(t), TILE_ELEMENT[t.dtype]) for t in used} | w.buffers
+        tiles = any(p.form == "tiles" for p in w.products.values())
+        if tiles:
+            w.line("tile_stop()")
+        w.lines[start:start] = ["    " * depth + text for text in (
+            *(f"{name} = T.alloc_buffer({shape}, {kind!r})" for name, (shape, kind) in buffers.items()),
+            *(["tile_start()"] if tiles else []))]
     names.forget({v for v, _ in k.grid})
 
 
@@ -169,6 +176,15 @@ class Body:
         inside = {id(x) for x in statements(tuple(body))}
         return (not moving or all(id(x) in inside for x in readers)) and contraction.in_place(w, s, dots)
 
+    def _as_pairs(self, s: Load) -> pairs.Side | None:
+        """The form in which a tile is filled that nothing reads but products of pairs."""
+        w = self.w
+        readers = [x for x in self.all if s.tile in read_tiles(x, w.tiles)]
+        ways = [w.products[id(x)] for x in readers if id(x) in w.products]
+        if not readers or len(ways) != len(readers) or s.tile in w.in_place:
+            return None
+        return pairs.packed(s, ways)
+
     def _counts(self, point: Point) -> None:
         """Name the counts of dims whose variables have just become known."""
         w = self.w
@@ -186,7 +202,10 @@ class Body:
         if isinstance(s, Group):
             Nest(w, s, point)
         elif isinstance(s, Load):
-            if s.tile not in w.in_place:
+            side = self._as_pairs(s)
+            if side is not None:
+                pairs.load(w, s, side, point)
+            elif s.tile not in w.in_place:
                 load(w, s, point)
         elif isinstance(s, Store):
             store(w, s, point)

@@ -16,8 +16,8 @@ _ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
 _COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _BITS = {"shr": ">>", "shl": "<<", "bitand": "&", "bitor": "|"}
 _INTEGER = {"floordiv": "floordiv", "mod": "floormod", "ceildiv": "ceildiv"}
-_REAL = {"exp", "exp2", "log", "log2", "xlogx", "tanh", "sigmoid", "erf", "sqrt", "rsqrt", "recip", "sin", "cos", "pow",
-         "floor", "round"}
+_REAL = {"exp", "exp2", "expm1", "log", "log1p", "log2", "xlogx", "tanh", "sigmoid", "erf", "sqrt", "rsqrt", "recip",
+         "sin", "cos", "pow", "floor", "round"}
 
 
 @dataclass(frozen=True, slots=True)

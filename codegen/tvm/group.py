@@ -45,9 +45,11 @@ def lane_of(s: Work, tiles: dict[str, Tile]) -> str:
     if isinstance(s, Map) or not votes:
         return space[-1] if isinstance(s, Fold) and space else kept(s, tiles)[-1] if kept(s, tiles) else ""
     most = max(len(d) for d in votes)
-    last = [d[-1] for d in votes if len(d) == most]
     own = kept(s, tiles)
-    return own[-1] if own and own[-1] in last else last[0]
+    last = [d[-1] for d in votes if len(d) == most]
+    if own and own[-1] in last:
+        return own[-1]
+    return next((d for d in last if d not in own), own[-1] if own else last[0])  # results are stored along their last
 
 
 def grouped(body: Sequence[Statement], tiles: dict[str, Tile]) -> list[Statement | Group]:

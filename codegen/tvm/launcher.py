@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from memcomp.ir.detect import cpu
+from memcomp.ir.errors import Refusal
 
 CHUNKS = 128  # most tasks of a launch
 
@@ -162,6 +163,14 @@ def install(module: Any) -> bool:
         return False
     module["memcomp_install"](ctypes.c_void_p(ctypes.addressof(runtime)))
     return True
+
+
+def allow_tiles() -> None:
+    """Ask Linux to let this process, its threads and children use AMX tile registers; Refusal if it does not."""
+    arch_prctl, request, tile_data = 158, 0x1023, 18  # the x86-64 system call; ARCH_REQ_XCOMP_PERM; XFEATURE_XTILEDATA
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(ctypes.c_long(arch_prctl), ctypes.c_long(request), ctypes.c_long(tile_data)) != 0:
+        raise Refusal("the system does not let this process use AMX tile registers", os.strerror(ctypes.get_errno()))
 
 
 def _shared() -> Any:

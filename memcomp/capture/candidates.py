@@ -7,13 +7,14 @@ flow through maps, views and reductions into the consumers.  Linear layers (an o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from memcomp.capture import table
+from memcomp.capture.grow import grown, shares
 from memcomp.capture.reader import meta
 
 ATTENTION = "scaled_dot_product_attention"
@@ -24,17 +25,22 @@ OPAQUE = ("flex_attention", "_scaled_dot_product", "multi_head_attention", "_tra
 
 @dataclass(frozen=True)
 class Group:
-    """Contractions that feed each other, and all nodes between them."""
+    """Contractions that feed each other, and all nodes between them.
+
+    chain: reductions without any contraction.  otherwise: what is tried where this cannot be read as one region.
+    """
 
     core: frozenset[fx.Node]
     ends: tuple[fx.Node, ...]
+    chain: bool = False
+    otherwise: tuple[Group, ...] = ()
 
 
 def _tensors(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return [n for n in nodes if isinstance(meta(n), torch.Tensor)]
 
 
-def _weight(gm: fx.GraphModule, node: fx.Node) -> bool:
+def weight(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Is the node a parameter, seen through views and conversions?"""
     while True:
         if node.op == "get_attr":
@@ -58,7 +64,7 @@ def _is_anchor(gm: fx.GraphModule, node: fx.Node) -> bool:
     if r is None or r.kind != "contract" or table.base_name(node) == ATTENTION:
         return False
     inputs = _operands(node)
-    if not inputs or any(_weight(gm, n) for n in inputs) or not all(meta(n).is_floating_point() for n in inputs):
+    if not inputs or any(weight(gm, n) for n in inputs) or not all(meta(n).is_floating_point() for n in inputs):
         return False
     if table.base_name(node) == "einsum":
         return True
@@ -75,8 +81,9 @@ def _batched(node: fx.Node) -> bool:
     return all(meta(n).ndim > 2 for n in _operands(node))
 
 
-def groups(gm: fx.GraphModule) -> list[Group]:
-    anchors = {n for n in gm.graph.nodes if _is_anchor(gm, n)}
+def groups(gm: fx.GraphModule, taken: Collection[fx.Node] = ()) -> list[Group]:
+    """The groups of a graph, without the nodes that are taken."""
+    anchors = {n for n in gm.graph.nodes if n not in taken and _is_anchor(gm, n)}
     reach: dict[fx.Node, frozenset[fx.Node]] = {}
     for n in gm.graph.nodes:
         if n in anchors:
@@ -92,14 +99,40 @@ def groups(gm: fx.GraphModule) -> list[Group]:
             if makers:
                 feeds[n] = makers
     groups = [Group(frozenset((n,)), (n,)) for n in gm.graph.nodes
-              if table.rule(n) is not None and table.base_name(n) == ATTENTION]
+              if n not in taken and table.rule(n) is not None and table.base_name(n) == ATTENTION]
     for ends, makers in _joined(feeds):
-        core = _between(ends, makers, reach, anchors)
+        core = frozenset(_between(ends, makers, reach, anchors))
         reducing = any((r := table.rule(n)) is not None and r.kind == "reduce" for n in core)
         if reducing or all(_batched(n) for n in (*ends, *makers)):
-            groups.append(Group(frozenset(core), tuple(ends)))
+            groups.append(Group(core, tuple(ends)))
     order = {n: k for k, n in enumerate(gm.graph.nodes)}
-    return sorted(groups, key=lambda g: max(order[n] for n in g.ends))
+    groups = sorted((_grown(g, reach, order) for g in groups), key=lambda g: max(order[n] for n in g.ends))
+    return _merged(groups, order)
+
+
+def _grown(g: Group, reach: Mapping[fx.Node, frozenset[fx.Node]], order: Mapping[fx.Node, int]) -> Group:
+    """The group with what else can be computed on the way, else as it is."""
+    makers = frozenset(a for n in g.core for a in reach[n] if a in g.core) - set(g.ends)
+    core = grown(g.core, makers, reach)
+    return g if core == g.core else Group(core, _ends(core, order), otherwise=(g,))
+
+
+def _merged(groups: Sequence[Group], order: Mapping[fx.Node, int]) -> list[Group]:
+    """Groups that read the same keys and values become one."""
+    out: list[Group] = []
+    for g in groups:
+        k = next((k for k, h in enumerate(out) if shares(h.core, g.core)), None)
+        if k is None:
+            out.append(g)
+            continue
+        core = out[k].core | g.core
+        out.append(Group(core, _ends(core, order), otherwise=(out.pop(k), g)))
+    return out
+
+
+def _ends(core: frozenset[fx.Node], order: Mapping[fx.Node, int]) -> tuple[fx.Node, ...]:
+    """Nodes whose results leave the core, in the order of the graph."""
+    return tuple(sorted((n for n in core if any(u not in core for u in n.users)), key=order.__getitem__))
 
 
 def _joined(feeds: dict[fx.Node, set[fx.Node]]) -> list[tuple[list[fx.Node], set[fx.Node]]]:

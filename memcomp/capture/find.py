@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -15,13 +15,19 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from memcomp.capture import table
 from memcomp.capture.candidates import ATTENTION, Group, groups, missed, module_path, source
+from memcomp.capture.chains import chains, lawless
+from memcomp.capture.decompose import decompose
 from memcomp.capture.finish import finish
+from memcomp.capture.loops import MANY, SUGGESTION, collect, loops
 from memcomp.capture.reader import Reader, meta
 from memcomp.capture.region import Refused, Region
 from memcomp.capture.value import Value
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Var
+from memcomp.passes.reroll import reroll, unrolled
+from memcomp.pipeline import gains
 
+SHARED = 32  # so many statements may stand outside the steps of a loop
 TRAILING = ("view", "transpose", "permute", "same", "convert", "dropout")
 
 
@@ -40,25 +46,65 @@ class Places:
         return Places(order, tuple(writes))
 
 
-def find_regions(gm: fx.GraphModule) -> tuple[list[Region], list[Refused]]:
-    """All regions of a graph in its order, and the attention-like candidates that could not be read.
+def find_regions(gm: fx.GraphModule, which: str = "gain") -> tuple[list[Region], list[Refused]]:
+    """All regions of a graph, attention first, and the candidates that could not be read.
+
+    which: chains of reductions without a product are taken where that "gain"s a pass, or "all".
 
     Nodes need example values (`example_value` from Dynamo, `val` from export).  The graph keeps its meaning; users of a
-    tensor that come after an operator that writes into it are only made to name that operator's result.
+    tensor that come after an operator that writes into it are only made to name that operator's result, and operators
+    may be taken apart.
     """
     _name_writes(gm)
+    decompose(gm)
+    collect(gm)
     regions: list[Region] = []
     refused: list[Refused] = []
     places = Places.of(gm)
-    for group in groups(gm):
+    looped = _loops(gm, places, regions, refused)
+    found = groups(gm, looped)
+    chained = chains(gm, [*looped, *(n for g in found for n in g.core)])
+    todo = [*found, *chained][::-1]
+    while todo:
+        group = todo.pop()
         try:
-            regions.append(_region(gm, group, places, f"region{len(regions)}"))
+            region = _region(gm, group, places, f"region{len(regions)}")
+            gain, lacking = (True, ()) if not group.chain or which == "all" else gains(region.program)
+            if gain:
+                regions.append(region)
+            refused += [Refused(region.source, why, chain=True) for why in lacking if not gain]
         except Refusal as why:
-            refused.append(Refused(source(group.ends[-1]), "; ".join(s for s in (why.what, why.hint) if s)))
-    taken = {n for g in regions for n in g.nodes}
+            if group.otherwise:
+                todo += group.otherwise[::-1]
+                continue
+            refused.append(Refused(source(group.ends[-1]), "; ".join(s for s in (why.what, why.hint) if s),
+                                   chain=group in chained))
+    regions.sort(key=lambda g: places.order[g.outputs[-1]])
+    taken = looped | {n for g in regions for n in g.nodes}
     for node, reason in missed(gm, taken, {r.where for r in refused}):
         refused.append(Refused(source(node), reason))
+    refused += [Refused(source(n), why, chain=True) for n, why in lawless(gm) if n not in taken]
     return regions, refused
+
+
+def _loops(gm: fx.GraphModule, places: Places, regions: list[Region], refused: list[Refused]) -> set[fx.Node]:
+    """Unrolled loops that become one region each.  Of the others the long ones are refused, and the steps of short ones
+    may be regions.  Returns the nodes that are settled so."""
+    settled: set[fx.Node] = set()
+    for loop in loops(gm):
+        try:
+            region = _region(gm, Group(loop.core, (loop.end,)), places, f"region{len(regions)}", loop=True)
+            program = reroll(region.program)
+            before, after = len(region.program.cascade.einsums), len(program.cascade.einsums)
+            if unrolled(program) or after > SHARED + 4 * before // loop.steps:
+                raise Refusal(f"a loop that was unrolled: {unrolled(region.program)}", hint=SUGGESTION)
+            regions.append(replace(region, program=program))
+        except Refusal as why:
+            if loop.steps < MANY:
+                continue
+            refused.append(Refused(source(loop.end), "; ".join(s for s in (why.what, why.hint) if s)))
+        settled |= loop.core
+    return settled
 
 
 def _name_writes(gm: fx.GraphModule) -> None:
@@ -71,7 +117,7 @@ def _name_writes(gm: fx.GraphModule) -> None:
             target.replace_all_uses_with(node, delete_user_cb=lambda u: u not in passed)
 
 
-def _region(gm: fx.GraphModule, group: Group, places: Places, name: str) -> Region:
+def _region(gm: fx.GraphModule, group: Group, places: Places, name: str, *, loop: bool = False) -> Region:
     for n in group.core:
         m = meta(n)
         if isinstance(m, torch.Tensor) and m.is_complex():
@@ -81,7 +127,7 @@ def _region(gm: fx.GraphModule, group: Group, places: Places, name: str) -> Regi
     stop: set[fx.Node] = set()
     while True:
         try:
-            return _read(gm, group, places, name, stop)
+            return _read(gm, group, places, name, stop, loop)
         except _Order as why:
             if why.nodes <= stop:
                 raise
@@ -108,8 +154,8 @@ class _Order(Refusal):
         super().__init__(what)
 
 
-def _read(gm: fx.GraphModule, group: Group, places: Places, name: str, stop: set[fx.Node]) -> Region:
-    r, order = Reader(gm, group.core, stop), places.order
+def _read(gm: fx.GraphModule, group: Group, places: Places, name: str, stop: set[fx.Node], loop: bool) -> Region:
+    r, order = Reader(gm, group.core, stop, sliced=loop), places.order
     nodes = set(group.core)
     outputs: list[tuple[fx.Node, Value]] = []
     for n in group.ends:
@@ -122,10 +168,10 @@ def _read(gm: fx.GraphModule, group: Group, places: Places, name: str, stop: set
                 if any(u not in nodes and u.target is not operator.getitem for u in n.users):
                     raise Refusal(f"{n} is not one tensor", where=str(n))
                 continue
-            end, v, chain = _trailing(r, n, v)
+            end, v, chain = (n, v, {n}) if loop else _trailing(r, n, v)
             nodes |= chain
             outputs.append((end, v))
-    done = finish(r, _program_name(outputs[-1][0]), outputs)
+    done = finish(r, _program_name(outputs[-1][0]), outputs, apart=loop)
     ends = tuple(n for n, _ in outputs)
     sizes = [n for _, n in done.sizes if isinstance(n, fx.Node)]
     _check_convex(nodes, done.inputs, set(r.through))

@@ -9,12 +9,13 @@ import sympy
 import torch
 from torch import fx
 
+from memcomp.capture.collect import put_together
 from memcomp.capture.extent import Extent, expression, extent, product, same, size_name, tidy
 from memcomp.capture.reader import DTYPE, Reader, meta, shape_of, symbol_range
 from memcomp.capture.value import Value, join
 from memcomp.ir.cascade import Cascade, Einsum, Rank, Tensor
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Const, Expr, Size, Var, substitute, transform, variables, walk
+from memcomp.ir.expr import Access, Const, Expr, Size, Var, reads, substitute, transform, variables, walk
 from memcomp.ir.program import Program
 from memcomp.ir.simplify import simplify
 
@@ -26,10 +27,18 @@ class Finished:
     sizes: tuple[tuple[str, fx.Node | int], ...]
 
 
-def finish(r: Reader, name: str, outputs: Sequence[tuple[fx.Node, Value]]) -> Finished:
-    """Close the reading: `outputs` are the nodes and their values, in order."""
+def finish(r: Reader, name: str, outputs: Sequence[tuple[fx.Node, Value]], *, apart: bool = False) -> Finished:
+    """Close the reading: `outputs` are the nodes and their values, in order.
+
+    apart: an output that is put together is written piece by piece.
+    """
     out_names: dict[str, str] = {}
-    outs = [_output(r, v, "O" if len(outputs) == 1 else f"O{k}", out_names) for k, (_, v) in enumerate(outputs)]
+    if apart:
+        outs = [put_together(r, v, "O" if len(outputs) == 1 else f"O{k}") for k, (_, v) in enumerate(outputs)]
+    else:
+        several = _read_by_several(r, [v for _, v in outputs])
+        outs = [_output(r, v, "O" if len(outputs) == 1 else f"O{k}", out_names, several)
+                for k, (_, v) in enumerate(outputs)]
     statements = _needed([_renamed(s, out_names) for s in r.statements], {t.name for t in outs})
     used = list(dict.fromkeys(a.tensor for s in statements for a in _accesses(s) if a.tensor in r.leaf_of))
     ins = [_input(r, t, statements) for t in used]
@@ -73,10 +82,17 @@ def _needed(statements: Sequence[Einsum], roots: set[str]) -> list[Einsum]:
     return keep[::-1]
 
 
-def _output(r: Reader, v: Value, hint: str, out_names: dict[str, str]) -> Tensor:
+def _read_by_several(r: Reader, values: Sequence[Value]) -> set[str]:
+    """Temporaries that more than one output reads."""
+    each = [reads(r.probe(v)) for v in values]
+    return {t for t in set().union(*each) if sum(t in e for e in each) > 1}
+
+
+def _output(r: Reader, v: Value, hint: str, out_names: dict[str, str], several: set[str]) -> Tensor:
     """Write `v` to an out-tensor: its last statement writes there directly where it is only rearranged.
 
     out_names: temporaries that are out-tensors as they stand, to be renamed when all outputs are known.
+    several: temporaries that other outputs read too.
     """
     n = len(v.factors)
     hints = [("B", "H", "P", "F")[k + max(0, 4 - n)] if k + max(0, 4 - n) < 4 else "X" for k in range(n)]
@@ -90,7 +106,7 @@ def _output(r: Reader, v: Value, hint: str, out_names: dict[str, str]) -> Tensor
         ranks.append(str(own[0].rank) if len(own) == 1 else r.rank("X", product(*(f.extent for f in own))))
         index.append(join([(i, f.extent) for i, f in zip(d, own, strict=True)]))
     e = r.simplify(v.at(ix))
-    at = _last(r, e)
+    at = _last(r, e) if not reads(e) & several else None
     if at is not None:
         r.names -= set(r.statements[at].names)
     name = r.fresh(hint)
@@ -156,8 +172,7 @@ def _temps(r: Reader, statements: Sequence[Einsum], outs: Sequence[Tensor], real
     """Declarations of the temporaries that are not plain f32, empty 0."""
     done = {t.name for t in outs}
     out = []
-    for s in statements:
-        n = s.out.tensor
+    for n in (n for s in statements for n in s.names):
         w = r.written.get(n)
         if n in done or w is None:
             continue

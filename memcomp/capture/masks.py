@@ -69,6 +69,8 @@ def make(op: str, *args: Expr) -> Expr:
         return Call(op, args)
     if op == "not" and isinstance(args[0], Call) and args[0].op == "not":
         return args[0].args[0]
+    if op == "not" and isinstance(args[0], Call) and args[0].op == "or":
+        return make("and", *(make("not", a) for a in args[0].args))  # conjunctions say more about tiles
     if op in ("and", "or") and len(args) == 2:
         absorbing = Const(op == "or")
         for x, y in (args, args[::-1]):

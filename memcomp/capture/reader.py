@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain, count
 from typing import Any, TypeAlias
 
 import sympy
@@ -19,6 +21,7 @@ from memcomp.capture.value import Factor, Value, constant, plain, pointwise
 from memcomp.ir.cascade import Einsum, Reduce
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, reads, walk
+from memcomp.ir.simplify import linear
 
 DTYPE = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -37,6 +40,14 @@ def meta(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def elements(node: fx.Node) -> int:
+    """How many elements a tensor has, symbols at the number they had when the graph was traced (0: no tensor)."""
+    t = meta(node)
+    if not isinstance(t, torch.Tensor):
+        return 0
+    return math.prod(s if isinstance(s, int) else int(s.node.hint or 0) for s in t.shape)
+
+
 def shape_of(t: torch.Tensor) -> tuple[Extent, ...]:
     return tuple(extent(s) for s in t.shape)
 
@@ -46,10 +57,14 @@ class Reader(Reading):
 
     core: nodes that must be read.  Every other node is read through when that costs no memory traffic (views, index
     arithmetic, masks) and is an in-tensor otherwise.  stop: nodes that must not be read through.
+    sliced: slices are read through too, so that steps of a loop that take one each read one tensor.
     """
 
-    def __init__(self, gm: fx.GraphModule, core: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> None:
+    def __init__(self, gm: fx.GraphModule, core: Iterable[fx.Node], stop: Iterable[fx.Node] = (), *,
+                 sliced: bool = False) -> None:
         super().__init__()
+        self.sliced = sliced
+        self.whole = False  # what is read now makes an index
         self.gm, self.core, self.stop = gm, frozenset(core), frozenset(stop)
         self.memo: dict[fx.Node, Read] = {}
         self.leaves: dict[fx.Node, str] = {}
@@ -58,6 +73,8 @@ class Reader(Reading):
         self.ranks: dict[str, Extent] = {}
         self.statements: list[Einsum] = []
         self.names: set[str] = set()
+        self.counts: dict[str, int] = {}
+        self.called: dict[tuple[str, Extent], str] = {}
         self.dtypes: dict[str, str] = {}
         self.probes: dict[tuple[int, Extent], str] = {}
 
@@ -81,29 +98,35 @@ class Reader(Reading):
     def _outer(self, node: fx.Node) -> Read:
         rule = table.rule(node) if node not in self.stop else None
         if rule is not None and rule.kind not in ("reduce", "contract"):
+            before, t = self.whole, meta(node)
+            self.whole = before or isinstance(t, torch.Tensor) and not t.is_floating_point()
             try:
                 out = self.apply(rule, node)
-                if self._may_read_through(rule.kind, out):
+                self.whole = before
+                if self._may_read_through(out, elements(node)):
                     self.through[node] = None
                     return out
             except Refusal:
                 pass
+            finally:
+                self.whole = before
         return self.leaf(node)
 
-    def _may_read_through(self, kind: str, out: Read) -> bool:
+    def _may_read_through(self, out: Read, size: int) -> bool:
         if not isinstance(out, Value):
-            return all(self._may_read_through(kind, v) for v in out)
+            return all(self._may_read_through(v, size) for v in out)
         e = self.probe(out)
         nodes = list(walk(e))
         accesses = [n for n in nodes if isinstance(n, Access)]
         if len(nodes) > 400 or any(a.tensor not in self.leaf_of for a in accesses):
             return False
-        if any(isinstance(n, Call) and n.op not in CHEAP for n in nodes):
-            return False
+        costly = any(isinstance(n, Call) and n.op not in CHEAP for n in nodes)
         real = [a for a in accesses if self._leaf_real(a.tensor)]
         if out.is_real and len(real) == 1:
-            return all(_clean(i) for i in real[0].index)
-        return not real and len(accesses) <= 6
+            if all(_clean(i) or self.sliced and linear(i) is not None for i in real[0].index):
+                return not costly
+            return elements(self.leaf_of[real[0].tensor]) < size  # rows picked from a table smaller than they are
+        return not real and len(accesses) <= 6 and not (costly and (accesses or out.is_real and not self.whole))
 
     def reads_real_input(self, e: Expr) -> bool:
         """Does `e` read an in-tensor of real numbers (which may be infinite)?"""
@@ -209,17 +232,18 @@ class Reader(Reading):
     # -- statements -----------------------------------------------------------------------------------------------
 
     def fresh(self, hint: str) -> str:
-        name, k = hint, 2
+        name, k = hint, self.counts.get(hint, 2)
         while name in self.names:
             name, k = f"{hint}{k}", k + 1
         self.names.add(name)
+        self.counts[hint] = k
         return name
 
     def rank(self, hint: str, e: Extent) -> str:
         """A new rank of extent `e`, called `hint` where that is free."""
         pool = [hint, *(c for c in "XYZUWCDGILNRSTVK" if c != hint), *(a + b for a in string.ascii_uppercase
                                                                         for b in string.ascii_uppercase)]
-        name = next(n for n in pool if n not in self.ranks)
+        name = next(n for n in chain(pool, (f"{hint}_{k}" for k in count())) if n not in self.ranks)
         self.ranks[name] = e
         self._range(name.lower(), e)
         return name
@@ -231,7 +255,9 @@ class Reader(Reading):
             name = f.rank if f.rank is not None and f.rank not in used else None
             if name is None:
                 shared = f.rank is None and hint in self.ranks and hint not in used and same(self.ranks[hint], f.extent)
-                name = hint if shared else self.rank(hint, f.extent)
+                again = self.called.get((hint, f.extent)) if self.sliced and f.rank is None else None
+                name = hint if shared else again if again and again not in used else self.rank(hint, f.extent)
+                self.called[hint, f.extent] = name
             used.add(name)
             out.append(Factor(f.extent, name))
         return out
@@ -275,6 +301,24 @@ class Reader(Reading):
     def _is_plain(self, v: Value) -> bool:
         e = self.probe(v)
         return isinstance(e, (Access, Const)) or not any(t in self.written for t in reads(e))
+
+    def computed(self, v: Value) -> bool:
+        """Does `v` read a temporary (one more complex than an element of an in-tensor)?"""
+        return any(t in self.written for t in reads(self.probe(v)))
+
+    def select(self, hint: str, axes: Sequence[Factor], body: Expr, reduce: Reduce, guard: Expr | None,
+               integer: bool) -> tuple[str, str]:
+        """Append a reduction with two results, the values and where they were found."""
+        names = self.fresh(hint + "V"), self.fresh(hint + "I")
+        index = tuple(Var(str(f.rank).lower()) for f in axes)
+        self.statements.append(Einsum(tuple(Access(n, index) for n in names), body, reduce, guard))
+        for n in names:
+            self.written[n] = Written(tuple(v.name for v in index), None, 0.0, self.tame(body), False)
+        self.dtypes[names[1]] = "i64"
+        if integer:
+            self.dtypes[names[0]] = "i64"
+        self.integers.add(names[1])
+        return names
 
     def named(self, v: Value, hint: str) -> Value:
         """`v` itself where it is one element of one tensor, else materialised."""

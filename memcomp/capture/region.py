@@ -37,9 +37,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Refused:
-    """An attention-like candidate that stays with torch: where (module path, file:line), why, and a lower bound
-    where one is proved (else "")."""
+    """A candidate that stays with torch: where (module path, file:line), why, and a lower bound where one is proved
+    (else "").  chain: no attention, where nothing was promised."""
 
     where: str
     why: str
     bound: str = ""
+    chain: bool = False

@@ -122,17 +122,17 @@ def _joined(r: Reader, name: str, op: str, rows: Rows, live: bool, parts: Sequen
     return Access(r.write(name, rows.kept, body, finite=live, positive=live and op == "add"), kept)
 
 
-def softmax(r: Reader, x: Value, dim: int, dtype: torch.dtype, dead: Dead = "nan", certain: bool = True) -> Value:
+def softmax(r: Reader, x: Value, dim: int, dtype: torch.dtype, dead: Dead = "nan") -> Value:
     """exp(x - max x) / sum of it.
 
-    dead: what a row without live points gives.  certain: the scores hold no -inf of their own (no mask from outside).
+    dead: what a row without live points gives, or with none but -inf.
     """
     d = wrap(dim, len(x.dims))
     n = _normalise(r, real(x), [d])
     out = []
     for p, weight in zip(n.parts, n.weights, strict=True):
         share: Expr = call("div", weight, n.total)
-        if dead == "zero" and not (n.live and certain):
+        if dead == "zero":
             share = call("where", call("gt", n.top, -INF), share, 0.0)
         if p.rows is None:
             out.append(_single(p.piece, n.kept, share, d, dtype))
@@ -161,23 +161,32 @@ def _softmax(r: Reader, node: fx.Node, x: Value, dim: Any = None, *_: Any, **kw:
 
 
 def _safe_softmax(r: Reader, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Value:
-    return softmax(r, x, dim, meta(node).dtype, "zero", certain=False)
+    return softmax(r, x, dim, meta(node).dtype, "zero")
 
 
-def _log_sum(r: Reader, x: Value, dims: Sequence[int], keepdim: bool) -> Value:
+def _log_sum(r: Reader, x: Value, dims: Sequence[int], keepdim: bool, ends: bool = False) -> Value:
+    """max x + log of the sum of exp(x - max x).  ends: an infinite maximum is the answer (else it gives NaN)."""
     n = _normalise(r, real(x), dims)
-    name = r.write("L", n.kept, call("add", n.top, call("log", n.total)), finite=n.live)
+    body = call("add", n.top, call("log", n.total))
+    if ends:
+        body = call("where", call("eq", call("abs", n.top), INF), n.top, body)
+    name = r.write("L", n.kept, body, finite=n.live)
     lead = next(p for p in n.parts if p.rows is not None)
     assert lead.rows is not None
     return kept_shape(lead.piece, lead.rows, dims, keepdim, name)
 
 
 def _logsumexp(r: Reader, node: fx.Node, x: Value, dim: Any, keepdim: bool = False) -> Value:
-    return _log_sum(r, x, dimensions(x, dim), keepdim)
+    return _log_sum(r, x, dimensions(x, dim), keepdim, ends=True)
+
+
+def log_softmax(r: Reader, x: Value, dim: int, dtype: torch.dtype) -> Value:
+    """x less the logarithm of the sum of its exponentials."""
+    return apply("sub", dtype, real(x), _log_sum(r, x, [wrap(dim, len(x.dims))], True))
 
 
 def _log_softmax(r: Reader, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Value:
-    return apply("sub", meta(node).dtype, real(x), _log_sum(r, x, [wrap(dim, len(x.dims))], True))
+    return log_softmax(r, x, dim, meta(node).dtype)
 
 
 def _sdpa(r: Reader, node: fx.Node, query: Value, key: Value, value: Value, attn_mask: Value | None = None,
@@ -198,7 +207,6 @@ def _sdpa(r: Reader, node: fx.Node, query: Value, key: Value, value: Value, attn
         scale = 1 / math.sqrt(e) if isinstance(e, int) and e else Value(
             (), torch.float32, lambda _: call("rsqrt", call("real", expression(e))))
     x = apply("mul", dtype, x, real(r.value(scale, torch.float32)))
-    certain = True
     if is_causal:
         x = coarse(coarse(x, n - 2), n - 1)
         x = Value(x.dims, x.dtype, _causal(x))
@@ -206,8 +214,7 @@ def _sdpa(r: Reader, node: fx.Node, query: Value, key: Value, value: Value, attn
         x = apply("where", dtype, attn_mask, x, constant(-INF, dtype))
     elif attn_mask is not None:
         x = apply("add", dtype, x, attn_mask)
-        certain = False
-    return matmul(r, softmax(r, x, -1, dtype, "zero", certain), value, dtype)
+    return matmul(r, softmax(r, x, -1, dtype, "zero"), value, dtype)
 
 
 def _causal(x: Value) -> Callable[[Index], Expr]:

@@ -13,7 +13,7 @@ from memcomp.capture.masks import make
 from memcomp.capture.reader import Reader, meta, real
 from memcomp.capture.rules_map import apply
 from memcomp.capture.table import Rule
-from memcomp.capture.value import Dim, Index, Value, align, constant
+from memcomp.capture.value import Dim, Index, Value, align, constant, permute
 from memcomp.ir.cascade import Reduce
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Call, Const, Expr, Var, call, variables
@@ -98,6 +98,15 @@ def _matmul(r: Reader, node: fx.Node, a: Value, b: Value, **_: Any) -> Value:
     return matmul(r, a, b, meta(node).dtype)
 
 
+def _linear(r: Reader, node: fx.Node, x: Value, weight: Value, bias: Value | None = None) -> Value:
+    out = matmul(r, x, permute(weight, [1, 0]), meta(node).dtype)
+    return out if bias is None else apply("add", out.dtype, out, real(bias))
+
+
+def _addmm(r: Reader, node: fx.Node, x: Value, mat1: Value, mat2: Value, *, beta: float = 1, alpha: float = 1) -> Value:
+    return _baddbmm(r, node, x, mat1, mat2, beta=beta, alpha=alpha)
+
+
 def _baddbmm(r: Reader, node: fx.Node, x: Value, batch1: Value, batch2: Value, *, beta: float = 1,
              alpha: float = 1) -> Value:
     dtype = meta(node).dtype
@@ -142,5 +151,6 @@ def _einsum(r: Reader, node: fx.Node, equation: str, *terms: Any) -> Value:
 
 RULES: dict[str, Rule] = {
     "matmul": Rule("contract", _matmul), "bmm": Rule("contract", _matmul), "mm": Rule("contract", _matmul),
-    "baddbmm": Rule("contract", _baddbmm), "einsum": Rule("contract", _einsum),
+    "linear": Rule("contract", _linear), "addmm": Rule("contract", _addmm), "baddbmm": Rule("contract", _baddbmm),
+    "einsum": Rule("contract", _einsum),
 }

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from memcomp.capture.extent import expression
+from memcomp.capture.extent import expression, same
 from memcomp.capture.masks import make
 from memcomp.capture.pieces import cat
 from memcomp.capture.reader import Reader, whole
 from memcomp.capture.rules_map import dtype_of
 from memcomp.capture.rules_view import insert_unit, out_shape, select, slice_dim
 from memcomp.capture.table import Rule
-from memcomp.capture.value import ZERO, Index, Value, coarse, constant, plain, pointwise, shift, wrap
+from memcomp.capture.value import ZERO, Index, Value, coarse, constant, plain, pointwise, reshape, shift, wrap
+from memcomp.ir.cascade import Reduce
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Call, Const, Expr, Size, lift
+from memcomp.ir.expr import Call, Const, Expr, Size, Var, conjunction, lift
 
 
 def _arange(r: Reader, node: fx.Node, *args: Any, **kw: Any) -> Value:
@@ -167,11 +169,40 @@ def _gather(r: Reader, node: fx.Node, x: Value, dim: int, index: Value, **_: Any
     for k in range(len(x.dims)):
         w = coarse(w, k)
         index = coarse(index, k)
+    if r.computed(w):
+        return _gathered(r, w, d, index)
 
     def at(ix: Index) -> Expr:
         return w.at((*ix[:d], index.at(ix), *ix[d + 1:]))
 
     return Value(index.dims, x.dtype, at)
+
+
+def element(r: Reader, x: Value, dim: int, index: Value) -> Value:
+    """x at one place of `dim` per row; no element where the index is outside of it (0 then)."""
+    column = reshape(index, (*index.shape[:dim], 1, *index.shape[dim:]))
+    for k in range(len(x.dims)):
+        x, column = coarse(x, k), coarse(column, k)
+    return reshape(_gathered(r, x, dim, column), index.shape)
+
+
+def _gathered(r: Reader, x: Value, dim: int, index: Value) -> Value:
+    """x where `index` says, along a dimension whose elements are computed and need not be stored: the sum of the one
+    element that is there.  One factor per dimension; `index` is as long as x or shorter in all others."""
+    rows = [f if k == dim or not same(f.extent, g.extent) else g
+            for k, (f, g) in enumerate(zip(index.factors, x.factors, strict=True))]
+    used: set[str] = set()
+    along = r.axes([x.factors[dim]], ["M"], used)[0]
+    axes = r.axes(rows, ("B", "H", "P", "K")[-len(rows):] if len(rows) <= 4 else "X" * len(rows), used)
+    ix, m = [Var(str(f.rank).lower()) for f in axes], Var(str(along.rank).lower())
+    body = r.simplify(x.at((*ix[:dim], m, *ix[dim + 1:])))
+    guards: list[Expr] = [Call("eq", (m, r.simplify(index.at(tuple(ix)))))]
+    p = r.parts(body)
+    if p.guard is not None and p.outside is not None and p.outside.value == 0:
+        body, guards = p.inside, [*guards, p.guard]
+    name = r.write("C", axes, body, reduce=Reduce("sum", (m.name,)), guard=conjunction(guards), finite=r.tame(body),
+                   dtype="" if x.is_real else "i64")
+    return r.view(replace(index, dtype=x.dtype, pieces=None), axes, name)
 
 
 def _cumsum(r: Reader, node: fx.Node, x: Value, dim: int, **_: Any) -> Value:

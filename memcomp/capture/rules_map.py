@@ -141,7 +141,8 @@ def _floor_divide(r: Reader, node: fx.Node, a: Operand, b: Operand) -> Value:
 def _remainder(r: Reader, node: fx.Node, a: Operand, b: Operand) -> Value:
     x, y = operands(r, node, a, b)
     if x.is_real:
-        raise Refusal("remainder of real numbers")
+        times = apply("floor", x.dtype, apply("div", x.dtype, x, y))
+        return apply("sub", dtype_of(node), x, apply("mul", x.dtype, y, times))
     return apply("mod", torch.int64, x, y)
 
 
@@ -222,12 +223,50 @@ def _minmax(op: str) -> Callable[..., Value]:
     return read
 
 
+def _composed(f: Callable[[Expr], Expr]) -> Callable[..., Value]:
+    """A function of one real number in terms of the table's."""
+    def read(r: Reader, node: fx.Node, x: Operand) -> Value:
+        return pointwise(f, dtype_of(node), real(r.value(x, torch.float32)))
+
+    return read
+
+
+def _trunc(x: Expr) -> Expr:
+    return make("where", make("lt", x, Const(0.0)), make("neg", make("floor", make("neg", x))), make("floor", x))
+
+
+def _sinh(x: Expr) -> Expr:
+    e = make("expm1", make("abs", x))  # without cancellation near 0
+    half = make("mul", Const(0.5), make("add", e, make("div", e, make("add", e, Const(1.0)))))
+    return make("where", make("lt", x, Const(0.0)), make("neg", half), half)
+
+
+def _cosh(x: Expr) -> Expr:
+    return make("mul", Const(0.5), make("add", make("exp", x), make("exp", make("neg", x))))
+
+
+def _sign(x: Expr) -> Expr:
+    below = make("where", make("lt", x, Const(0.0)), Const(-1.0), Const(0.0))
+    return make("where", make("gt", x, Const(0.0)), Const(1.0), below)
+
+
+COMPOSED: dict[str, Callable[[Expr], Expr]] = {
+    "ceil": lambda x: make("neg", make("floor", make("neg", x))), "trunc": _trunc, "sinh": _sinh, "cosh": _cosh,
+    "round": lambda x: make("round", x), "sign": _sign, "sgn": _sign,
+    "tan": lambda x: make("div", make("sin", x), make("cos", x)),
+    "log10": lambda x: make("mul", make("log", x), Const(1.0 / math.log(10.0))),
+    "atanh": lambda x: make("mul", Const(0.5), make("sub", make("log1p", x), make("log1p", make("neg", x)))),
+}
+
+
 RULES: dict[str, Rule] = {
+    **{n: Rule("map", _composed(f)) for n, f in COMPOSED.items()},
     **{n: Rule("map", _binary(n)) for n in ("add", "sub", "mul", "div")},
     **{n: Rule("map", _compare(n)) for n in ("eq", "ne", "lt", "le", "gt", "ge")},
     **{n: Rule("map", _unary(o)) for n, o in (
-        ("neg", "neg"), ("exp", "exp"), ("exp2", "exp2"), ("log", "log"), ("log2", "log2"), ("sqrt", "sqrt"),
-        ("rsqrt", "rsqrt"), ("reciprocal", "recip"), ("tanh", "tanh"), ("sigmoid", "sigmoid"), ("erf", "erf"),
+        ("neg", "neg"), ("exp", "exp"), ("exp2", "exp2"), ("log", "log"), ("log2", "log2"), ("log1p", "log1p"),
+        ("expm1", "expm1"), ("sqrt", "sqrt"), ("rsqrt", "rsqrt"), ("reciprocal", "recip"),
+        ("tanh", "tanh"), ("sigmoid", "sigmoid"), ("erf", "erf"),
         ("sin", "sin"), ("cos", "cos"), ("abs", "abs"), ("relu", "relu"), ("square", "square"), ("floor", "floor"))},
     "bitwise_and": Rule("map", _logic("and", "bitand")), "bitwise_or": Rule("map", _logic("or", "bitor")),
     "bitwise_xor": Rule("map", lambda r, node, a, b: _compare("ne")(r, node, a, b) if dtype_of(node) == torch.bool

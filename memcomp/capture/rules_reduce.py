@@ -14,7 +14,7 @@ from memcomp.capture.extent import expression, same
 from memcomp.capture.masks import lowest, make
 from memcomp.capture.reader import Reader, meta, real, whole
 from memcomp.capture.rules_map import apply, operands, truth
-from memcomp.capture.table import Rule
+from memcomp.capture.table import Rule, base_name
 from memcomp.capture.value import UNIT, Dim, Factor, Index, Value, reshape, wrap
 from memcomp.ir.cascade import Reduce
 from memcomp.ir.errors import Refusal
@@ -45,7 +45,7 @@ def layout(r: Reader, v: Value, dims: Sequence[int]) -> Rows:
 
 
 def dimensions(v: Value, dim: Any) -> list[int]:
-    if dim is None:
+    if dim is None or dim == ():
         return list(range(len(v.dims)))
     return [wrap(d, len(v.dims)) for d in (dim if isinstance(dim, tuple) else (dim,))]
 
@@ -106,6 +106,29 @@ def kept_shape(v: Value, rows: Rows, dims: Sequence[int], keepdim: bool, name: s
     return Value(tuple(out), v.dtype, at)
 
 
+def best(r: Reader, x: Value, monoid: str, dim: int, keepdim: bool) -> tuple[Value, Value]:
+    """Value and place of the greatest (argmax) or least (argmin) element along `dim`; ties take the lowest place."""
+    v = real(x) if x.is_real else whole(x)
+    rows = layout(r, v, [dim])
+    if len(rows.over) != 1:
+        raise Refusal(f"{monoid} over a dimension that was merged from several")
+    body, guard = guarded(r, v.at(rows.index), monoid, rows.over)
+    names = r.select("G", rows.kept, body, Reduce(monoid, rows.over), guard, not v.is_real)
+    value, place = (kept_shape(v, rows, [dim], keepdim, n) for n in names)
+    return value, Value(place.dims, torch.int64, place.at)
+
+
+def guarded(r: Reader, e: Expr, monoid: str, over: tuple[str, ...]) -> tuple[Expr, Expr | None]:
+    """A mask that gives the identity, where each row keeps a point, is a guard."""
+    e = r.simplify(e)
+    p = r.parts(e)
+    identity = INF if monoid == "argmin" else -INF
+    if p.guard is None or p.outside is None or not r.live(p.guard, over):
+        return e, None
+    fits = p.outside.value == identity or monoid != "argmin" and lowest(p.outside)
+    return (p.inside, p.guard) if fits else (e, None)
+
+
 def _sum(r: Reader, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Value:
     return reduced(r, x if x.is_real else whole(x), "sum", dimensions(x, dim), keepdim, "R")
 
@@ -124,14 +147,12 @@ def _extreme(monoid: str, pair: bool) -> Callable[..., Any]:
     def read(r: Reader, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
         if isinstance(dim, Value):
             return apply(monoid, meta(node).dtype, *operands(r, node, x, dim))
+        if pair and dim is not None and any(base_name(u) != "getitem" or u.args[1] == 1 for u in node.users):
+            return best(r, x, f"arg{monoid}", dimensions(x, dim)[0], keepdim)
         out = reduced(r, real(x), monoid, dimensions(x, dim), keepdim, "G")
         if not pair or dim is None:
             return out
-
-        def never(_: Index) -> Expr:
-            raise Refusal(f"the index of a {monoid}")
-
-        return out, Value(out.dims, torch.int64, never)
+        return out, Value(out.dims, torch.int64, out.at)  # nobody reads where it was found
 
     return read
 

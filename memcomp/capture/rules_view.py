@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from memcomp.capture.table import Rule, base_name
 from memcomp.capture.value import (
     UNIT,
     ZERO,
+    Pieces,
     Value,
     constant,
     expand,
@@ -170,8 +172,16 @@ def _cat(r: Reader, node: fx.Node, tensors: tuple[Value, ...], dim: int = 0, **k
 
 def _stack(r: Reader, node: fx.Node, tensors: tuple[Value, ...], dim: int = 0) -> Value:
     d = wrap(dim, len(out_shape(node)))
-    widened = [reshape(t, (*t.shape[:d], 1, *t.shape[d:])) for t in tensors]
-    return cat(r, widened, d)
+    return cat(r, [_widened(t, d) for t in tensors], d)
+
+
+def _widened(x: Value, d: int) -> Value:
+    """`x.unsqueeze(d)`; what was put together stays so."""
+    out = reshape(x, (*x.shape[:d], 1, *x.shape[d:]))
+    if x.pieces is None:
+        return out
+    pieces = tuple(_widened(p, d) for p in x.pieces.values)
+    return replace(out, pieces=Pieces(x.pieces.dim + (d <= x.pieces.dim), pieces))
 
 
 def _repeat(r: Reader, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:

@@ -86,20 +86,41 @@ def base_name(node: fx.Node) -> str:
 @cache
 def rules() -> dict[str, Rule]:
     """All rules, by base name."""
-    from memcomp.capture import rules_attention, rules_contract, rules_index, rules_map, rules_reduce, rules_view
+    from memcomp.capture import (
+        rules_attention,
+        rules_contract,
+        rules_index,
+        rules_loss,
+        rules_map,
+        rules_norm,
+        rules_order,
+        rules_reduce,
+        rules_view,
+    )
 
     out: dict[str, Rule] = {}
-    for module in (rules_view, rules_map, rules_index, rules_contract, rules_reduce, rules_attention):
+    for module in (rules_view, rules_map, rules_index, rules_contract, rules_reduce, rules_attention, rules_norm,
+                   rules_loss, rules_order):
         for name, rule in module.RULES.items():
             assert name not in out, name
             out[name] = rule
     return out
 
 
+_OWN: dict[Any, Rule] = {}
+
+
+def own(fn: Callable[..., Any], r: Rule) -> None:
+    """Read calls of a user's function by a rule (`memcomp.register`)."""
+    _OWN[fn] = r
+
+
 def rule(node: fx.Node) -> Rule | None:
     """The node's rule.  Writing into a tensor that nobody else sees is read as making a new one."""
     if node.op not in ("call_function", "call_method"):
         return None
+    if node.target in _OWN:
+        return _OWN[node.target]
     if not mutates(node):
         return rules().get(base_name(node))
     return _functional(node) if _owned(node) else None
@@ -125,8 +146,10 @@ def _owned(node: fx.Node) -> bool:
     made = rule(target)
     if made is None or made.kind == "view" or base_name(target) == "convert":
         return False
-    others = [(u, rule(u)) for u in target.users if u is not node]
-    return all(u < node and r is not None and r.kind != "view" and base_name(u) != "convert" for u, r in others)
+    others = [u for u in target.users if u is not node]
+    if any(mutates(u) or not u < node for u in others):
+        return False
+    return all((r := rule(u)) is not None and r.kind != "view" and base_name(u) != "convert" for u in others)
 
 
 def mutates(node: fx.Node) -> bool:

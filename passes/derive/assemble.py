@@ -9,10 +9,11 @@ from memcomp.ir.expr import Access, Call, Const, Expr, Size, transform, variable
 from memcomp.passes.derive.tiles import Cut
 
 
-def assembled(c: Cascade, statements: list[Einsum], wanted: Mapping[str, str], conditions: set[str]) -> Cascade:
+def assembled(c: Cascade, statements: list[Einsum], wanted: Mapping[str, str],
+              dtypes: Mapping[str, str]) -> Cascade:
     """`statements` that an output needs, with the declarations they need.
 
-    wanted: tile tensor -> the name it takes back where the whole tensor is gone.  conditions: tensors of truth values.
+    wanted: tile tensor -> the name it takes back where the whole tensor is gone.  dtypes: of what holds no reals.
     """
     kept = live(statements, roots(c))
     written = {n for s in kept for n in s.names}
@@ -25,7 +26,7 @@ def assembled(c: Cascade, statements: list[Einsum], wanted: Mapping[str, str], c
     known = {t.name for t in tensors}
     wide = any(t.dtype == "f64" for t in c.outputs())
     for name, r in ranks.items():  # what is undeclared holds f32
-        dtype = "bool" if name in conditions else "f64" if wide else ""
+        dtype = dtypes.get(name, "f64" if wide else "")
         if dtype and name not in known:
             tensors.append(Tensor(name, r, dtype))
     return Cascade(c.ranks, tuple(tensors), tuple(kept))

@@ -7,11 +7,11 @@ affine, else by a count of points.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from memcomp.ir.cascade import Einsum
-from memcomp.ir.expr import Access, Call, Const, Expr, substitute, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, reads, substitute, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.passes.derive.finals import Finals
 from memcomp.passes.derive.stage import Stage
@@ -29,7 +29,7 @@ class Closing:
 
     def sum(self, s: Einsum, terms: list[Term], guard: tuple[Expr, ...]) -> Einsum:
         """The finalise map of an accepted sum."""
-        self.finals.assume, self.finals.leaned = self._some(s, guard), False
+        self.finals.assume, self.finals.leaned = self.some(s, guard), False
         done = [replace(self._grounded(self.finals.normal(t)), when=t.when) for t in terms]
         leaned, self.finals.assume = self.finals.leaned, None
         conds = [self._alive(s, t, guard, leaned) for t in done]
@@ -54,12 +54,31 @@ class Closing:
         if isinstance(value, Access):
             self.finals.learn(plain, value, self.finals.term(value))
             return plain
-        cond = self._some(s, guard)
+        cond = self.some(s, guard)
         if cond is None:
             return plain
         return replace(plain, body=Call("where", (cond, value, Const(MONOIDS[s.reduce.monoid].identity))))
 
-    def _some(self, s: Einsum, guard: tuple[Expr, ...]) -> Expr | None:
+    def shared(self, s: Einsum, fresh: Callable[[str], str]) -> list[Einsum]:
+        """A sum over another rank of finished values: finished factors without that rank leave it, so that they can
+        cancel in what divides by it."""
+        assert s.reduce is not None
+        over, ends = set(s.reduce.over), {e.tensor for e in self.ends.values()}
+        t = self.finals.term(s.body)
+        outside = tuple((x, p) for x, p in t.c if not variables(x) & over and reads(x) & ends)
+        inside = replace(t, coef=1.0, c=tuple(f for f in t.c if f not in outside))
+        some, _ = self.stage.facts.alive(s.reduce.over, ())
+        if s.guard is not None or t.if_ or some is not None or not outside or not (inside.c or inside.ec):
+            return [s]
+        rest = Access(fresh(s.names[0] + "S"), s.out.index)
+        if any(not isinstance(i, Var) for i in rest.index):
+            return [s]
+        whole = Term(coef=t.coef, c=((rest, 1), *outside))
+        plain = replace(s, body=self.finals.build(whole), reduce=None)
+        self.finals.learn(plain, None, whole)
+        return [replace(s, outs=(rest,), body=self.finals.build(inside)), plain]
+
+    def some(self, s: Einsum, guard: tuple[Expr, ...]) -> Expr | None:
         """The condition that a point takes part; None where one always does."""
         assert s.reduce is not None
         cond, rest = self.stage.facts.alive(s.reduce.over, guard)
@@ -75,7 +94,7 @@ class Closing:
 
     def _alive(self, s: Einsum, t: Term, guard: tuple[Expr, ...], leaned: bool) -> Expr | None:
         points = tuple(dict.fromkeys(guard + t.when))
-        return None if (self._tame(t) and not leaned) or self._chosen(t, points) else self._some(s, points)
+        return None if (self._tame(t) and not leaned) or self._chosen(t, points) else self.some(s, points)
 
     def _tame(self, t: Term) -> bool:
         """Is the c-side finite where no point takes part?  Products of neutral values and of empty sums are, and the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from memcomp.ir.cascade import Einsum, Reduce
+from memcomp.ir.cascade import Einsum, Rank, Reduce
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var
 from memcomp.ir.ops import MONOIDS
 from memcomp.passes.derive.frames import Frames
@@ -13,9 +13,10 @@ from memcomp.passes.derive.states import OrderState, SumState
 
 @dataclass(slots=True)
 class Writer(Frames):
-    """Writes one stage; conditions: tensors of truth values that it made."""
+    """Writes one stage.  dtypes: of what it made that holds no reals; more: ranks it made."""
 
-    conditions: set[str] = field(default_factory=set)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    more: list[Rank] = field(default_factory=list)
 
     def order(self, o: OrderState, space: tuple[str, ...]) -> None:
         monoid = MONOIDS[o.monoid]
@@ -25,7 +26,7 @@ class Writer(Frames):
         bools = o.monoid in ("and", "or")  # a condition has no tensor of its own
         y = self.tile(o.body) if bools else self.operand(o.body, "Y" + o.name[1:], space, o.guard)
         if bools:
-            self.conditions |= {o.name, local.tensor, self.stage.final(o).tensor}
+            self.dtypes |= dict.fromkeys((o.name, local.tensor, self.stage.final(o).tensor), "bool")
         self.body.append(Einsum((local,), y, Reduce(o.monoid, self.inside(o.over)), self.guarded(o.guard)))
         self.body.append(Einsum((self.at(o.name, self.then, o.vars),),
                                 Call(monoid.join, (self.at(o.name, self.now, o.vars), local))))
@@ -35,6 +36,9 @@ class Writer(Frames):
 
     def sum(self, state: SumState, space: tuple[str, ...]) -> None:
         """Local sum over the tile, old state moved into the new frame, their sum."""
+        for g, _ in state.ds:
+            if g not in self.spaces:  # a mean under weights, which are a state written before
+                self.gauge(g, space)
         self.start(state.name, state.vars, Const(0.0))
         stem = state.name[1:]
         factors: list[tuple[Expr, float]] = list(state.a)

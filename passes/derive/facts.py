@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from memcomp.ir.cascade import Cascade, Einsum, Knob
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjunction, reads, variables
-from memcomp.ir.ops import OPS
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, conjunction, reads, rebuild, variables
+from memcomp.ir.laws import law, value
+from memcomp.ir.ops import OPS, Op
 from memcomp.ir.simplify import linear, simplify
 
 INF = math.inf
@@ -52,14 +53,13 @@ def _recip(a: Interval) -> Interval:
     return REAL
 
 
-def _even(a: Interval) -> Interval:
-    low = 0.0 if a.lo <= 0 <= a.hi else min(abs(a.lo), abs(a.hi))
+def _even(a: Interval, least: float = 0.0) -> Interval:
+    low = least if a.lo <= 0 <= a.hi else min(abs(a.lo), abs(a.hi))
     return Interval(low, max(abs(a.lo), abs(a.hi)), a.positive or low > 0)
 
 
-def _image(op: str, a: Interval) -> Interval:
-    """Image of an increasing function: its values at the ends, clipped to its range."""
-    row = OPS[op]
+def _image(row: Op, a: Interval) -> Interval:
+    """Image of a monotone function: its values at the ends, clipped to its range."""
     with_limits = dict(row.limits)
 
     def at(x: float, default: float) -> float:
@@ -67,25 +67,30 @@ def _image(op: str, a: Interval) -> Interval:
             return with_limits[x]
         if not math.isfinite(x):
             return default
-        try:
-            y = float(row.numpy(x))
-        except (OverflowError, ValueError):
-            return default
+        y = value(row, x)
         return y if y == y else default
 
-    lo, hi = at(a.lo, row.range[0]), at(a.hi, row.range[1])
-    return Interval(max(lo, row.range[0]), min(hi, row.range[1]), op in _POSITIVE or lo > 0)
+    low, high = (a.lo, a.hi) if row.monotone == ("inc",) else (a.hi, a.lo)
+    lo, hi = at(low, row.range[0]), at(high, row.range[1])
+    return _ranged(row, Interval(lo, hi, lo > 0))
 
 
-_POSITIVE = frozenset(name for name, row in OPS.items() if row.hom == ("add", "mul") or name == "sigmoid")
+def _ranged(row: Op, a: Interval = REAL) -> Interval:
+    """`a`, a value of the function, within the range that the table states."""
+    return Interval(max(a.lo, row.range[0]), min(a.hi, row.range[1]), a.positive or row.positive or row.range[0] > 0)
 
 
 @dataclass(slots=True)
 class Facts:
-    """Facts over one cascade.  Intervals assume that reductions run over at least one point (see `alive`)."""
+    """Facts over one cascade.  Intervals assume that reductions run over at least one point (see `alive`).
+
+    sure: positive tensors whose reductions no guard can leave without a point.
+    """
 
     cascade: Cascade
+    sure: set[str] = field(default_factory=set)
     _tensors: dict[str, Interval] = field(default_factory=dict)
+    _because: dict[str, dict[str, None]] = field(default_factory=dict)
 
     def interval(self, e: Expr) -> Interval:
         if isinstance(e, Const):
@@ -105,6 +110,23 @@ class Facts:
     def positive(self, e: Expr) -> bool:
         return self.interval(e).positive
 
+    def because(self, e: Expr) -> dict[str, None]:
+        """The rows of the law table that what is known about `e` may come from."""
+        if isinstance(e, Access):
+            if e.tensor not in self._because:
+                self._because[e.tensor] = {}  # a tensor that reads itself adds nothing
+                for s in self.cascade.writers(e.tensor):
+                    self._because[e.tensor] |= self.because(s.body)
+            return self._because[e.tensor]
+        if not isinstance(e, Call):
+            return {}
+        found = (law(e.op, k) for k in ("range", "positive", "limits"))
+        out: dict[str, None] = {str(x): None for x in found if x is not None}
+        if OPS[e.op].range[0] < 0:  # else the sign does not depend on the arguments
+            for a in e.args:
+                out |= self.because(a)
+        return out
+
     def learn(self, name: str, fact: Interval) -> None:
         """A fact about a tensor that is not (yet) written in the cascade."""
         self._tensors[name] = fact
@@ -122,18 +144,31 @@ class Facts:
         return self._tensors[name]
 
     def _written(self, s: Einsum, name: str) -> Interval:
-        body = self.interval(s.body)
+        body = self.interval(self._under(s.body, s.guards()))
         if s.reduce is None:
             declared = self.cascade.declared(name)
             empty = 0.0 if declared is None else declared.empty
             return body if s.guard is None else Interval(min(body.lo, empty), max(body.hi, empty))
-        if s.names[0] != name or s.reduce.monoid in ("argmax", "argmin"):
+        if s.names[0] != name:
             return Interval(0.0)  # an index
-        if s.reduce.monoid in ("max", "min", "topk"):
+        if s.reduce.monoid in ("max", "min", "argmax", "argmin"):
             return body
+        if s.reduce.monoid == "topk":  # places beyond the points of a short rank stay empty
+            declared = self.cascade.declared(name)
+            return Interval(hi=max(body.hi, 0.0 if declared is None else declared.empty))
         if s.reduce.monoid in ("sum", "prod"):
             return Interval(0.0 if body.nonneg else -INF, INF, body.positive)
         return TRUTH
+
+    def _under(self, e: Expr, guards: tuple[Expr, ...]) -> Expr:
+        """`e` with maps that are written wherever `guards` hold replaced by their bodies (elsewhere they are empty)."""
+        if isinstance(e, Access):
+            writers = self.cascade.writers(e.tensor)
+            if len(writers) == 1 and (w := writers[0]).reduce is None and w.guard is not None \
+                    and w.out.index == e.index and set(w.guards()) <= set(guards):
+                return self._under(w.body, guards)
+        kids = children(e)
+        return rebuild(e, tuple(self._under(k, guards) for k in kids)) if kids else e
 
     def _call(self, e: Call) -> Interval:
         args = [self.interval(a) for a in e.args]
@@ -162,20 +197,16 @@ class Facts:
                 return Interval(min(args[1].lo, args[2].lo), max(args[1].hi, args[2].hi),
                                 args[1].positive and args[2].positive)
             case "square" | "abs":
-                even = _even(args[0])
-                return even if e.op == "abs" else _mul(even, even)
+                even = _even(args[0], OPS[e.op].range[0])
+                return _ranged(OPS[e.op], even if e.op == "abs" else _mul(even, even))
             case "sqrt":
-                return Interval(0.0, INF, args[0].positive)
-            case "rsqrt":
-                return Interval(0.0, INF, True)
+                return _ranged(OPS[e.op], Interval(positive=args[0].positive))
             case "real" | "int":
                 return args[0]
         row = OPS[e.op]
         if row.result == "bool":
             return TRUTH
-        if row.monotone == ("inc",):
-            return _image(e.op, args[0])
-        return Interval(row.range[0], row.range[1])
+        return _image(row, args[0]) if row.monotone in (("inc",), ("dec",)) else _ranged(row)
 
     # -- liveness -------------------------------------------------------------------------------------------------
 

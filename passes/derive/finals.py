@@ -76,7 +76,8 @@ class Finals:
                 below = self.term(a[-1])
                 if below.coef == 0 or below.if_:
                     below = Term(c=((self.build(below), 1),))
-                return below.power(-1) if e.op == "recip" else self.term(a[0]).times(below.power(-1))
+                below = below.power(-1)
+                return below if e.op == "recip" else self._cancelled(self.term(a[0]).times(below))
             case "neg":
                 return self.term(a[0]).scaled(-1)
             case "square":
@@ -92,6 +93,15 @@ class Finals:
         if logarithm_scale(e.op) is not None:
             return self._summed(self.linear(e))
         return Term(c=((Call(e.op, tuple(self.expr(x) for x in a)), 1),))
+
+    def _cancelled(self, t: Term) -> Term:
+        """x**p / x**q where x is surely positive."""
+        both = {x for x, p in t.c if p < 0} & {x for x, p in t.c if p > 0}
+        net = {x: sum(p for y, p in t.c if y == x) for x in both
+               if isinstance(x, Access) and x.tensor in self.facts.sure}
+        if not net:
+            return t
+        return replace(t, c=(*((x, p) for x, p in t.c if x not in net), *((x, p) for x, p in net.items() if p)))
 
     def _chosen(self, cond: Expr, t: Term) -> Term:
         return replace(t, if_=tuple(dict.fromkeys((cond, *t.if_))))
@@ -188,7 +198,7 @@ class Finals:
         for e, k in t.ec:
             for y, c in self._addend(e).items():
                 accumulate(ec, y, c * k)
-        return out.times(self.exponential(ec))
+        return self._cancelled(out.times(self.exponential(ec)))
 
     # -- recording ------------------------------------------------------------------------------------------------
 

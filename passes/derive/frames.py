@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import product as combinations
 
 from memcomp.ir.cascade import Einsum, Reduce
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, variables
 from memcomp.passes.derive.linear import to_expr
 from memcomp.passes.derive.stage import Stage
-from memcomp.passes.derive.states import SumState, finite
-from memcomp.passes.derive.terms import LN2, raised
+from memcomp.passes.derive.states import SumState, finite, moved
+from memcomp.passes.derive.terms import LN2, Gauge
 from memcomp.passes.derive.tiles import Tiles
 
 INF = math.inf
@@ -84,6 +83,9 @@ class Frames(Tiles):
                 self._grands[name] = self.write(self.merge, "F" + name[1:], rho.index, finite(rho, g.kind))
             return
         self.start(name, vs, Const(0.0))
+        if g.kind == "weighted":
+            self._weighted(g, space)
+            return
         count = next(c for c in self.stage.sums if not (c.a or c.ds or c.es or c.bounded) and c.guard == g.guard
                      and c.over == self.stage.gauge_over[name] and c.vars == vs)
         local = self.summed(self._level(name, space), "L" + name[1:], vs, self.stage.gauge_over[name], g.guard)
@@ -107,33 +109,40 @@ class Frames(Tiles):
             self.merge.append(Einsum((rho,), Call("div", (whole, Call("max", (self.stage.final(count), Const(1.0)))))))
             self._grands[name] = rho
 
+    def _weighted(self, g: Gauge, space: tuple[str, ...]) -> None:
+        """The mean so far under weights: rho' = rho + sum w (y - rho) / sum w', both sums in the weights' new frame."""
+        name = g.name
+        vs, weight = self.stage.gauge_vars[name], self.stage.gauge_weight[name]
+        factors = [*weight.a, (g.body, 1.0)]
+        if weight.es or weight.bounded:
+            factors.insert(0, (self.exponential(weight, space), 1))
+        local = self.summed(self.pair(factors, "X" + name[1:], space, weight.guard), "L" + name[1:], vs, weight.over,
+                            weight.guard)
+        old, new = self.at(name, self.now, vs), self.at(name, self.then, vs)
+        total = self.at(weight.name, self.then, weight.vars)
+        gain = Call("div", (Call("sub", (local, Call("mul", (self.locals[weight.name], old)))), total))
+        some = Call("gt", (total, Const(0.0)))
+        self.body.append(Einsum((new,), Call("where", (some, Call("add", (old, gain)), old))))
+        self._olds[name], self._frames[name] = old, new
+        if self.cut.outer is not None:
+            end = Size(self.cut.step.upper())
+            rho, whole = self.stage.rho(name), self.stage.final(weight)
+            mine: Expr = Call("mul", (self.at(name, end, vs), self.at(weight.name, end, weight.vars)))
+            if (p := self.factor_merge(weight)) is not None:
+                mine = Call("mul", (mine, p))
+            share = self.write(self.merge, "W" + name[1:], (*self.cut.lead, *rho.index), mine)
+            top = Access(self.fresh("S" + name[1:]), rho.index)
+            self.merge.append(Einsum((top,), share, Reduce("sum", (self.cut.outer,))))
+            some = Call("gt", (whole, Const(0.0)))
+            self.merge.append(Einsum((rho,), Call("where", (some, Call("div", (top, whole)), Const(0.0)))))
+            self._grands[name] = rho
+
     def moved(self, state: SumState, read: Callable[[SumState], Access], delta: Callable[[str], Expr | None],
                factor: Callable[[SumState], Access | None]) -> Expr:
         """The old state in the new frame."""
-        moves = [(g, j, d) for g, j in state.ds if (d := delta(g)) is not None]
-        terms: list[Expr] = []
-        for ls in combinations(*(range(j, -1, -1) for _, j, _ in moves)):
-            lower = dict(state.ds)
-            weight: Expr | None = None
-            for (g, j, d), k in zip(moves, ls, strict=True):
-                lower[g] = k
-                for n in (Const(float(math.comb(j, k))),) if math.comb(j, k) != 1 else ():
-                    weight = n if weight is None else Call("mul", (weight, n))
-                if j > k:
-                    step = raised(d, j - k)
-                    weight = step if weight is None else Call("mul", (weight, step))
-            source = read(self._like(state, tuple((g, k) for g, k in lower.items() if k)))
-            terms.append(source if weight is None else Call("mul", (source, weight)))
-        out = terms[0]
-        for t in terms[1:]:
-            out = Call("add", (out, t))
+        out = moved(state, self.stage.sums, read, delta)
         p = factor(state)
         return out if p is None else Call("mul", (out, p))
-
-    def _like(self, state: SumState, ds: tuple[tuple[str, int], ...]) -> SumState:
-        return next(s for s in self.stage.sums if (s.a, s.es, s.bounded, s.guard, s.over) ==
-                    (state.a, state.es, state.bounded, state.guard, state.over) and set(s.ds) == set(ds)
-                    and set(s.vars) <= set(state.vars))
 
     def delta(self, gauge: str) -> Expr | None:
         g = self.stage.gauges[gauge]
@@ -194,7 +203,7 @@ class Frames(Tiles):
         out = Access(self.fresh(hint), index)
         self.body.append(Einsum((out,), exponential(parts), None, self.guarded(state.guard)))
         self._exps.append((tag, state.guard, symbol))
-        self.symbols[symbol.tensor] = out, variables(symbol)
+        self.symbols[symbol.tensor] = out, set(variables(symbol))
         return symbol
 
     def _level(self, gauge: str, space: tuple[str, ...]) -> Expr:

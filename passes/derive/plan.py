@@ -38,9 +38,18 @@ def carries(s: Einsum, v: str) -> bool:
 
 def view(cascade: Cascade, statements: Sequence[Einsum], v: str) -> View:
     """Sides of everything `statements` write; what other statements wrote is neutral."""
+    opaque = cascade.once(Unaligned(v))
     sides: dict[str, Side] = {}
+    while True:  # a loop reads what later statements write
+        before = dict(sides)
+        writer = _sides(statements, v, opaque, sides)
+        if sides == before:
+            return View(v, sides, writer)
+
+
+def _sides(statements: Sequence[Einsum], v: str, opaque: frozenset[str], sides: dict[str, Side]) -> dict[str, Einsum]:
+    """One walk over the statements; completes `sides`."""
     writer: dict[str, Einsum] = {}
-    opaque = unaligned(cascade, v)
     for s in statements:
         read = [sides.get(t, "neutral") for t in s.reads()]
         waits = "late" in read or "mixed" in read
@@ -52,38 +61,43 @@ def view(cascade: Cascade, statements: Sequence[Einsum], v: str) -> View:
             side = "late" if waits else "neutral"
         for name in s.names:
             if side == "carried" and name in opaque:
-                sides[name] = "neutral"  # stays whole; readers index it like an input
+                sides.setdefault(name, "neutral")  # stays whole; readers index it like an input
                 continue
             if side == "mixed" and name in opaque:
                 sides[name] = "late"
                 continue
-            sides[name] = side
+            if sides.get(name) != "late" or side == "mixed":  # written in parts: one late part makes it late
+                sides[name] = side
             if side in ("carried", "mixed"):
                 writer[name] = s
-    return View(v, sides, writer)
+    return writer
 
 
-def unaligned(cascade: Cascade, v: str) -> set[str]:
+@dataclass(frozen=True, slots=True)
+class Unaligned:
     """Tensors along v that no tile can hold: read at another index than v, written more than once or not over plain
     variables, or by a reduction with several results."""
-    out: set[str] = set()
-    place: dict[str, int] = {}
-    for s in cascade.einsums:
-        for o in s.outs:
-            at = [k for k, i in enumerate(o.index) if i == Var(v)]
-            if not any(v in variables(i) for i in o.index):
-                continue
-            plain = all(isinstance(i, Var) for i in o.index) and len(set(o.index)) == len(o.index)
-            if len(at) != 1 or not plain or o.tensor in place or len(s.outs) > 1 or len(cascade.writers(o.tensor)) > 1:
-                out.add(o.tensor)
-            place[o.tensor] = at[0] if at else 0
-    for s in cascade.einsums:
-        exprs = [s.body, *s.guards(), *(i for o in s.outs for i in o.index)]
-        for e in exprs:
-            for n in walk(e):
-                if isinstance(n, Access) and n.tensor in place and n.index[place[n.tensor]] != Var(v):
-                    out.add(n.tensor)
-    return out
+
+    v: str
+
+    def __call__(self, cascade: Cascade) -> frozenset[str]:
+        out: set[str] = set()
+        place: dict[str, int] = {}
+        along = Var(self.v)
+        for s in cascade.einsums:
+            for o in s.outs:
+                if not any(self.v in variables(i) for i in o.index):
+                    continue
+                at = [k for k, i in enumerate(o.index) if i == along]
+                plain = all(isinstance(i, Var) for i in o.index) and len(set(o.index)) == len(o.index)
+                again = o.tensor in place or len(cascade.writers(o.tensor)) > 1
+                if len(at) != 1 or not plain or again or len(s.outs) > 1:
+                    out.add(o.tensor)
+                place[o.tensor] = at[0] if at else 0
+        for name, k in place.items():
+            if any(a.index[k] != along for s in cascade.readers(name) for a in s.accesses() if a.tensor == name):
+                out.add(name)
+        return frozenset(out)
 
 
 @dataclass(slots=True)
@@ -110,6 +124,19 @@ class Inliner:
                 return body
         kids = children(e)
         return rebuild(e, tuple(self.expr(k, guard) for k in kids)) if kids else e
+
+    def mixed(self, s: Einsum) -> bool:
+        """Does what the statement reads, inlined, reduce another rank over a reduced value?"""
+        todo, seen = set(s.reads()), set[str]()
+        while todo:
+            t = todo.pop()
+            seen.add(t)
+            w = self.look.writer.get(t)
+            if w is not None and w.reduce is None:
+                todo |= w.reads() - seen
+            elif self.look.sides.get(t) == "mixed":
+                return True
+        return False
 
     def missing(self, conds: list[Expr], guard: tuple[Expr, ...]) -> list[Expr]:
         """Conditions under which the map was written that the reader does not have; elsewhere it is empty."""

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from memcomp.ir.expr import Call, Expr
-from memcomp.ir.ops import OPS
+from memcomp.ir.laws import law, relied
+from memcomp.ir.ops import OPS, Op
 from memcomp.passes.derive.facts import Facts
 from memcomp.passes.derive.linear import ONE, Linear, accumulate, added, flatten, keyed, number, ratio, scaled, to_expr
 from memcomp.passes.derive.sides import NoLaw, Sides, short
@@ -38,6 +39,14 @@ class Separator:
     gauges: Sequence[Gauge] = ()
     laws: dict[str, None] = field(default_factory=dict)  # laws used, in order
 
+    def _use(self, e: Call, kind: str) -> None:
+        """Rely on a row of the law table where `e` mixes both sides.  Raises NoLaw where there is none."""
+        if self.sides(e) == "mixed":
+            rows = relied(e.op, kind)
+            if not rows:
+                raise NoLaw(e.op, e, f"the table has no row {e.op}.{kind}")
+            self.laws.update(dict.fromkeys(rows))
+
     def terms(self, e: Expr) -> list[Term]:
         """The separated form; raises NoLaw."""
         if self.sides.free(e):
@@ -48,6 +57,8 @@ class Separator:
             return self._exponential(e)
         if logarithm_scale(e.op) is not None:
             return self._logarithm(e)
+        if OPS[e.op].hom == ("add", "add"):
+            return self._additive(e)
         rule = getattr(self, f"_on_{e.op}", None)
         out: list[Term] = rule(e) if rule is not None else self._other(e)
         if len(out) > _MOST_TERMS:
@@ -114,8 +125,7 @@ class Separator:
             out[:0] = self._measured(carried, constant)
         if constant:
             out.append(self._constant(constant))
-        if any(self.sides(x) == "mixed" for _, x in flatten(e)) or self.sides(e) == "mixed":
-            self.laws.setdefault("sum splits over +")
+        self._use(e, "linear")
         return collect(out)
 
     _on_sub = _on_neg = _on_add
@@ -151,19 +161,18 @@ class Separator:
         return [*out, self._constant(constant)] if constant else out
 
     def _on_mul(self, e: Call) -> list[Term]:
-        if self.sides(e) == "mixed":
-            self.laws.setdefault("constant factors leave the sum")
+        self._use(e, "linear")
         left, right = self.terms(e.args[0]), self.terms(e.args[1])
         return collect([_exposed(x, y).times(_exposed(y, x)) for x in left for y in right])
 
     def _on_div(self, e: Call) -> list[Term]:
         below = self._single(e.args[1], "div", e)
-        if self.sides(e) == "mixed":
-            self.laws.setdefault("constant divisors leave the sum")
+        self._use(e, "linear")
         inverse = below.power(-1)
         return [_exposed(t, inverse).times(inverse) for t in self.terms(e.args[0])]
 
     def _on_recip(self, e: Call) -> list[Term]:
+        self._use(e, "hom")
         return [self._single(e.args[0], "recip", e).power(-1)]
 
     def _on_square(self, e: Call) -> list[Term]:
@@ -173,10 +182,27 @@ class Separator:
         n = number(e.args[1])
         if n is not None and n == int(n):
             return self._power(e, e.args[0], int(n))
-        return self._other(e)
+        if n is None or self.sides(e) == "carried":
+            return self._other(e)
+        t = self._single(e.args[0], e.op, e)
+        real = OPS[e.op].domain == "real"
+        if t.conditional or t.coef <= 0 or not (real or all([self._nonneg(x, 1) for x, _ in t.a + t.c])):
+            raise NoLaw(e.op, e, f"{e.op} takes * to * only where every factor is proved positive")
+        self._use(e, "hom")
+        return [t.power(n)]
+
+    def _additive(self, e: Call) -> list[Term]:
+        """f(x + g) = f(x) + f(g) in the first argument."""
+        parts = flatten(e.args[0])
+        if len(parts) == 1 or self.sides(e) == "carried":
+            return self._other(e)
+        self._use(e, "hom")
+        return collect([t for k, x in parts for t in self.terms(Call(e.op, (to_expr([(x, k)]), *e.args[1:])))])
 
     def _power(self, e: Call, base: Expr, n: int) -> list[Term]:
         parts = self.terms(base)
+        if n <= 0 or len(parts) == 1:
+            self._use(e, "hom")
         if n <= 0:
             return [self._single(base, e.op, e).power(n)] if n else [Term()]
         if len(parts) == 1:
@@ -184,6 +210,7 @@ class Separator:
         if not 0 < n <= _DEEPEST_POWER:
             raise NoLaw(e.op, e, f"a sum that mixes both sides to the power {n}")
         self.laws.setdefault("integer powers expand")
+        self.laws.update(dict.fromkeys(relied("mul", "linear")))
         out = parts
         for _ in range(n - 1):
             out = collect([x.times(y) for x in out for y in parts])
@@ -195,7 +222,9 @@ class Separator:
             return parts[0]
         if self.sides(e) == "carried":
             return Term(a=((e, 1),))
-        raise NoLaw(op, whole, f"{op} of a sum or choice that mixes both sides")
+        law = OPS[op].degree is not None and op != "div"
+        why = f"{op} lets factors out, not addends, and its argument is" if law else f"{op} of"
+        raise NoLaw(op, whole, f"{why} a sum or choice that mixes both sides")
 
     # -- exponentials and logarithms ------------------------------------------------------------------------------
 
@@ -206,16 +235,17 @@ class Separator:
             return self._on_where(pushed(e.op, arg))
         base = exponential_base(e.op)
         assert base is not None
+        empty = law(e.op, "limits") if (-math.inf, 0.0) in OPS[e.op].limits else None
         ea: Linear = {}
         ec: Linear = {}
         mask: list[Expr] = []
         todo = flatten(arg, spread=self._multiplied)
         while todo:
             k, x = todo.pop(0)
-            hidden = masked(x) if k > 0 else None
+            hidden = masked(x) if k > 0 and empty is not None else None
             if hidden is not None and self.sides(hidden[0]) in ("carried", "neutral"):
                 mask.append(hidden[0])
-                self.laws.setdefault("exp(-inf) = 0: a mask is a guard")
+                self.laws.setdefault(f"{empty}: a mask is a guard")
                 todo[:0] = flatten(hidden[1], k, spread=self._multiplied)
             elif self.sides.free(x):
                 accumulate(ec, x, k * base)
@@ -223,8 +253,7 @@ class Separator:
                 accumulate(ea, x, k * base)
             else:
                 raise NoLaw(e.op, e, f"{e.op} takes + to *; {short(x)} mixes both sides")
-        if self.sides(e) == "mixed":
-            self.laws.setdefault(f"{e.op} takes + to *")
+        self._use(e, "hom")
         return [Term(ea=tuple(ea.items()), ec=tuple(ec.items()), mask=tuple(dict.fromkeys(mask)))]
 
     def _logarithm(self, e: Call) -> list[Term]:
@@ -232,9 +261,10 @@ class Separator:
         if self.sides(e) == "carried" and not self.gauges:
             return self._atom(e)
         t = self._single(e.args[0], e.op, e)
-        if t.conditional or t.coef <= 0 or not all(self._nonneg(x, p) for x, p in t.a + t.c):
+        real = OPS[e.op].domain == "real"
+        if t.conditional or t.coef <= 0 or not (real or all(self._nonneg(x, p) for x, p in t.a + t.c)):
             raise NoLaw(e.op, e, f"{e.op} takes * to + only where every factor is proved positive")
-        self.laws.setdefault(f"{e.op} takes * to +")
+        self._use(e, "hom")
         k = logarithm_scale(e.op)
         assert k is not None
         carried = added(scaled(dict(t.ea), k), {Call(e.op, (x,)): p for x, p in t.a})
@@ -247,7 +277,12 @@ class Separator:
         return [*out, self._constant(constant)] if constant else out
 
     def _nonneg(self, e: Expr, p: float) -> bool:
-        return p % 2 == 0 or self.facts.nonneg(e)
+        if p % 2 == 0:
+            return True
+        known = self.facts.nonneg(e)
+        if known:
+            self.laws.update(self.facts.because(e))
+        return known
 
     # -- choice and everything else -------------------------------------------------------------------------------
 
@@ -258,7 +293,7 @@ class Separator:
             raise NoLaw(name, cond, "a comparison of a carried with a reduced value")
         if self.sides(e) == "carried" and not growing(e) and 0 not in (number(yes), number(no)):
             return self._atom(e)
-        self.laws.setdefault("a choice splits into indicators")
+        self._use(e, "linear")
         out: list[Term] = []
         for c, branch in ((cond, yes), (Call("not", (cond,)), no)):
             if number(branch) == 0:
@@ -277,27 +312,31 @@ class Separator:
         row = OPS[e.op]
         if len(e.args) == 1 and isinstance(e.args[0], Call) and e.args[0].op == "where":
             return self._on_where(pushed(e.op, e.args[0]))
-        if len(e.args) == 1 and (row.degree is not None or row.hom == ("mul", "mul")):
-            t = self._single(e.args[0], e.op, e)
-            everywhere = row.hom == ("mul", "mul") and row.domain == "real"
-            known = everywhere or all(self._nonneg(x, p) for x, p in t.c)
-            chosen = t.when or t.if_ or (t.mask and (row.degree or 0) <= 0)
-            if known and not chosen and row.degree is not None:
-                return [self._homogeneous(e.op, row.degree, t)]
+        if row.degree is None:
+            raise NoLaw(e.op, e, "neither additive nor multiplicative in the table" if row.hom is None else
+                        f"takes {row.hom[0]} to {row.hom[1]} only")
+        parts = [self._single(a, e.op, e) for a in e.args if number(a) != 0]
+        if any((p.c, p.ec, p.ea) != (parts[0].c, parts[0].ec, parts[0].ea) for p in parts):
+            raise NoLaw(e.op, e, f"{e.op} lets out only a factor that all its arguments have")
+        t = parts[0]
+        everywhere = row.hom == ("mul", "mul") and row.domain == "real"
+        known = everywhere or all([self._nonneg(x, p) for x, p in t.c])
+        if not known or any(p.when or p.if_ or (p.mask and (row.degree <= 0 or len(parts) > 1)) for p in parts):
             raise NoLaw(e.op, e, f"{e.op} lets a factor out only where it is proved >= 0")
-        raise NoLaw(e.op, e, "neither additive nor multiplicative in the table" if row.hom is None else
-                    f"takes {row.hom[0]} to {row.hom[1]} only")
+        for kind in ("degree", "hom") if everywhere else ("degree",):
+            self._use(e, kind)
+        return [self._homogeneous(e, row, parts, everywhere)]
 
-    def _homogeneous(self, op: str, degree: float, t: Term) -> Term:
-        self.laws.setdefault(f"{op} is homogeneous of degree {degree:g}")
-        c = tuple((x if self.facts.nonneg(x) else Call("abs", (x,)), p * degree) for x, p in t.c)
-        outside = Term(coef=abs(t.coef) ** degree, ea=powered(t.ea, degree), c=c, ec=powered(t.ec, degree),
-                       mask=t.mask)
-        body = product(t.a)
-        if t.coef < 0:
-            body = Call("neg", (body,))
-        whole = Call(op, (body,))
-        return outside.times(self.late(whole) if self.sides.free(body) else Term(a=((whole, 1),)))
+    def _homogeneous(self, e: Call, row: Op, parts: list[Term], everywhere: bool) -> Term:
+        t, k = parts[0], row.degree
+        assert k is not None
+        c = tuple((x, p * k) if self.facts.nonneg(x) else
+                  (Call(e.op, (x,)), p) if everywhere else (Call("abs", (x,)), p * k) for x, p in t.c)
+        common = abs(t.coef) if len(e.args) == 1 else 1.0
+        outside = Term(coef=common ** k, ea=powered(t.ea, k), c=c, ec=powered(t.ec, k), mask=t.mask)
+        bodies = (product(p.a, p.coef / common) for p in parts)
+        whole = Call(e.op, tuple(a if number(a) == 0 else next(bodies) for a in e.args))
+        return outside.times(self.late(whole) if self.sides.free(whole) else Term(a=((whole, 1),)))
 
 
 def _exposed(t: Term, factor: Term) -> Term:

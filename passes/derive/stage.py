@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from memcomp.ir.cascade import Einsum
-from memcomp.ir.expr import Access, Expr, variables
+from memcomp.ir.expr import Access, Expr, reads, variables
 from memcomp.ir.ops import MONOIDS
 from memcomp.passes.derive.facts import Facts, Interval
 from memcomp.passes.derive.linear import added, flatten, keyed, linear, ratio, scaled, to_expr
 from memcomp.passes.derive.order import Lifted, lift
 from memcomp.passes.derive.separate import Separator
 from memcomp.passes.derive.sides import NoLaw, Sides, short
-from memcomp.passes.derive.states import OrderState, State, SumState
+from memcomp.passes.derive.states import OrderState, PlaceState, State, SumState
 from memcomp.passes.derive.terms import Gauge, Powers, Term, masked
 
 BOUNDED = 60.0  # |exponent| up to which exp and its sums stay inside f32 without a gauge
@@ -28,6 +28,7 @@ class Stage:
     final: state -> how its finished value is read; rho: the same for the reference of a gauge.
     fresh: a free tensor name like the given one.
     frame: "first" or "running", the reference of polynomial states.
+    weighted: may powers under a weight be measured from their weighted mean (else they wait for another stage)?
     """
 
     carried: str
@@ -42,9 +43,14 @@ class Stage:
     orders: list[OrderState] = field(default_factory=list)
     gauges: dict[str, Gauge] = field(default_factory=dict)
     sums: list[SumState] = field(default_factory=list)
+    places: list[PlaceState] = field(default_factory=list)
+    heads: dict[str, str] = field(default_factory=dict)  # reduction -> its order state
+    finished: list[tuple[Gauge, Access]] = field(default_factory=list)  # extremes of earlier stages
     made: set[str] = field(default_factory=set)  # gauges that no reduction of the program asked for
     gauge_vars: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gauge_over: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gauge_weight: dict[str, SumState] = field(default_factory=dict)  # of gauges at a weighted mean
+    weighted: bool = True
 
     def sides(self, over: tuple[str, ...]) -> Sides:
         return Sides(frozenset(over), lambda t: t.startswith("$rho") or self.late(t))
@@ -70,6 +76,7 @@ class Stage:
             raise NoLaw(monoid, body, f"{monoid} moves through carried bodies only")
         inner, extra = _unmasked(lifted.inner, monoid, sides)
         state = self._order(s, monoid, inner, tuple(dict.fromkeys(guard + extra)), over)
+        self.heads[s.names[0]] = state.name
         return lifted.rebuild(self.final(state)), lifted
 
     def _order(self, s: Einsum, monoid: str, body: Expr, guard: tuple[Expr, ...], over: tuple[str, ...]) -> OrderState:
@@ -77,11 +84,12 @@ class Stage:
             if (o.monoid, o.body, set(o.guard), set(o.over)) == (monoid, body, set(guard), set(over)):
                 return o
         state = OrderState(self.fresh("R" + s.names[0]), monoid, body, guard, over,
-                           self._vars(s, body, *guard))
+                           self.rows(s, body, *guard))
         self.orders.append(state)
         return state
 
-    def _vars(self, s: Einsum, *exprs: Expr) -> tuple[str, ...]:
+    def rows(self, s: Einsum, *exprs: Expr) -> tuple[str, ...]:
+        """Variables of the result that a state of these expressions has."""
         assert s.reduce is not None
         used = variables(self.extent).union(*(variables(e) for e in exprs))
         return tuple(v for v in s.space() if v in used and v not in s.reduce.over)
@@ -94,7 +102,7 @@ class Stage:
         over = s.reduce.over
         sides = self.sides(over)
         plain = Separator(sides, self.facts)
-        terms = plain.terms(body)
+        terms = self._settled(plain.terms(body), guard)
         laws = dict(plain.laws)
         needed = self._growth(s, terms, guard)
         centre = self._cancelling(s, terms, guard)
@@ -103,14 +111,15 @@ class Stage:
             try:
                 while True:
                     again = Separator(self.sides(over), self.facts, gauges)
-                    found = again.terms(body) if gauges else terms
+                    found = self._settled(again.terms(body), guard) if gauges else terms
                     covered = [g for g in gauges if _covers(g, found, guard)]
                     if covered == gauges:
                         break
                     gauges = covered
             except NoLaw:
                 if not centred:
-                    raise
+                    raise  # the frame that growth asks for does not separate
+                laws.update(dict.fromkeys(f"no frame on {short(g.body, 40)}: it does not separate" for g in centre))
                 continue
             terms = found
             break
@@ -118,6 +127,9 @@ class Stage:
         for g in dict.fromkeys([*needed, *gauges]):
             self._adopt(s, g)
             laws.setdefault(f"{g.kind} gauge {g.name} on {short(g.body, 40)}")
+        for _, end in self.finished:
+            if any(x == end for t in terms for x, _ in t.ea):
+                laws.setdefault(f"measured from {end.tensor}, which is finished")
         return [self._placed(s, t, guard) for t in terms], tuple(laws)
 
     def _adopt(self, s: Einsum, g: Gauge) -> None:
@@ -125,7 +137,7 @@ class Stage:
             return
         assert s.reduce is not None
         self.gauges[g.name] = g
-        self.gauge_vars[g.name] = self._vars(s, g.body, *g.guard)
+        self.gauge_vars[g.name] = self.rows(s, g.body, *g.guard, *g.weight)
         self.gauge_over[g.name] = s.reduce.over
         reference = OrderState(g.name, g.kind, g.body, g.guard, s.reduce.over, self.gauge_vars[g.name])
         self.final(reference)
@@ -150,10 +162,10 @@ class Stage:
         known = list(self.gauges.values())
         for o in self.orders:
             if o.monoid in ("max", "min") and set(o.over) == set(s.reduce.over):
-                known.append(self._gauge(o.name, o.monoid, o.body, o.guard, o.over))
+                known.append(self.gauge(o.name, o.monoid, o.body, o.guard, o.over))
         return next((g for g in known if _fits(g, ea, points)), None)
 
-    def _gauge(self, name: str, kind: str, body: Expr, guard: tuple[Expr, ...], over: tuple[str, ...]) -> Gauge:
+    def gauge(self, name: str, kind: str, body: Expr, guard: tuple[Expr, ...], over: tuple[str, ...]) -> Gauge:
         sides = self.sides(over)
         parts = flatten(body)
         level = [(x, k) for k, x in parts if not sides.free(x)]
@@ -162,9 +174,9 @@ class Stage:
 
     def _made(self, s: Einsum, kind: str, ea: dict[Expr, float], points: tuple[Expr, ...]) -> Gauge:
         assert s.reduce is not None
-        name = self.fresh({"max": "RMAX", "min": "RMIN"}.get(kind, "RREF"))
+        name = self.fresh({"max": "RMAX", "min": "RMIN", "weighted": "RWM"}.get(kind, "RREF"))
         self.made.add(name)
-        return self._gauge(name, kind, to_expr(ea.items()), points, s.reduce.over)
+        return self.gauge(name, kind, to_expr(ea.items()), points, s.reduce.over)
 
     def _cancelling(self, s: Einsum, terms: list[Term], guard: tuple[Expr, ...]) -> list[Gauge]:
         """A mean gauge for an atom that appears in two terms with equal cofactors and different powers."""
@@ -172,28 +184,40 @@ class Stage:
         out: list[Gauge] = []
         for x in dict.fromkeys(x for t in terms for x, p in t.a if p > 0 and p == int(p)):
             rests: dict[object, set[float]] = {}
-            weighted = False
+            weighted: tuple[Expr, ...] = ()
             for t in terms:
                 power = dict(t.a).get(x, 0)
                 rest = (frozenset((y, p) for y, p in t.a if y != x), frozenset(t.ea), frozenset(t.when + t.mask))
                 rests.setdefault(rest, set()).add(power)
-                weighted = weighted or (power > 1 and bool(t.ea))
+                if power > 1 and t.ea:
+                    weighted += (*(y for y, _ in t.ea), *(y for y, _ in t.a if y != x), *t.when, *t.mask)
+                    signed = [y for y, p in t.a if y != x and p % 2 and not self.facts.nonneg(y)]
             if not any(len(powers) > 1 for powers in rests.values()) or any(x == y for t in terms for y, _ in t.ea):
                 continue
-            hit = self._centred(x, guard, s)
+            hit = (self._subtracted(x, terms, guard, s)
+                   or self._centred(x, guard, ("weighted",) if weighted else ("first", "running")))
             if hit is None and weighted:
-                raise NoLaw("square", x, "needs a frame at the weighted mean, which is not built")
+                if not self.weighted:
+                    raise NoLaw("square", x, "a frame at the weighted mean is not asked for")
+                if signed:
+                    raise NoLaw("square", x, f"the weighted mean needs weights proved >= 0: {short(signed[0])}")
+                hit = replace(self._made(s, "weighted", linear(x), guard), weight=tuple(dict.fromkeys(weighted)))
             out.append(hit or self._made(s, self.frame, linear(x), guard))
         return out
 
-    def _centred(self, x: Expr, guard: tuple[Expr, ...], s: Einsum) -> Gauge | None:
-        """A known reference of the atom over at least these points."""
+    def _subtracted(self, x: Expr, terms: list[Term], guard: tuple[Expr, ...], s: Einsum) -> Gauge | None:
+        """The extreme of the atom that the body itself measures it from: the difference is then exact."""
         assert s.reduce is not None
-        known = list(self.gauges.values())
-        known += [self._gauge(o.name, o.monoid, o.body, o.guard, o.over) for o in self.orders
-                  if o.monoid in ("max", "min") and set(o.over) == set(s.reduce.over)]
+        names = {self.heads.get(n) for t in terms for c, _ in t.c + t.ec for n in reads(c)}
+        known = [self.gauge(o.name, o.monoid, o.body, o.guard, o.over) for o in self.orders
+                 if o.name in names and o.monoid in ("max", "min") and set(o.over) == set(s.reduce.over)]
         return next((g for g in known if ratio(keyed(linear(x)), keyed(dict(g.level))) is not None
                      and set(g.guard) <= set(guard)), None)
+
+    def _centred(self, x: Expr, guard: tuple[Expr, ...], kinds: tuple[str, ...]) -> Gauge | None:
+        """A known mean of the atom over at least these points (an extreme may be far from where the points are)."""
+        return next((g for g in self.gauges.values() if g.kind in kinds and set(g.guard) <= set(guard)
+                     and ratio(keyed(linear(x)), keyed(dict(g.level))) is not None), None)
 
     def _placed(self, s: Einsum, t: Term, guard: tuple[Expr, ...]) -> Term:
         """The term with its carried part replaced by a state."""
@@ -225,7 +249,23 @@ class Stage:
         state = self._state(s, tuple(a), tuple(ds), tuple(es), tuple(bounded), points)
         return replace(t, a=(), ea=(), mask=(), c=((self.final(state), 1), *t.c), ec=tuple(ec.items()))
 
+    def _settled(self, terms: list[Term], guard: tuple[Expr, ...]) -> list[Term]:
+        """An exponent less its finished extreme is bounded as it stands: the extreme joins the carried part."""
+        out = []
+        for t in terms:
+            for f, end in self.finished:
+                k = ratio(keyed(dict(t.ea)), keyed(dict(f.level)))
+                if k is None or not _fits(f, t.ea, guard + t.when + t.mask):
+                    continue
+                rest = ((end, -k), *((x, c * k) for x, c in f.offset))
+                if set(rest) <= set(t.ec):
+                    t = replace(t, ea=(*t.ea, *rest), ec=tuple(x for x in t.ec if x not in rest))
+            out.append(t)
+        return out
+
     def _bounded(self, t: Term) -> bool:
+        if any(x == end for x, _ in t.ea for _, end in self.finished):
+            return True
         span = self.facts.interval(to_expr(t.ea))
         return -BOUNDED <= span.lo and span.hi <= BOUNDED
 
@@ -234,7 +274,7 @@ class Stage:
         assert s.reduce is not None
         bodies = [self.gauges[g].body for g, _ in ds + es]
         guards = [c for g, _ in ds + es for c in self.gauges[g].guard]
-        own = self._vars(s, *(x for x, _ in a + bounded), *bodies, *guards, *guard)
+        own = self.rows(s, *(x for x, _ in a + bounded), *bodies, *guards, *guard)
         new = SumState("", a, ds, es, bounded, guard, s.reduce.over,
                        tuple(v for v in s.space() if v in own or v in (rows or ())))
         for old in self.sums:
@@ -245,7 +285,9 @@ class Stage:
             if self.gauges[g].kind != "first" or self.merged:
                 lower = tuple((h, i - (n == k)) for n, (h, i) in enumerate(ds) if i - (n == k))
                 counts = not (a or lower or es or bounded)
-                self._state(s, a, lower, es, bounded, guard, new.vars if counts else None)
+                less = self._state(s, a, lower, es, bounded, guard, new.vars if counts else None)
+                if self.gauges[g].kind == "weighted" and not lower:
+                    self.gauge_weight.setdefault(g, less)
         for g, _ in ds + es:
             if self.gauges[g].kind in ("first", "running"):
                 self.count(s, self.gauges[g].guard, self.gauge_vars[g])
@@ -256,6 +298,8 @@ class Stage:
         low = 0.0 if not signed and all(f.nonneg for f in factors) else -math.inf
         positive = not ds and all(self.facts.positive(x) for x, _ in a)
         self.facts.learn(self.final(new).tensor, Interval(low, math.inf, positive))
+        if positive and not guard:
+            self.facts.sure.add(self.final(new).tensor)
         return new
 
     def count(self, s: Einsum, guard: tuple[Expr, ...], rows: tuple[str, ...] | None = None) -> SumState:

@@ -8,11 +8,13 @@ downward in every j of a gauge that moves.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product as combinations
 from typing import TypeAlias
 
-from memcomp.ir.expr import Call, Const, Expr
-from memcomp.passes.derive.terms import Powers
+from memcomp.ir.expr import Access, Call, Const, Expr
+from memcomp.passes.derive.terms import Powers, raised
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,50 @@ class SumState:
                 frozenset(self.guard), frozenset(self.over))
 
 
-State: TypeAlias = OrderState | SumState
+@dataclass(frozen=True, slots=True)
+class PlaceState:
+    """The greatest values (or value) of a body and their places; order: the variable of the order rank of a top-k."""
+
+    name: str
+    place: str
+    monoid: str
+    body: Expr
+    guard: tuple[Expr, ...]
+    over: tuple[str, ...]
+    vars: tuple[str, ...]
+    order: str | None
+
+
+State: TypeAlias = OrderState | SumState | PlaceState
+
+
+def moved(state: SumState, states: Sequence[SumState], read: Callable[[SumState], Access],
+          delta: Callable[[str], Expr | None]) -> Expr:
+    """sum_l binom(j, l) delta**(j - l) T_l over the gauges that move: the polynomial part of a change of frame."""
+    moves = [(g, j, d) for g, j in state.ds if (d := delta(g)) is not None]
+    out: Expr | None = None
+    for ls in combinations(*(range(j, -1, -1) for _, j, _ in moves)):
+        lower = dict(state.ds)
+        weight: Expr | None = None
+        for (g, j, d), k in zip(moves, ls, strict=True):
+            lower[g] = k
+            for n in (Const(float(math.comb(j, k))),) if math.comb(j, k) != 1 else ():
+                weight = n if weight is None else Call("mul", (weight, n))
+            if j > k:
+                step = raised(d, j - k)
+                weight = step if weight is None else Call("mul", (weight, step))
+        source: Expr = read(_like(state, states, {(g, k) for g, k in lower.items() if k}))
+        term = source if weight is None else Call("mul", (source, weight))
+        out = term if out is None else Call("add", (out, term))
+    assert out is not None, "there is at least the state itself"
+    return out
+
+
+def _like(state: SumState, states: Sequence[SumState], ds: set[tuple[str, int]]) -> SumState:
+    """The state that differs in the powers of its differences only."""
+    return next(s for s in states if (s.a, s.es, s.bounded, s.guard, s.over) ==
+                (state.a, state.es, state.bounded, state.guard, state.over) and set(s.ds) == ds
+                and set(s.vars) <= set(state.vars))
 
 
 def finite(rho: Expr, kind: str) -> Expr:

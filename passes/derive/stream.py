@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
-from memcomp.ir.cascade import Cascade, Einsum, Knob, extent_of
+from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, extent_of
 from memcomp.ir.expr import Access, Call, Expr, Size, Var, conjunction, reads, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Program
+from memcomp.passes import _ranks
+from memcomp.passes.derive import places
 from memcomp.passes.derive.assemble import assembled, cut_ranks, live, ragged, roots
 from memcomp.passes.derive.closing import Closing
 from memcomp.passes.derive.emit import Writer
 from memcomp.passes.derive.facts import Facts
 from memcomp.passes.derive.finals import Finals
 from memcomp.passes.derive.plan import Inliner, View, count, iterative, reduces, view
+from memcomp.passes.derive.scan import scanned
+from memcomp.passes.derive.serial import serial
 from memcomp.passes.derive.sides import NoLaw
 from memcomp.passes.derive.stage import Stage
 from memcomp.passes.derive.states import OrderState, State
-from memcomp.passes.derive.terms import Term
+from memcomp.passes.derive.terms import Gauge, Term
 from memcomp.passes.derive.tiles import Cut
+
+Value: TypeAlias = list[Term] | Expr | places.Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +47,23 @@ def refusals(program: Program) -> tuple[Refused, ...]:
     return tuple(Refused(m[1], m[2]) for p in program.proofs if (m := _REFUSED.fullmatch(p)))
 
 
-def streamed(program: Program, splits: int | Knob | None, tile: tuple[int, ...], frame: str,
+def streamed(program: Program, splits: int | Knob | None, tile: tuple[int, ...], frame: str, weighted: bool,
              ranks: tuple[str, ...] | None) -> Program:
     done: set[str] = set()
     while True:
         names = [r for r in _candidates(program.cascade, ranks) if r not in done]
         if not names:
-            return program
+            return _with_serial(program)
         done.add(names[0])
-        program = _Stream(program, names[0], splits, tile, frame).run()
+        program = _Stream(program, names[0], splits, tile, frame, weighted).run()
+
+
+def _with_serial(program: Program) -> Program:
+    """Says which loops of the program have no law to merge their rounds by."""
+    said = {r.where for r in refusals(program)}
+    lines = tuple(f"refused {t} over {rank}: {why}" for t, rank, why in serial(program.cascade)
+                  if f"{t} over {rank}" not in said)
+    return replace(program, proofs=program.proofs + lines) if lines else program
 
 
 def _candidates(c: Cascade, ranks: tuple[str, ...] | None) -> list[str]:
@@ -63,13 +78,20 @@ def _candidates(c: Cascade, ranks: tuple[str, ...] | None) -> list[str]:
             continue
         if any(loops & set(s.space()) for s in mine):
             continue
-        if ranks is not None and r.name not in ranks or ranks is None and r.var in written:
+        if ranks is not None and r.name not in ranks:
             continue
         passes = count(c, c.einsums, r.var)
-        if passes >= 2 or any(reduces(s, r.var) and _long(c, s, r.var) for s in mine):
+        if ranks is None and r.var in written and passes < 3:  # one pass must read what another writes
+            continue
+        if passes >= 2 or any(_placed(s, r.var) or reduces(s, r.var) and _long(c, s, r.var) for s in mine):
             fixed = extent_of(c, r.name)
             out.append((fixed is not None and fixed <= _FITS, -passes, k, r.name))
     return [name for *_, name in sorted(out)]
+
+
+def _placed(s: Einsum, v: str) -> bool:
+    """Does the statement find places along v?  On its own it walks v for the value and again for the place."""
+    return reduces(s, v) and s.reduce is not None and MONOIDS[s.reduce.monoid].outs > 1
 
 
 def _long(c: Cascade, s: Einsum, v: str) -> bool:
@@ -86,10 +108,12 @@ class _Stream:
     splits: int | Knob | None
     tile: tuple[int, ...]
     frame: str
+    weighted: bool
     taken: set[str] = field(default_factory=set)
     proofs: list[str] = field(default_factory=list)
     wanted: dict[str, str] = field(default_factory=dict)
-    conditions: set[str] = field(default_factory=set)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    ranks: list[Rank] = field(default_factory=list)
     ends: dict[str, Access] = field(default_factory=dict)
 
     def run(self) -> Program:
@@ -108,35 +132,54 @@ class _Stream:
         rest = list(c.einsums)
         stages = 0
         carried: dict[str, Einsum] = {}
-        refused: dict[str, NoLaw] = {}
+        refused: dict[str, str] = {}
+        extremes: list[tuple[Gauge, Access]] = []
+        least = 1
         while True:
             look = view(c, rest, v)
             look = View(v, {**{t: "carried" for t in carried}, **look.sides}, {**carried, **look.writer})
             stage = Stage(v, extent, facts, look.late, self._end(cut), lambda g: self.ends["$rho:" + g], self._fresh,
                           self.frame, cut.outer is not None)
-            accepted, blocked = self._accept(rest, look, stage)
+            stage.finished, stage.weighted = list(extremes), self.weighted
+            accepted, blocked = self._accept(rest, look, stage, refused)
+            extremes += self._extremes(rest, look, stage, accepted)
             refused = {**blocked, **refused}
             if not accepted:
                 break
             stages += 1
             finished = self._finish(rest, look, stage, finals, accepted)
-            early = [s for s in rest if s.names[0] not in accepted and self._side(look, s) in ("neutral", "carried")]
-            carried.update({n: s for s in early for n in s.names if look.sides.get(n) == "carried"})
-            prefix += early + self._write(look, stage, cut, accepted)
-            rest = [finished.get(s.names[0], s) for s in rest if s not in early]
+            early = [k for k, s in enumerate(rest) if k not in accepted
+                     and self._side(look, s) in ("neutral", "carried")]
+            carried.update({n: rest[k] for k in early for n in rest[k].names if look.sides.get(n) == "carried"})
+            prefix += [rest[k] for k in early]
+            rest = [x for k, s in enumerate(rest) if k not in early for x in finished.get(k, [s])]
+            moving = scanned(stage, extent, self._fresh, _ranks.fresh_rank(c, "T", {r.name for r in self.ranks}))
+            if moving is None or cut.outer is not None:
+                prefix += self._write(look, stage, cut)
+                least = max(least, places.least_tile(stage))
+                continue
+            prefix += moving.statements
+            rest = [moving.read(s) for s in rest]
+            self.ranks.append(moving.rank)
+            self.proofs.append(f"{self.rank}: a scan, {moving.p.upper()} moves its frame")
         lines = [f"refused {t} over {self.rank}: {why}" for t, why in refused.items()]
         alive = live(prefix + rest, roots(c))
-        after = stages + count(c, [s for s in alive if s in rest], v)
+        late = {id(s) for s in rest}
+        after = stages + count(c, [s for s in alive if id(s) in late], v)
         before = count(c, c.einsums, v)
         if stages == 0 or after > before or (after == before and after > 1):
             return self._refuse(lines)
-        new = assembled(c, prefix + rest, self.wanted, self.conditions)
-        new = replace(new, ranks=(*c.ranks, *cut_ranks(c, self.rank, cut, self.tile, self.splits)))
+        new = assembled(c, prefix + rest, self.wanted, self.dtypes)
+        cuts = cut_ranks(c, self.rank, cut, places.tile_choices(self.tile, least), self.splits)
+        if not any(cut.step in s.space() for s in new.einsums):  # scans alone
+            cuts = ()
+        new = replace(new, ranks=(*c.ranks, *cuts, *self.ranks))
         proofs = [*self.proofs, *lines, f"{self.rank}: {before} -> {after} passes"]
         return replace(self.program, cascade=new, proofs=(*self.program.proofs, *proofs))
 
     def _refuse(self, lines: list[str]) -> Program:
-        new = tuple(x for x in lines if x not in self.program.proofs)
+        said = {r.where for r in refusals(self.program)}
+        new = tuple(x for x in lines if (m := _REFUSED.fullmatch(x)) is None or m[1] not in said)
         return replace(self.program, proofs=self.program.proofs + new) if new else self.program
 
     # -- names ----------------------------------------------------------------------------------------------------
@@ -181,36 +224,55 @@ class _Stream:
     def _side(self, look: View, s: Einsum) -> str:
         return look.sides[s.names[0]]
 
-    def _accept(self, rest: list[Einsum], look: View,
-                stage: Stage) -> tuple[dict[str, list[Term] | Expr], dict[str, NoLaw]]:
-        """Order reductions first (they are the gauges of sums), then sums."""
+    def _accept(self, rest: list[Einsum], look: View, stage: Stage,
+                before: Mapping[str, str]) -> tuple[dict[int, Value], dict[str, str]]:
+        """Position of a statement -> its value.  Order reductions first (they are the gauges of sums), then sums.
+
+        before: what earlier stages refused; where that still waits it is not tried again."""
         inline = Inliner(self.program.cascade, look)
-        accepted: dict[str, list[Term] | Expr] = {}
-        refused: dict[str, NoLaw] = {}
-        todo = [s for s in rest if reduces(s, look.v)]
+        accepted: dict[int, Value] = {}
+        refused: dict[str, str] = {}
+        todo = [(k, s) for k, s in enumerate(rest) if reduces(s, look.v)]
         for sums in (False, True):
-            for s in todo:
+            for k, s in todo:
                 assert s.reduce is not None
                 if (s.reduce.monoid == "sum") != sums:
                     continue
                 name = s.names[0]
+                if name in before and inline.mixed(s):
+                    continue
                 body, guard = inline.body(s)
                 try:
                     self._check(s, look, body, guard)
                     if sums:
                         terms, laws = stage.sum(s, body, guard)
-                        accepted[name] = terms
+                        accepted[k] = terms
+                    elif MONOIDS[s.reduce.monoid].outs == 2:
+                        found = places.accept(stage, s, body, guard)
+                        accepted[k], laws = found, found.laws
                     else:
                         value, lifted = stage.order(s, body, guard)
-                        accepted[name], laws = value, lifted.laws
+                        accepted[k], laws = value, lifted.laws
                     self.proofs.append(f"{name}: one pass over {self.rank}" + (": " + "; ".join(laws) if laws else ""))
                 except NoLaw as why:
-                    refused[name] = why
+                    waits = sorted(t for t in reads(why.expr) if look.late(t))
+                    edge = f" (edge {', '.join(waits)} -> {name})" if waits else ""
+                    refused[name] = f"{why}{edge}"
         return accepted, refused
 
+    def _extremes(self, rest: list[Einsum], look: View, stage: Stage,
+                  accepted: dict[int, Value]) -> list[tuple[Gauge, Access]]:
+        """What is a greatest or least value of what: later stages measure from it."""
+        inline = Inliner(self.program.cascade, look)
+        out = []
+        for k in accepted:
+            s = rest[k]
+            if s.reduce is not None and s.reduce.monoid in ("max", "min"):
+                body, guard = inline.body(s)
+                out.append((stage.gauge(s.names[0], s.reduce.monoid, body, guard, s.reduce.over), s.out))
+        return out
+
     def _check(self, s: Einsum, look: View, body: Expr, guard: tuple[Expr, ...]) -> None:
-        if MONOIDS[s.reduce.monoid].outs != 1 or len(s.outs) != 1:  # type: ignore[union-attr]
-            raise NoLaw(s.reduce.monoid, body, "a reduction with several results")  # type: ignore[union-attr]
         for e in guard:
             if any(look.late(t) for t in reads(e)):
                 op = e.op if isinstance(e, Call) else "where"
@@ -220,24 +282,30 @@ class _Stream:
                 raise NoLaw("reduce", body, f"{t} reduces another rank over a reduced value")
 
     def _finish(self, rest: list[Einsum], look: View, stage: Stage, finals: Finals,
-                accepted: dict[str, list[Term] | Expr]) -> dict[str, Einsum]:
-        """Finalise statements of accepted reductions, and of what is computed from them."""
+                accepted: dict[int, Value]) -> dict[int, list[Einsum]]:
+        """Finalise statements of accepted reductions, and of what is computed from them, by position."""
         inline = Inliner(self.program.cascade, look)
-        out: dict[str, Einsum] = {}
-        for s in rest:
-            name = s.names[0]
-            if name in accepted:
-                close = Closing(stage, finals, self.ends)
-                value, guard = accepted[name], inline.guard(s)
-                out[name] = close.sum(s, value, guard) if isinstance(value, list) else close.order(s, value, guard)
+        close = Closing(stage, finals, self.ends)
+        out: dict[int, list[Einsum]] = {}
+        for k, s in enumerate(rest):
+            if k in accepted:
+                value, guard = accepted[k], inline.guard(s)
+                if isinstance(value, places.Places):
+                    out[k] = places.close(close, s, value, guard)
+                    self.dtypes[s.names[1]] = "i64"
+                else:
+                    out[k] = [close.sum(s, value, guard) if isinstance(value, list) else close.order(s, value, guard)]
             elif self._side(look, s) == "late" and not reduces(s, look.v) and len(s.outs) == 1:
-                if s.reduce is None:  # another reduction reads its operands by name
+                if s.reduce is None:
                     where = conjunction([finals.expr(g) for g in s.guards()])
-                    out[name] = replace(s, body=finals.expr(s.body), guard=where)
-                    finals.learn(s, s.body, finals.term(s.body))
+                    out[k] = [replace(s, body=finals.expr(s.body), guard=where)]
+                    if len(self.program.cascade.writers(s.names[0])) == 1:
+                        finals.learn(s, s.body, finals.term(s.body))
+                elif s.reduce.monoid == "sum":  # any other reduction reads its operands by name
+                    out[k] = close.shared(s, self._fresh)
         return out
 
-    def _write(self, look: View, stage: Stage, cut: Cut, accepted: dict[str, list[Term] | Expr]) -> list[Einsum]:
+    def _write(self, look: View, stage: Stage, cut: Cut) -> list[Einsum]:
         inline = Inliner(self.program.cascade, look)
         tiled = {t: s for t, s in look.writer.items() if look.sides[t] == "carried"}
         bodies = {t: inline.expr(s.out, ()) for t, s in tiled.items() if s.reduce is None and s.guard is None}
@@ -250,7 +318,7 @@ class _Stream:
         counts = [s for s in stage.sums if not (s.a or s.ds or s.es or s.bounded)]
         means = [g for g in stage.gauges if stage.gauges[g].kind in ("first", "running")]
         for g in stage.gauges:
-            if g not in means:
+            if g not in means and stage.gauges[g].kind != "weighted":
                 w.gauge(g, every)
         for state in counts:
             w.sum(state, every)
@@ -259,8 +327,13 @@ class _Stream:
         for state in stage.sums:
             if state not in counts:
                 w.sum(state, self._space(state, spaces, every))
+        c = self.program.cascade
+        for chosen in stage.places:
+            places.write(w, chosen, self._space(chosen, spaces, every),
+                         replace(c, ranks=(*c.ranks, *self.ranks)))
+        self.ranks += w.more
         self.wanted.update(w.wanted)
-        self.conditions |= w.conditions
+        self.dtypes |= w.dtypes
         return w.init + w.body + w.merge
 
     def _space(self, state: State, spaces: dict[str, tuple[str, ...]], every: tuple[str, ...]) -> tuple[str, ...]:

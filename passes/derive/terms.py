@@ -35,7 +35,8 @@ def logarithm_scale(op: str) -> float | None:
 class Gauge:
     """An atom y measured from a reference: y = d + rho.
 
-    kind: max or min (an extreme of y), first (mean of the first live tile) or running (mean so far).
+    kind: max or min (an extreme of y), first (mean of the first live tile), running (mean so far) or weighted (mean so
+    far under the weights that y's powers come with; `weight`: what these read).
     body: y; `level` is its part that varies along the rank as a linear form, `offset` the rest (kept inside y).
     guard: the points whose extreme or mean the reference is.
     """
@@ -47,6 +48,7 @@ class Gauge:
     level: tuple[tuple[Expr, float], ...]
     offset: tuple[tuple[Expr, float], ...] = ()
     carried: str = ""
+    weight: tuple[Expr, ...] = ()
 
     @property
     def shift(self) -> Access:

@@ -130,7 +130,7 @@ class Tiles:
         """Variables that the value of a factor depends on."""
         if isinstance(e, Access) and e.tensor in self.symbols:
             return self.symbols[e.tensor][1]
-        return variables(e)
+        return set(variables(e))
 
     def pair(self, factors: list[tuple[Expr, float]], hint: str, space: tuple[str, ...],
              guard: tuple[Expr, ...]) -> Expr:

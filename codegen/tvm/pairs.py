@@ -1,0 +1,347 @@
+"""Contractions of bf16 operands: which there are, and how their operands become pairs of neighbours.
+
+A contraction runs on pairs where both operands are stored as bf16.  A computed operand is rounded to it where that is
+allowed (`rounding`) and buys time: where more than 8 products share each number of the stored one, so that arithmetic
+and not memory is what they wait for.  Sums stay in f32.  Operands that a Load brings are packed there, once, and never
+widened; computed ones where they are used.  A missing last partner, and in tiles all that is missing up to 16 pairs,
+is 0 on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from memcomp.codegen.tvm.access import contiguous, over_points, place, strips
+from memcomp.codegen.tvm.rounding import rounds
+from memcomp.codegen.tvm.writer import Point, Writer, plus, statements
+from memcomp.ir.expr import Access
+from memcomp.ir.tile import Dot, Load, Store, Tile
+
+LANES = 16  # of a vector of pairs or of f32: every form that multiplies pairs has 512 bits
+FEW = 8     # rows up to which reading an operand again for every block of rows beats packing it
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """An operand as int32 pairs along `k`: a buffer over [other dims.., pair], or [other dims.., pair, last].
+
+    beside: which of the other dims lies beside the pairs, where that matters.
+    """
+
+    tile: str
+    k: str
+    last: str = ""
+    beside: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """form: outer and inner as in `dot`, or tiles; k: the dim that pairs run along; row: the dim of the rows, if any;
+    rows: how many there are at most; x gives the rows, y holds the last dim of the result."""
+
+    form: str
+    k: str
+    row: str
+    rows: int
+    x: Side
+    y: Side
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.x, self.y
+
+
+def products(w: Writer) -> dict[int, Product]:
+    """The contractions of a kernel that run on pairs, by `id` of the statement."""
+    if not w.isa.bf16:
+        return {}
+    everything = list(statements(w.kernel.body))
+    writers: dict[str, list[object]] = {}
+    for s in everything:
+        if not isinstance(s, Store) and hasattr(s, "tile"):
+            writers.setdefault(s.tile, []).append(s)
+    stored = {t: s for t, (s, *more) in writers.items()
+              if isinstance(s, Load) and not more and w.params[s.source.tensor].dtype == "bf16"}
+    allowed = rounds(w.program)
+    found = {id(s): _product(w, s, stored, (w.kernel.name, s.tile) in allowed)
+             for s in everything if isinstance(s, Dot)}
+    return {n: p for n, p in found.items() if p is not None}
+
+
+def _product(w: Writer, s: Dot, stored: dict[str, Load], may_round: bool) -> Product | None:
+    t, names = w.tiles[s.tile], (s.a.tensor, s.b.tensor)
+    if not t.dims or names[0] == names[1] or any(n not in w.tiles for n in names):
+        return None
+    if any(w.tiles[n].dtype != "f32" for n in (s.tile, *names)):
+        return None
+    for mine in (n for n in names if n not in stored):
+        given = names[1 - names.index(mine)]
+        if not (may_round and given in stored and _shared(w, t, w.tiles[given]) > FEW):
+            return None
+    lane = t.dims[-1]
+    for x, y in (names, names[::-1]):
+        dims, other = w.tiles[y].dims, w.tiles[x].dims
+        both = [d for d in s.over if d in dims and d in other]
+        if lane not in dims or lane in other or not both:
+            continue
+        free = [d for d in t.dims[:-1] if d not in dims]
+        row = max(free, key=lambda d: w.dims[d].capacity) if free else ""
+        rows = w.dims[row].capacity if row else 1
+
+        def runs(tile: str, dim: str) -> bool:
+            if tile in stored:
+                return contiguous(w, stored[tile].source, dim)
+            return w.tiles[tile].dims[-1] == dim
+
+        k = max(both, key=lambda d: w.dims[d].capacity)
+        wide, deep = w.dims[lane].capacity, w.dims[k].capacity
+        if w.isa.bf16 == "tiles" and min(wide, deep, rows) >= LANES:
+            return Product("tiles", k, row, rows, Side(x, k, beside=row), Side(y, k, lane))
+        along = [d for d in both if runs(x, d) and runs(y, d) and w.dims[d].capacity > LANES]
+        if not runs(y, lane) and along and (rows <= FEW or wide < LANES):
+            return Product("inner", along[0], row, rows, Side(x, along[0]), Side(y, along[0]))
+        direct = y in stored and runs(y, lane)
+        if w.vector(lane) == LANES and deep > 1 and (direct or rows >= FEW // 2):
+            across = row and runs(x, row) and not runs(x, k)
+            return Product("outer", k, row, rows, Side(x, k, row if across else ""), Side(y, k, lane))
+    return None
+
+
+def _shared(w: Writer, result: Tile, operand: Tile) -> int:
+    """How many products each element of an operand takes part in, per point of the contracted dims."""
+    return math.prod(w.dims[d].capacity for d in result.dims if d not in operand.dims)
+
+
+def in_place(w: Writer, load: Load, ways: list[Product]) -> bool:
+    """Should the products that read a loaded tile read the param itself?"""
+    return all(p.form != "tiles" and p.y.tile == load.tile and p.rows <= FEW
+               and contiguous(w, load.source, p.y.last or p.k) for p in ways)
+
+
+def packed(load: Load, readers: list[Product]) -> Side | None:
+    """The form in which a Load may leave its tile, if all that read it want the same."""
+    wanted = {side for p in readers for side in p.sides if side.tile == load.tile}
+    return wanted.pop() if len(wanted) == 1 else None
+
+
+# -- operands ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Where pairs come from: a tile (f32, rounded on the way) or, with `tile` "", a bf16 param (bits)."""
+
+    access: Access
+    tile: str
+
+    def runs_along(self, w: Writer, dim: str) -> bool:
+        return w.tiles[self.tile].dims[-1] == dim if self.tile else contiguous(w, self.access, dim)
+
+    def one(self, w: Writer, q: Point) -> str:
+        return w.tile_at(self.tile, q.scalars) if self.tile else place(w, self.access, q)
+
+    def vec(self, w: Writer, q: Point, lane: str, lanes: int, base: str, mask: str = "") -> str:
+        """Text of neighbours; lanes that the mask excludes are 0 and not read."""
+        if self.tile:
+            got = w.tile_at(self.tile, q.scalars, f"at({lanes}, {base})")
+            return f"select({mask}, {got}, f32(0.0))" if mask else got
+        if mask:
+            return f"masked_load(T.address_of({place(w, self.access, q.at(**{lane: base}))}), {mask}, 'uint16')"
+        return place(w, self.access, q, lane, lanes, base)
+
+    def pairs(self, w: Writer, q: Point, k: str, lane: str, lanes: int, base: str, mask: str, whole: bool = True,
+              ) -> str:
+        """Text of pairs number q[k], of `lanes` neighbours along another dim; not `whole`: without the second."""
+        first, second = (q.at(**{k: plus(f"{q.scalars[k]} * 2", n)}) for n in (0, 1))
+        both = [self.vec(w, p, lane, lanes, base, mask) for p in ((first, second) if whole else (first,))]
+        return f"pair_up({', '.join(both)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """An operand of a product: a buffer of pairs, or (`buffer` "") a param read in place.
+
+    In points, the value of `k` is the number of a pair.  dims: of the tile, as in `dot.Operand`.
+    """
+
+    side: Side
+    raw: Raw
+    buffer: str
+    dims: tuple[str, ...]
+
+    @property
+    def tile(self) -> str:
+        """As in `dot.Operand`: "" for what is read in place."""
+        return self.buffer
+
+    @property
+    def access(self) -> Access:
+        return self.raw.access
+
+    def at(self, w: Writer, q: Point, pair: str, last: str) -> str:
+        dims = order(w, self.side)
+        values = q.scalars | {self.side.k: pair} | ({self.side.last: last} if self.side.last else {})
+        return f"{self.buffer}[{', '.join(values[d] for d in dims)}]"
+
+    def one(self, w: Writer, q: Point) -> str:
+        return self.at(w, q, q.scalars[self.side.k], q.scalars.get(self.side.last, ""))
+
+    def vec(self, w: Writer, q: Point, lane: str, lanes: int, base: str, mask: str = "", whole: bool = True) -> str:
+        """Pairs of neighbours: `lanes` / 2 along k from element `base` on, or `lanes` along another dim."""
+        if lane == self.side.k:
+            if self.buffer:
+                return self.at(w, q, f"at({lanes // 2}, T.truncdiv({base}, 2))", "")
+            return f"in_pairs({self.raw.vec(w, q, lane, lanes, base, mask)})"
+        if self.buffer:
+            return self.at(w, q, q.scalars[self.side.k], f"at({lanes}, {base})")
+        return self.raw.pairs(w, q, self.side.k, lane, lanes, base, mask, whole)
+
+
+def operand(w: Writer, side: Side, point: Point, deep: bool) -> Pairs:
+    """The operand ready to be multiplied; packs it here unless its Load has done so or it is read in place.
+
+    deep: fill up to whole tiles along `k`.
+    """
+    dims = w.tiles[side.tile].dims
+    if side.tile in w.in_place:
+        return Pairs(side, Raw(w.in_place[side.tile].source, ""), "", dims)
+    raw = Raw(Access(side.tile, ()), side.tile)
+    if side.tile in w.packed:
+        return Pairs(side, raw, w.packed[side.tile], dims)
+    made = Pairs(side, raw, new_buffer(w, side), dims)
+    pack(w, made, point, deep)
+    return made
+
+
+def load(w: Writer, s: Load, side: Side, point: Point) -> None:
+    """Fill a tile that is wanted as pairs only."""
+    w.packed[s.tile] = w.packed.get(s.tile) or new_buffer(w, side)
+    made = Pairs(side, Raw(s.source, ""), w.packed[s.tile], w.tiles[s.tile].dims)
+    pack(w, made, point, any(p.form == "tiles" and side in p.sides for p in w.products.values()))
+
+
+def order(w: Writer, side: Side) -> tuple[str, ...]:
+    """The dims of a buffer."""
+    others = [d for d in w.tiles[side.tile].dims if d not in (side.k, side.last, side.beside)]
+    return (*others, *([side.beside] if side.beside else ()), side.k, *([side.last] if side.last else ()))
+
+
+def new_buffer(w: Writer, side: Side) -> str:
+    """A buffer with room for whole tiles: 16 rows, 16 pairs, 16 columns."""
+    name = w.names.fresh(f"{w.names[side.tile]}_pairs")
+    dims = order(w, side)
+    room = {d: -(-w.dims[d].capacity // LANES) * LANES for d in (side.last, *dims[-2:]) if d}
+    shape = [-(-w.dims[d].capacity // (2 * LANES)) * LANES if d == side.k else room.get(d, w.dims[d].capacity)
+             for d in dims]
+    w.buffers[name] = (tuple(shape), "int32")
+    return name
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------
+
+
+def pack(w: Writer, to: Pairs, point: Point, deep: bool) -> None:
+    """Fill a buffer: by vectors where the source runs along k or the last dim, by squares turned in registers where it
+    runs along the dim that is to be the other way round, else one by one."""
+    side, raw = to.side, to.raw
+    k, n = side.k, w.fixed(side.k)
+    dims = order(w, side)
+    inner = side.last or (dims[-2] if len(dims) > 1 else "")  # the dim beside the pairs
+    others = tuple(d for d in dims if d not in (k, inner))
+    count = w.count(k)
+    pairs = f"i64({(n + 1) // 2})" if n is not None else f"T.truncdiv({count} + 1, 2)"
+    stop = pairs
+    if deep:
+        stop = f"i64({-(-n // 32) * 16})" if n is not None else f"T.truncdiv({count} + 31, 32) * 16"
+
+    def plane(q: Point) -> None:
+        if raw.runs_along(w, k) and not side.last:
+            over_points(w, (inner,) if inner else (), q, lambda p: _along(w, to, p))
+        elif side.last and raw.runs_along(w, side.last):
+            _across(w, to, q, pairs, stop if deep else "")
+        elif inner and w.dims[inner].capacity >= LANES and raw.runs_along(w, inner if not side.last else k):
+            _squares(w, to, q, inner, stop)
+        else:
+            over_points(w, (inner,) if inner else (), q, lambda p: _each(w, to, p, "i64(0)", stop))
+
+    over_points(w, others, point, plane)
+
+
+def _along(w: Writer, to: Pairs, q: Point) -> None:
+    """Both run along k: 32 numbers a time, 0 beyond the last."""
+    def strip(base: str, lanes: int, mask: str) -> None:
+        got = f"in_pairs({to.raw.vec(w, q, to.side.k, lanes, base, mask)})"
+        w.line(f"{to.at(w, q, f'at({lanes // 2}, T.truncdiv({base}, 2))', '')} = {got}")
+
+    strips(w, to.side.k, strip, 2 * LANES)
+
+
+def _across(w: Writer, to: Pairs, q: Point, pairs: str, stop: str) -> None:
+    """Both run along the last dim: two rows a time become one of pairs."""
+    k, last, n = to.side.k, to.side.last, w.fixed(to.side.k)
+
+    def row(i: str, whole: bool) -> None:
+        def strip(base: str, lanes: int, mask: str) -> None:
+            got = to.raw.pairs(w, q.at(**{k: i}), k, last, lanes, base, mask, whole)
+            w.line(f"{to.at(w, q, i, f'at({lanes}, {base})')} = {got}")
+
+        strips(w, last, strip)
+
+    with w.repeat("i", f"i64({n // 2})" if n is not None else f"T.truncdiv({w.count(k)}, 2)") as i:
+        row(i, True)
+    if n is None:
+        with w.block(f"if T.truncmod({w.count(k)}, 2) == 1:"):
+            row(f"({pairs} - 1)", False)
+    elif n % 2:
+        row(f"i64({n // 2})", False)
+    if stop and stop != pairs:
+        i = w.names.fresh("i")
+        with w.block(f"for {i} in T.serial({pairs}, {stop}):"):
+            strips(w, last, lambda b, m, mask: w.line(
+                f"{to.at(w, q, i, f'at({m}, {b})')} = splat(cast('int32', i64(0)), {m})"))
+
+
+def _squares(w: Writer, to: Pairs, q: Point, inner: str, stop: str) -> None:
+    """16 neighbours of `inner` by 16 pairs, turned in registers; the edges one by one."""
+    k, last = to.side.k, to.side.last
+    whole = {}
+    for d, size in ((k, 2 * LANES), (inner, LANES)):
+        n = w.fixed(d)
+        whole[d] = f"T.truncdiv({w.count(d)}, {size})" if n is None else f"i64({n // size})"
+    i, j = w.names.fresh("i"), w.names.fresh("j")
+    with w.block(f"for {i} in T.serial({whole[inner]}):"), w.block(f"for {j} in T.serial({whole[k]}):"):
+        if last:   # the source runs along k
+            rows = [f"in_pairs({to.raw.vec(w, q.at(**{inner: f'({i} * {LANES} + {r})'}), k, 2 * LANES, f'{j} * 32')})"
+                    for r in range(LANES)]
+        else:
+            rows = [to.raw.pairs(w, q.at(**{k: f"({j} * {LANES} + {r})"}), k, inner, LANES, f"{i} * {LANES}", "")
+                    for r in range(LANES)]
+        base = q.scalars | {k: f"{j} * {LANES}", inner: f"{i} * {LANES}"}
+        index = ", ".join(base[d] for d in order(w, to.side))
+        turned = order(w, to.side).index(k if last else inner)
+        w.line(f"put_turned({to.buffer}, [{index}], {turned}, [{', '.join(rows)}])")
+    right = f"{whole[k]} * {LANES}"
+    if not w.full(k, 2 * LANES):
+        over_points(w, (inner,), q, lambda p: _each(w, to, p, right, stop))
+    if w.full(inner, LANES):
+        return
+    v = w.names.fresh(w.names[inner])
+    with w.block(f"for {v} in T.serial({whole[inner]} * {LANES}, {w.count(inner)}):"):
+        _each(w, to, q.at(**{inner: v}), "i64(0)", right)
+
+
+def _each(w: Writer, to: Pairs, q: Point, start: str, stop: str) -> None:
+    """Pairs start .. stop-1, one by one."""
+    k, count = to.side.k, w.count(to.side.k)
+    i = w.names.fresh("i")
+    with w.block(f"for {i} in T.serial({start}, {stop}):"):
+        here = to.at(w, q, i, q.scalars.get(to.side.last, ""))
+        first, second = (to.raw.one(w, q.at(**{k: plus(f"{i} * 2", n)})) for n in (0, 1))
+        with w.block(f"if {i} * 2 + 1 < {count}:"):
+            w.line(f"{here} = pair_up({first}, {second})")
+        with w.block("else:"):
+            with w.block(f"if {i} * 2 < {count}:"):
+                w.line(f"{here} = pair_up({first})")
+            with w.block("else:"):
+                w.line(f"{here} = cast('int32', i64(0))")

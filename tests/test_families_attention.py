@@ -1,0 +1,163 @@
+"""Attention as users write it: one region, one kernel, one pass, right on tame and on hostile inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import memcomp
+from memcomp.backend import install
+from memcomp.codegen.lower import lower
+from memcomp.config import config
+from memcomp.ir.target import target
+from memcomp.ir.tile import Loop, TileProgram, When
+from memcomp.models.families import Family
+from memcomp.models.families.attention import FAMILIES
+from memcomp.pipeline import fixed
+from memcomp.report import RegionReport
+from tests.hostile import hostile, wrong
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+ROWS, LENGTH = 33, 301  # divide nothing
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    memcomp.reset()
+    with torch.no_grad():
+        yield
+
+
+def by_name(f: Family) -> str:
+    return f.name
+
+
+def passes(region: RegionReport, length: int) -> int:
+    """The most passes of any input over a rank of this extent."""
+    sizes = {**fixed(region.program), **region.sizes}
+    inputs = {t.name for t in region.program.cascade.inputs()}
+    return max(n for (t, r), n in region.passes.after.items() if t in inputs and sizes.get(r) == length)
+
+
+def compiled(f: Family) -> tuple[Callable[..., Any], list[str]]:
+    """The compiled function, and what its graph leaves for torch to compute."""
+    left: list[str] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        install(gm, config({"rest": "eager", "strict": True}))
+        gm.graph.eliminate_dead_code()
+        left.extend(n.name for n in gm.graph.nodes if n.op.startswith("call_") and "getitem" not in n.name
+                    and "memcomp" not in str(n.target))
+        return gm.forward
+
+    return torch.compile(f.fn, backend=backend, fullgraph=True, dynamic=False), left
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=by_name)
+def test_one_region_one_kernel_one_pass(family: Family) -> None:
+    args = family.inputs(ROWS, LENGTH, torch.float32)
+    fast, left = compiled(family)
+    assert not wrong(family.fn, args, fast(*args))
+    assert left == []  # nothing around the kernel
+    stats = memcomp.stats()
+    assert stats["regions"] == 1 and stats["launches"] == family.kernels and not stats["fallbacks"]
+    found = {name: errors for name, other in hostile(args) if (errors := wrong(family.fn, other, fast(*other)))}
+    assert not found
+    assert memcomp.stats()["regions"] == 1  # nothing was compiled again
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=by_name)
+def test_passes_and_tolerance(family: Family) -> None:
+    dtype = list(DTYPES.values())[FAMILIES.index(family) % 3]
+    args = family.inputs(ROWS - 2, LENGTH - 4, dtype)
+    (region,) = memcomp.explain(family.fn, *args).regions
+    assert passes(region, LENGTH - 4) == family.passes
+    report = memcomp.check(family.fn, *args, rest="eager", strict=True)
+    assert report.ok, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,length", [(1, 67), (70, 1), (65, 130), (2, 65536)])
+@pytest.mark.parametrize("family", FAMILIES, ids=by_name)
+def test_every_dtype_at_every_length(family: Family, rows: int, length: int, dtype: str) -> None:
+    report = memcomp.check(family.fn, *family.inputs(rows, length, DTYPES[dtype]), rest="eager", strict=True)
+    assert report.ok, report
+    stats = memcomp.stats()
+    assert stats["regions"] == stats["launches"] == 1
+
+
+# -- masks without block masks ----------------------------------------------------------------------------------------
+
+
+def tiles(f: Family, rows: int, length: int) -> tuple[TileProgram, list[torch.Tensor]]:
+    """The tile program of a family's region and the tensors it takes."""
+    taken: list[TileProgram] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        (installed,), _ = install(gm, config({"rest": "eager", "strict": True}))
+        taken.append(installed.compiled.tiles)
+        return gm.forward
+
+    args = f.inputs(rows, length, torch.float32)
+    torch.compile(f.fn, backend=backend, fullgraph=True, dynamic=False)(*args)
+    return taken[0], list(args)
+
+
+def loop_of(tp: TileProgram) -> Loop:
+    (kernel,) = tp.kernels
+    (loop,) = (s for s in kernel.body if isinstance(s, Loop))
+    return loop
+
+
+def named(name: str) -> Family:
+    return next(f for f in FAMILIES if f.name == name)
+
+
+@pytest.mark.parametrize("name", ["causal", "windowed"])
+def test_affine_guards_bound_the_loop(name: str) -> None:
+    """The loop's ends follow the queries' tile, and inside full tiles there is no mask (a `When` chooses)."""
+    tp, _ = tiles(named(name), 200, 1000)
+    loop = loop_of(tp)
+    full, _ = tiles(named("scaled"), 200, 1000)
+    assert loop.hi != loop_of(full).hi
+    assert (name == "windowed") == (loop.lo != loop_of(full).lo)
+    assert any(isinstance(s, When) for s in loop.body)
+
+
+@pytest.mark.parametrize("name", ["padding", "documents"])
+def test_guards_by_data_bound_the_loop_at_run_time(name: str) -> None:
+    loop = loop_of(tiles(named(name), 64, 1000)[0])
+    assert loop.hi != loop_of(tiles(named("scaled"), 64, 1000)[0]).hi
+
+
+def test_nothing_is_rebuilt_while_decoding() -> None:
+    f = named("padding")
+    fast = torch.compile(f.fn, backend="memcomp", options={"rest": "eager", "strict": True}, fullgraph=True)
+    q, k, v, _ = f.inputs(1, 500, torch.float32)
+    for n in range(300, 320):
+        lengths = torch.tensor([n])
+        torch.testing.assert_close(fast(q, k, v, lengths), f.fn(q, k, v, lengths), rtol=1e-4, atol=1e-5)
+    stats = memcomp.stats()
+    assert stats["recompilations"] == 0 and stats["graphs"] == 1 and stats["launches"] == 20
+
+
+# -- big heads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads,rows,length,dim", [(2, 1, 2048, 4096), (1, 512, 512, 1024), (1, 1, 70, 12288)])
+def test_big_heads_are_one_kernel_within_the_second_level(heads: int, rows: int, length: int, dim: int) -> None:
+    args = tuple(torch.randn(1, heads, n, dim) for n in (rows, length, length))
+    (region,) = memcomp.explain(named("SDPA").fn, *args).regions
+    (kernel,) = lower(region.program).kernels
+    held = sum(4 * math.prod(kernel.dim(d).capacity for d in t.dims) for t in kernel.tiles)
+    levels = {level.name: level.bytes for level in target(region.program.target).levels}
+    assert held <= levels["l2"]
+    report = memcomp.check(named("SDPA").fn, *args, rest="eager", strict=True)
+    assert report.ok, report
+    assert memcomp.stats()["fallbacks"] == {}
