@@ -24,7 +24,9 @@ cascades: $(READY)  ## 20,000 random cascades against their rewritten forms; goe
 
 bench: $(READY)
 	$(BIN)/python benchmarks/analysis.py
+	$(BIN)/python benchmarks/bf16.py
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/first_call.py
 	$(BIN)/python benchmarks/fusemax.py
 	$(BIN)/python benchmarks/overhead.py

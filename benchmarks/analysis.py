@@ -18,7 +18,6 @@ from typing import Any
 
 from measure import record, terminal
 
-from memcomp.config import Config
 from memcomp.ir.program import Program
 from memcomp.ir.text import parse
 from memcomp.ir.traversal import traversals
@@ -91,13 +90,13 @@ def forget() -> None:
 
 def once(text: str) -> dict[str, float]:
     """Seconds of each part: of the wall, and of the processor in all."""
-    program, settings = parse(text), Config()
+    program = parse(text)
     forget()
     begin, busy = time.perf_counter(), time.process_time()
     traversals(program)
     read = time.perf_counter()
     verify(program)
-    made = rewrite(program, config=settings, observe=lambda *_: None)
+    made = rewrite(program, observe=lambda *_: None)
     rewritten = time.perf_counter()
     traversals(made)
     end = time.perf_counter()

@@ -1,9 +1,10 @@
 """Families of layers beside torch's compilers: kernels a call, passes over the long rank, traffic over compulsory.
 
-    python benchmarks/families.py [--only WORD] [--rows N] [--length N]
+    python benchmarks/families.py [--only WORD] [--again] [--rows N] [--length N]
 
-Writes docs/families.md and results/families.json.  What Inductor and FlexAttention do is counted in the code they
-generate: kernels that are called, loops over the long rank (a library's product is one), bytes by Inductor's own count.
+Writes results/families.json family by family (one that is there already is not counted again, unless --again) and
+docs/families.md from it.  What Inductor and FlexAttention do is counted in the code they generate, which is not built:
+kernels that are called, loops over the long rank (a library's product is one), bytes by Inductor's own count.
 memcomp's kernels are launches (what is left to torch is counted too), its passes and bytes those of the form that runs.
 """
 
@@ -26,10 +27,12 @@ import memcomp
 from memcomp.backend import install
 from memcomp.config import config
 from memcomp.models.families import Family, families
+from memcomp.models.families._refused import REFUSED, Refused
 from memcomp.pipeline import fixed
 from memcomp.report import describe
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
+SAVED = RESULTS / "families.json"
 LIBRARY = re.compile(r"(?:extern_kernels\.|aten\.|torch\.ops\.(?!inductor)\w+\.)\w+")
 KERNEL = re.compile(r"^\s+(?:cpp_fused\w*|\w+_kernel\w*|cpp_\w+)\(", re.M)
 
@@ -53,29 +56,38 @@ def compulsory(args: tuple[torch.Tensor, ...], out: Any) -> int:
     return sum(t.numel() * t.element_size() for t in (*args, *outs))
 
 
-def inductor(fn: Callable[..., Any], args: tuple[torch.Tensor, ...], length: int) -> Cost:
+def inductor(fn: Callable[..., Any], args: tuple[torch.Tensor, ...], length: int, least: int) -> Cost:
     from torch._inductor.graph import GraphLowering
-    from torch._inductor.utils import fresh_cache, run_and_get_code
 
-    moved: list[int] = []
+    seen: list[tuple[str, int]] = []
     codegen = GraphLowering.codegen
 
+    class Enough(Exception):
+        """The code is there; it need not be built."""
+
     def counted(graph: GraphLowering) -> Any:
-        text = codegen(graph)
-        moved.append(int(graph.count_bytes()[0]))
-        return text
+        wrapper, _ = codegen(graph)
+        seen.append((wrapper.value, int(graph.count_bytes()[0])))
+        raise Enough
 
     torch._dynamo.reset()
-    with fresh_cache(), patch.object(GraphLowering, "codegen", counted):
-        out, sources = run_and_get_code(torch.compile(fn, dynamic=False), *args)
-    text = "\n".join(line for line in "\n".join(sources).splitlines() if not line.lstrip().startswith("#"))
+    no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
+    no_cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    with no_graphs, no_cache, patch.object(GraphLowering, "codegen", counted):
+        try:
+            torch.compile(fn, dynamic=False, fullgraph=True)(*args)
+        except Exception:
+            if not seen:
+                raise
+    ((source, moved),) = seen
+    text = "\n".join(line for line in source.splitlines() if not line.lstrip().startswith("#"))
     begin = text.rindex("def call(")
     call = text[begin: text.index("\n        return ", begin)]
     called = [m.group() for m in LIBRARY.finditer(call) if not m.group().endswith(("empty_strided", "set_"))]
     kernels = len(KERNEL.findall(call)) + len(called)
     loops = len(re.findall(rf"for\s*\([^;]*;[^;]*<\s*static_cast<int64_t>\({length}L\)", text))
-    loops += len(re.findall(r"cpp_fused_flex_attention\w*\(", call))  # its template is the streaming form
-    return Cost(kernels, loops + len(called), sum(moved) / compulsory(args, out))
+    loops += text.count("int64_t kvSplitSize =")  # the loop of FlexAttention's template, which is the streaming form
+    return Cost(kernels, loops + len(called), moved / least)
 
 
 def own(family: Family, args: tuple[torch.Tensor, ...], length: int) -> Cost:
@@ -86,7 +98,7 @@ def own(family: Family, args: tuple[torch.Tensor, ...], length: int) -> Cost:
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         nonlocal left
-        installed, _ = install(gm, config({"rest": "eager"}))
+        installed, _ = install(gm, config({"rest": "eager", "chains": "all"}))
         gm.graph.eliminate_dead_code()
         left += sum(n.op.startswith("call_") and "getitem" not in n.name and "memcomp" not in str(n.target)
                     for n in gm.graph.nodes)
@@ -105,51 +117,86 @@ def own(family: Family, args: tuple[torch.Tensor, ...], length: int) -> Cost:
 
 def row(family: Family, rows: int, length: int) -> dict[str, Any]:
     args = family.inputs(rows, length, torch.float32)
+    least = compulsory(args, family.fn(*args))
     costs: dict[str, Cost | None] = {}
+    said = {}
     for who, fn in (("Inductor", family.fn), ("FlexAttention", family.flex and family.flex(*args))):
         try:
-            costs[who] = inductor(fn, args, length) if fn is not None else None
+            costs[who] = inductor(fn, args, length, least) if fn is not None else None
         except Exception as why:  # what a peer cannot compile is a result
             costs[who] = None
-            print(f"{family.name}: {who}: {type(why).__name__}: {str(why).splitlines()[0][:100]}")
+            said[who] = f"{type(why).__name__}: {str(why).splitlines()[0][:200]}"
     if (flexed := costs["FlexAttention"]) is not None:
         costs["FlexAttention"] = replace(flexed, traffic=None)  # Inductor does not count what a template reads
     costs["memcomp"] = own(family, args, length)
-    return {"family": family.name, "why": family.why, **{k: asdict(c) if c else None for k, c in costs.items()}}
+    return {"family": family.name, "why": family.why, **{k: asdict(c) if c else None for k, c in costs.items()},
+            **({"said": said} if said else {})}
 
 
-def page(results: list[dict[str, Any]], rows: int, length: int) -> str:
-    lines = [
-        "# Families of layers", "",
-        f"Written by `python benchmarks/families.py` at {rows} rows and {length} elements of the long rank, fp32, CPU.",
-        "Each cell: kernels a call / passes over the long rank / bytes moved over compulsory bytes (every argument",
-        "read once, every result written once).  The peers are counted in the code that they generate; a dash is what",
-        "is not counted, or what they cannot compile or have no form of.  Bytes are those between kernels and memory",
-        "by each compiler's own count.", "",
-        "| family | Inductor | FlexAttention | memcomp | more than one pass because |", "|---|---|---|---|---|"]
-    for r in results:
+def refusal(refused: Refused, rows: int, length: int) -> dict[str, Any]:
+    """What is said of a layer that no law makes one pass, and how many kernels compute it all the same."""
+    args = refused.inputs(rows, length, torch.float32)
+    torch._dynamo.reset()
+    memcomp.reset()
+    e = memcomp.explain(refused.fn, *args)
+    told = [*map(str, e.refusals), *(p for r in e.regions for p in r.program.proofs if p.startswith("refused"))]
+    told = [re.sub(r"/\S*/(?=\w+\.py:)", "", x) for x in told]  # files by their names
+    return {"family": refused.name, "says": told, "regions": len(e.regions)}
+
+
+HEAD = """# Families of layers
+
+Written by `python benchmarks/families.py` at {rows} rows and {length} elements of the long rank, fp32, CPU, torch
+{torch}. Each cell: kernels a call / passes over the long rank / bytes moved over compulsory bytes (every
+argument read once, every result written once). The peers are counted in the code that they generate, where a product by
+a library is one kernel and one pass; a dash is what is not counted, or what they cannot compile or have no form of.
+Bytes are those between kernels and memory by each compiler's own count: Inductor counts what a kernel reads once,
+however often it passes over it; below 1 is where only some elements of an argument are asked for. memcomp is given
+`chains="all"`; without it a normalised tensor that is itself written stays with torch. The functions are in
+`models/families/`.
+"""
+
+
+def page(saved: dict[str, Any]) -> str:
+    lines = [HEAD.format(rows=saved["rows"], length=saved["length"], torch=saved["machine"]["versions"]["torch"])]
+    lines += ["| family | Inductor | FlexAttention | memcomp | more than one pass or kernel because |",
+              "|---|---|---|---|---|"]
+    for r in saved["results"]:
         cells = [str(Cost(**r[who])) if r[who] else "-" for who in ("Inductor", "FlexAttention", "memcomp")]
         lines.append(f"| {r['family']} | {' | '.join(cells)} | {r['why']} |")
+    lines += ["", "## Refused", "",
+              "No law of the table makes these one pass. They are computed all the same, by memcomp and torch.", "",
+              "| function | regions | what is said |", "|---|---|---|"]
+    for r in saved["refused"]:
+        lines.append(f"| {r['family']} | {r['regions']} | {'<br>'.join(x.replace('|', '&#124;') for x in r['says'])} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="families whose name holds this word")
-    parser.add_argument("--rows", type=int, default=33)
-    parser.add_argument("--length", type=int, default=1021)
+    parser.add_argument("--again", action="store_true", help="count those again that are in the results")
+    parser.add_argument("--rows", type=int, default=257)
+    parser.add_argument("--length", type=int, default=4099)
     args = parser.parse_args()
-    results = []
+    shape = {"rows": args.rows, "length": args.length}
+    saved = json.loads(SAVED.read_text()) if SAVED.exists() else {}
+    if {k: saved.get(k) for k in shape} != shape:
+        saved = {"results": [], "refused": []}
+    saved = {"machine": machine(), **shape, **{k: saved[k] for k in ("results", "refused")}}
+    work = (("results", families(), row), ("refused", REFUSED, refusal))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for family in families():
-            if args.only in family.name:
-                results.append(row(family, args.rows, args.length))
-                print(json.dumps(results[-1]), flush=True)
-    if not args.only:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "families.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-        DOCS.write_text(page(results, args.rows, args.length))
+        for part, members, count in work:
+            known = {r["family"]: r for r in saved[part]}
+            for f in members:
+                if args.only in f.name and (args.again or f.name not in known):
+                    known[f.name] = count(f, args.rows, args.length)  # type: ignore[operator]
+                    print(json.dumps(known[f.name]), flush=True)
+                    saved[part] = [known[x.name] for x in members if x.name in known]
+                    RESULTS.mkdir(exist_ok=True)
+                    SAVED.write_text(json.dumps(saved, indent=1) + "\n")
+    DOCS.write_text(page(saved))
     return 0
 
 

@@ -6,6 +6,8 @@ operations), `lower_fuse` (fewer tiles) and `lower_emit` (loads, masks, loop bou
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 from memcomp.codegen.lower_emit import Emitter
@@ -20,6 +22,7 @@ from memcomp.ir.expr import Access, Expr, Size, call, transform, walk
 from memcomp.ir.program import Program, knobs
 from memcomp.ir.register import expanded
 from memcomp.ir.tile import Param, TileKernel, TileProgram
+from memcomp.ir.tile_verify import verify_tile
 
 
 def lower(program: Program) -> TileProgram:
@@ -54,9 +57,14 @@ def lower(program: Program) -> TileProgram:
     params = _params(c, sizes, grouped)
     dropped = {n: k for g in grouped for n, k in g.carried.items() if n in g.stores and n not in g.each_step}
     by_name = {p.name: p for p in params}
-    kernels = (*fills(program.name, c, grouped, params), *(_kernel(program, c, g, by_name, dropped) for g in grouped))
+    written = Counter(n for g in grouped for n in g.stores)
+    pieces = {n for n, k in written.items() if k > 1}
+    kernels = [*fills(program.name, c, grouped, params)]
+    kernels += [_kernel(program, c, g, by_name, dropped, pieces) for g in grouped]
     symbols = tuple(r.name for r in c.ranks if sizes.symbolic(r))
-    return TileProgram(program.name, params, symbols, kernels, program.target)
+    tiles = TileProgram(program.name, params, symbols, tuple(kernels), program.target)
+    verify_tile(tiles)
+    return tiles
 
 
 def _params(c: Cascade, sizes: Sizes, grouped: list[GroupOps]) -> tuple[Param, ...]:
@@ -91,8 +99,15 @@ def _params(c: Cascade, sizes: Sizes, grouped: list[GroupOps]) -> tuple[Param, .
     return tuple(out)
 
 
-def _kernel(program: Program, c: Cascade, g: GroupOps, params: dict[str, Param], dropped: dict[str, int]) -> TileKernel:
-    _workspace_reads(c, g, dropped)
+def _kernel(
+    program: Program,
+    c: Cascade,
+    g: GroupOps,
+    params: dict[str, Param],
+    dropped: dict[str, int],
+    pieces: Collection[str],
+) -> TileKernel:
+    _workspace_reads(g, dropped)
     dtype = _dtypes(c, g, params)
     compose(g)
     split_products(g)
@@ -101,10 +116,10 @@ def _kernel(program: Program, c: Cascade, g: GroupOps, params: dict[str, Param],
         if o.target not in dtype:  # copies of carried tiles, factors of products
             dtype[o.target] = dtype.get(o.target.removesuffix("_old")) or _real(params)
     home = buffers(g, dtype)
-    return Emitter(g, params, dtype, home).kernel(f"{program.name}_{g.group.name}")
+    return Emitter(g, params, dtype, home, pieces).kernel(f"{program.name}_{g.group.name}")
 
 
-def _workspace_reads(c: Cascade, g: GroupOps, dropped: dict[str, int]) -> None:
+def _workspace_reads(g: GroupOps, dropped: dict[str, int]) -> None:
     """Carried tensors of other groups are read at their last step only: their workspace has no iterative rank.
 
     The new value of a state (`X'`) is read from the state's own param.

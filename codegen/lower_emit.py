@@ -17,6 +17,7 @@ from memcomp.codegen.lower_tiles import param_name
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, Var, call, conjunction, variables, walk
 from memcomp.ir.ops import MONOIDS
+from memcomp.ir.simplify import linear, simplify
 from memcomp.ir.tile import Dot, Fold, Loop, Map, Statement, Store, TileKernel, When
 
 
@@ -191,47 +192,70 @@ class Emitter(Limits):
         if o.target in self.g.each_step:
             k = self.g.carried[o.target]
             index = tuple(Const(0) if i == k and phase == PRE else x for i, x in enumerate(index))
-        store = self._once(Store(Access(param_name(target.tensor), index), name), held, phase)
-        cond = self._scatter_guard(o, Access(target.tensor, index))
-        store = store if cond is None else When(cond, (store,))
+        store = self._once(self._masked(o, Access(param_name(target.tensor), index), name, phase), held)
         if o.target.endswith("'"):  # a new state goes over the old one, which what follows may still read
             (self.late_loop if phase == LOOP else self.late).append(store)
         else:
             self.body[phase].append(store)
 
-    def _once(self, store: Statement, held: set[str], phase: int) -> Statement:
+    def _once(self, store: Statement, held: set[str]) -> Statement:
         """Grid points that would write the same element leave it to the first of them."""
         spare = [v for v, _ in self.g.grid if v not in held]
         cond = conjunction([call("eq", Var(v), 0) for v in spare])
         return store if cond is None else When(cond, (store,))
 
-    def _scatter_guard(self, o: Op, target: Access) -> Expr | None:
-        """The condition under which a store may run: excluded points are stored as empty where each has an element of
-        its own, and must not be stored where the index is data or leaves the tensor."""
-        left = self.effective(o)
-        shape = self.params[param_name(target.tensor)].shape
-        if not left or (
-            all(self._inside(i, n) for i, n in zip(target.index, shape, strict=True))
-            and not any(isinstance(n, Access) for i in target.index for n in walk(i))
-        ):
-            return None
-        tests = tuple(self.read(c, o.phase) for c in left)
-        if any(variables(c) & set(self.g.dims) for c in tests):
-            raise Refusal(
-                f"{o.target} is scattered under a guard that differs inside a tile",
-                self.g.group.name,
-                "a store has no mask",
-            )
-        return _all(tests)
+    def _masked(self, o: Op, target: Access, name: str, phase: int) -> Store:
+        """The store of a tile, at points whose element is inside the tensor.
+
+        Points that guards exclude are stored as what they hold, empty, where each has an element of its own; they must
+        not be stored where the index is data, where other points or other statements write the same element.
+        """
+        shape = self.params[target.tensor].shape
+        index = tuple(self.read(i, phase) for i in target.index)
+        left = tuple(c for c in self.effective(o) if not variables(c) & set(o.over))
+        chosen = any(isinstance(n, Access) for i in index for n in walk(i))
+        mask: list[Expr] = []
+        same = o.empty == self.g.unwritten.get(o.target, o.empty)
+        if left and (chosen or not self._one_to_one(target.index) or (o.target in self.pieces and same)):
+            if not chosen and not same:
+                raise Refusal(
+                    f"{o.target} is written where its guard excludes points that share elements with others",
+                    self.g.group.name,
+                    "give every point an element of its own",
+                )
+            mask = [self.read(c, phase) for c in left]
+        dims = tuple(Var(d) for d in o.dims)
+        for i, n in zip(index, shape, strict=True):
+            for inside in (call("ge", i, 0), call("lt", i, n)):
+                known = self.facts(i, *dims).where(conjunction(mask) or Const(True))
+                if not known.proves(inside):
+                    mask.append(simplify(inside, integers=known.integers))
+        return Store(Access(target.tensor, index), name, conjunction(mask))
+
+    def _one_to_one(self, index: tuple[Expr, ...]) -> bool:
+        """Do different points, with no guard, write different elements?  Each index in mixed radix."""
+        extent = dict(self.g.grid) | {d.name: Const(d.capacity) for d in self.g.dims.values()}
+        for i in index:
+            terms = linear(i)
+            if terms is None or any(t is not None and variables(t) and not isinstance(t, Var) for t in terms):
+                return False
+            digits = sorted((abs(k), t.name) for t, k in terms.items() if isinstance(t, Var))
+            below = 0  # the greatest value of the lower digits
+            for n, (k, v) in enumerate(digits):
+                last = extent.get(v)
+                if k <= below or (n + 1 < len(digits) and not isinstance(last, Const)):
+                    return False
+                below += k * (int(last.value) - 1) if isinstance(last, Const) else 0
+        return True
 
     def store_carried(self) -> None:
         for name in self.g.carried:
             if name in self.g.stores and name not in self.g.each_step:
                 target = self.g.stores[name]
                 held = {v for i in target.index for v in variables(i)}
-                dims = next(o.dims for o in self.g.ops if o.target == name)
-                store = Store(Access(param_name(name), target.index), self.tile(name, dims))
-                self.body[POST].append(self._once(store, held, POST))
+                last = next(o for o in reversed(self.g.ops) if o.target == name)
+                store = self._masked(last, Access(param_name(name), target.index), self.tile(name, last.dims), POST)
+                self.body[POST].append(self._once(store, held))
 
     # -- the kernel ------------------------------------------------------------------------------------------------
 

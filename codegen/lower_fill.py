@@ -18,11 +18,17 @@ def fills(program: str, c: Cascade, grouped: list[GroupOps], params: tuple[Param
         if p.role not in ("out", "work"):
             continue
         stores = [(g, a) for g in grouped for n, a in g.stores.items() if n == p.name]
-        if len(stores) == 1 and (stores[0][0].carried.get(p.name) is not None or covers(*stores[0], p.shape)):
+        if len(stores) == 1 and _whole_store(*stores[0], p):
             continue
         t = c.declared(p.name)
         out.append(_fill(f"{program}_fill_{p.name}", p, t.empty if t is not None else 0.0))
     return out
+
+
+def _whole_store(g: GroupOps, a: Access, p: Param) -> bool:
+    """Is every element written, the steps of a carried tensor in turn?"""
+    k = g.carried[p.name] if p.name in g.each_step else len(p.shape)
+    return covers(g, Access(a.tensor, a.index[:k] + a.index[k + 1 :]), p.shape[:k] + p.shape[k + 1 :])
 
 
 def covers(g: GroupOps, a: Access, shape: tuple[Expr, ...]) -> bool:

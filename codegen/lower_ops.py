@@ -60,6 +60,7 @@ class GroupOps:
     carried: dict[str, int] = field(default_factory=dict)  # iterative tensor -> position of its iterative index
     stores: dict[str, Access] = field(default_factory=dict)  # group tensor -> element written, over dims and grid
     each_step: set[str] = field(default_factory=set)  # carried tensors stored after every step, not once
+    unwritten: dict[str, Expr] = field(default_factory=dict)  # what an element of a stored tensor holds without a store
 
 
 def lane_last(group: Group, names: Iterable[str]) -> tuple[str, ...]:
@@ -84,28 +85,36 @@ def group_ops(c: Cascade, group: Group, members: list[Einsum], outside: Callable
                 "tile programs reduce with sum, prod, max, min, and, or",
             )
     cut = {r: s.value for r, s in group.partition if isinstance(s, Const) and isinstance(s.value, int)}
-    ranks = list(c.ranks)
+    ranks, streamed = list(c.ranks), dict[Einsum, Const]()
     for r in group.loop_order:
         if r.endswith("1") and (base := r[:-1]) in cut and r not in {x.name for x in c.ranks}:
-            done: list[Einsum] = []
+            done: list[Einsum] = []  # the last of each four holds the identity where its guard is false
             for e in einsums:
                 if e.reduce is not None and base.lower() in e.reduce.over:
                     four, r1, r0 = stream(e, base.lower(), cut[base])
                     done += four
+                    streamed[four[-1]] = Const(MONOIDS[e.reduce.monoid].identity)
                     ranks += [x for x in (r1, r0) if x.name not in {y.name for y in ranks}]
                 else:
                     done.append(e)
             einsums = done
             del cut[base]
-    return _Grouping(Cascade(tuple(ranks), c.tensors, tuple(einsums)), c, group, cut, outside).run()
+    return _Grouping(Cascade(tuple(ranks), c.tensors, tuple(einsums)), c, group, cut, outside, streamed).run()
 
 
 class _Grouping:
     """Scratch of `group_ops`."""
 
     def __init__(
-        self, inner: Cascade, whole: Cascade, group: Group, cut: dict[str, int], outside: Callable[[str], list[Access]]
+        self,
+        inner: Cascade,
+        whole: Cascade,
+        group: Group,
+        cut: dict[str, int],
+        outside: Callable[[str], list[Access]],
+        streamed: dict[Einsum, Const],
     ) -> None:
+        self.streamed = streamed
         self.c, self.whole, self.group, self.cut, self.outside = inner, whole, group, cut, outside
         self.sizes = Sizes(inner)
         if len(group.loop_order) > 1:
@@ -156,8 +165,8 @@ class _Grouping:
         name, before = e.out.tensor, self.c.einsums[: self.c.einsums.index(e)]
         if any(w.out.tensor == name and w.out.index == e.out.index for w in before):
             return self._tile(e.out)
-        if e.reduce:
-            return Const(MONOIDS[e.reduce.monoid].identity)
+        if e.reduce or e in self.streamed:
+            return self.streamed[e] if e.reduce is None else Const(MONOIDS[e.reduce.monoid].identity)
         if name.endswith("'"):
             return self.point(Access(name[:-1], e.out.index))
         return self.empty(name)
@@ -291,6 +300,8 @@ class _Grouping:
                 else:
                     out.each_step.add(name)
             out.stores[name] = Access(name, tuple(index))
+            if not name.endswith("'"):  # a state keeps what it held
+                out.unwritten[name] = self.empty(name)
 
 
 def _data(e: Expr) -> bool:

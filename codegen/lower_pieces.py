@@ -71,7 +71,8 @@ def normal(e: Einsum) -> Einsum:
 def stream(e: Einsum, var: str, size: int) -> tuple[list[Einsum], Rank, Rank]:
     """A reduction over a cut rank as an iterative cascade: initialise, reduce each tile, join, take the last.
 
-    Right because the monoids of `ir.ops` that have a join are associative and commutative.
+    Right because the monoids of `ir.ops` that have a join are associative and commutative.  Where the guard keeps a
+    result out, the last statement holds the identity.
     """
     assert e.reduce is not None
     monoid = MONOIDS[e.reduce.monoid]
@@ -93,6 +94,8 @@ def stream(e: Einsum, var: str, size: int) -> tuple[list[Einsum], Rank, Rank]:
     guard = conjunction([call("lt", point, length), *(substitute(g, sub) for g in e.guards())])
     plain = tuple(dict.fromkeys(v for i in index for v in sorted(variables(i))))
     at = tuple(Var(v) for v in plain)
+    plain_index = all(isinstance(i, (Var, Const)) for i in index)  # each result has its own element, in its tensor
+    mine = [] if plain_index else [g for g in e.guards() if not variables(g) & set(e.reduce.over)]
     return (
         [
             Einsum((Access(run, (*at, Const(0))),), Const(monoid.identity)),
@@ -101,7 +104,7 @@ def stream(e: Einsum, var: str, size: int) -> tuple[list[Einsum], Rank, Rank]:
                 (Access(run, (*at, call("add", Var(outer), 1))),),
                 Call(monoid.join, (Access(run, (*at, Var(outer))), Access(part, (*at, Var(outer))))),
             ),
-            Einsum(e.outs, Access(run, (*at, Size(rank1.name)))),
+            Einsum(e.outs, Access(run, (*at, Size(rank1.name))), None, conjunction(mine)),
         ],
         rank1,
         rank0,

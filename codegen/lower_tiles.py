@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from memcomp.codegen.lower_laws import Fills
 from memcomp.codegen.lower_ops import LOOP, POST, PRE, GroupOps, Op, lane_last
 from memcomp.ir.expr import Access, Call, Expr, Var, call, rebuild, variables, walk
-from memcomp.ir.simplify import proves, simplify
-from memcomp.ir.tile import Dim, Load, Param, Statement, Tile
+from memcomp.ir.inside import Facts
+from memcomp.ir.simplify import simplify
+from memcomp.ir.tile import Load, Param, Statement, Tile
 
 TILE_DTYPE = {"f64": "f64", "bool": "bool"}
 
@@ -19,11 +22,18 @@ def tile_dtype(dtype: str) -> str:
 class Tiles:
     """What has been written of one kernel: tiles, and statements before, in and after the loop.
 
-    dtype: of each group tensor's tile.  home: the buffer that holds it.
+    dtype: of each group tensor's tile.  home: the buffer that holds it.  pieces: tensors that several kernels write.
     """
 
-    def __init__(self, g: GroupOps, params: dict[str, Param], dtype: dict[str, str], home: dict[str, str]) -> None:
-        self.g, self.params, self.dtype, self.home = g, params, dict(dtype), home
+    def __init__(
+        self,
+        g: GroupOps,
+        params: dict[str, Param],
+        dtype: dict[str, str],
+        home: dict[str, str],
+        pieces: Collection[str],
+    ) -> None:
+        self.g, self.params, self.dtype, self.home, self.pieces = g, params, dict(dtype), home, pieces
         self.tiles: dict[str, Tile] = {}
         self.body: dict[int, list[Statement]] = {PRE: [], LOOP: [], POST: []}
         self.late_loop: list[Statement] = []
@@ -61,7 +71,7 @@ class Tiles:
             return rebuild(e, tuple(self.read(a, phase) for a in e.args))
         return e
 
-    def load(self, a: Access, phase: int, guards: tuple[Expr, ...] = ()) -> Access:
+    def load(self, a: Access, phase: int) -> Access:
         chosen = any(isinstance(n, Access) and n.tensor in self.home for i in a.index for n in walk(i))
         phase = phase if chosen or phase != LOOP or self.moves(a) else PRE
         for p in () if chosen else (phase, PRE):  # a place that was computed may be another one later
@@ -89,7 +99,8 @@ class Tiles:
         )
 
     def clamped(self, a: Access) -> Access:
-        """Indices that only a guard keeps inside the tensor are cut to it, so that no load leaves memory."""
+        """Indices that nothing proves inside the tensor (a guard keeps them there, or data) are cut to it, so that no
+        load leaves memory."""
 
         def nested(e: Expr) -> Expr:
             if isinstance(e, Access) and e.tensor in self.home:
@@ -102,31 +113,23 @@ class Tiles:
         return Access(a.tensor, tuple(self._clamp(nested(i), n) for i, n in zip(a.index, shape, strict=True)))
 
     def _clamp(self, i: Expr, extent: Expr) -> Expr:
-        guarded = [o for o in self.g.ops if any(g not in self.counted for g in o.guards)]
-        if not guarded or not variables(i) or self._inside(i, extent):
+        if self.facts(i).inside(i, extent):
             return i
         return call("max", call("min", i, simplify(call("sub", extent, 1))), 0)
 
-    def _inside(self, i: Expr, extent: Expr) -> bool:
-        """Proved from the ranges of grid, loop and dim variables: 0 <= i < extent."""
-        ranges: dict[str, tuple[Expr | int | None, Expr | int | None]] = {v: (0, n) for v, n in self.g.grid}
-        if self.g.loop:
-            ranges[self.g.loop] = (0, self.g.steps)
-        for d in self.g.dims.values():
-            ranges[d.name] = (0, d.count)
-        if proves(call("and", call("ge", i, 0), call("lt", i, extent)), ranges):
-            return True
-        for d in self.g.dims.values():  # start + i of a dim that was cut from a rank of this extent
-            whole = simplify(call("add", d.start, Var(d.name)), index=True)
-            if simplify(i, index=True) == whole and self._cut_from(d, extent):
-                return True
-        return False
-
-    def _cut_from(self, d: Dim, extent: Expr) -> bool:
-        if not isinstance(d.count, Call) or d.count.op != "min":
-            return False
-        left = simplify(call("sub", extent, d.start), index=True)
-        return any(simplify(a, index=True) == left for a in d.count.args)
+    def facts(self, *exprs: Expr) -> Facts:
+        """What holds at the points of `exprs`: of the grid, and of the dims and the loop that they mention."""
+        dims, used = self.g.dims, set[str]().union(*map(variables, exprs))
+        out = Facts({n for n, p in self.params.items() if p.dtype[0] in "iu"}
+                    | {t.name for t in self.tiles.values() if t.dtype == "i64"})
+        for v, n in self.g.grid:
+            out = out.within(v, 0, n)
+        own = [d for d in dims.values() if d.name in used]
+        if self.g.loop and self.g.loop in used.union(*(variables(d.count) for d in own)):
+            out = out.within(self.g.loop, 0, self.g.steps)
+        for d in own:
+            out = out.within(d.name, 0, d.count)
+        return out
 
 
 def tile_dims(a: Access) -> tuple[str, ...]:

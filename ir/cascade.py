@@ -168,6 +168,11 @@ class Cascade(_Tables):
         except AttributeError:
             return keep(self, "_declared", {t.name: t for t in reversed(self.tensors)}).get(name)
 
+    def temporary(self, name: str) -> bool:
+        """Is the tensor (or the new value `X'` of one) known inside the cascade only?"""
+        t = self.declared(name.removesuffix("'"))
+        return t is None or t.role == "temp"
+
     def tensor(self, name: str) -> Tensor:
         """The declared tensor, or the temporary with the ranks its writer gives it."""
         t = self.declared(name)

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from memcomp.ir.arrays import PhaseCost, schedule
 from memcomp.ir.cascade import Cascade, Einsum, Knob
 from memcomp.ir.counts import Sizes, operations, tensor_of, width
-from memcomp.ir.expr import Access, Const, variables, walk
+from memcomp.ir.expr import Access, Const, Expr, variables, walk
 from memcomp.ir.program import Group, Program
 from memcomp.ir.target import Level, Target
 
@@ -149,8 +149,8 @@ def compulsory(program: Program, sizes: Mapping[str, int]) -> float:
         read = [a for e in c.einsums for a in _reads(e) if a.tensor in names and t.role != "out"]
         written = [o for e in c.einsums for o in e.outs if o.tensor in names]
         for accesses in (read, written):
-            ways = {frozenset(v for i in a.index for v in variables(i)) for a in accesses}
-            asked = sum(n.points(set(vs)) for vs in ways)
+            ways = {a.index for a in accesses}  # K[2*h] and K[2*h + 1] are different elements
+            asked = sum(n.points({v for i in index for v in variables(i)}) for index in ways)
             total += min(asked, n.elements(t)) * width(c, t.name)
     return total
 
@@ -191,6 +191,7 @@ class _Nest:
         # argument -> (variables, statements that touch it so); temporary -> variables
         self.outer: dict[str, dict[frozenset[str], int]] = {}
         self.inner: dict[str, frozenset[str]] = {}
+        self.places: dict[tuple[str, frozenset[str]], set[tuple[Expr, ...]]] = {}  # indices of an argument
         self.readers: Counter[str] = Counter()
         self.size: dict[str, tuple[int, int]] = {}
         self.touched: dict[tuple[str, frozenset[str], int], float] = {}
@@ -198,6 +199,8 @@ class _Nest:
         self.points: list[tuple[Einsum, float]] = []
         for e in einsums:
             self.readers.update({a.tensor for a in _reads(e)})
+            for a in _reads(e):
+                self.places.setdefault((a.tensor, self._variables(a)), set()).add(a.index)
             for name, vs in {(a.tensor, self._variables(a)) for a in _reads(e)}:
                 if name not in written:
                     self._touch(name, vs)
@@ -262,7 +265,9 @@ class _Nest:
                 self.size[name] = self.n.elements(tensor_of(self.c, name)), width(self.c, name)
             elements, each = self.size[name]
             still = set(self.loops[:fixed])
-            self.touched[key] = float(min(math.prod(self._extent(v) for v in vs if v not in still), elements)) * each
+            places = max(len(self.places.get((name, vs), ())), 1)
+            asked = places * math.prod(self._extent(v) for v in vs if v not in still)
+            self.touched[key] = float(min(asked, elements)) * each
         return self.touched[key]
 
     def work(self, fixed: int, nearer: frozenset[str] = frozenset()) -> float:

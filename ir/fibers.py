@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, reads, walk
@@ -34,6 +35,10 @@ class Index:
     def barrier(self) -> bool:
         """Does such a read need all that comes before: the last element, a gather, a walk backwards?"""
         return not self.fixed and not self.forward
+
+
+Dims: TypeAlias = tuple[tuple[int, ...], ...]  # for each position, dimensions
+Position: TypeAlias = tuple[tuple[str, ...], ...]  # for each position, variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,29 @@ class Walks:
         # the last statement that writes what a statement reads: later ones are around a loop
         self.loop_end = [max((last_writer.get(u.tensor, -1) for u in s.uses), default=-1) for s in self.steps]
         self.carried = {name for name, _ in self.stepping}
+        self._walked: dict[tuple[int, Dims], tuple[Position, bool, bool]] = {}  # fibers ask the same things
+        self._placed: dict[tuple[int, Position], tuple[Dims, bool, bool]] = {}
+
+    def walked(self, u: Use, dims: Dims) -> tuple[Position, bool, bool]:
+        """An access (of `steps`) to a tensor that walks along `dims`, one for each position: the variables that walk
+        there, whether it needs the whole fiber first, and whether all positions are walked."""
+        known = self._walked.get((id(u), dims))
+        if known is None:
+            position = tuple(tuple(v for d in part if not u.index[d].data for v in u.index[d].walked) for part in dims)
+            barrier = any(u.index[d].barrier for part in dims for d in part)
+            known = self._walked[id(u), dims] = position, barrier, all(position)
+        return known
+
+    def placed(self, place: dict[str, int], position: Position) -> tuple[Dims, bool, bool]:
+        """Dimensions of a result (one of `steps`, by its `place`) that walk where these variables do, one tuple for
+        each position, whether there are any, and whether every variable has one."""
+        known = self._placed.get((id(place), position))
+        if known is None:
+            dims = tuple(tuple(dict.fromkeys(place[v] for v in p if v in place)) if p and p[0] in place else ()
+                         for p in position)
+            everywhere = all(v in place for p in position for v in p)
+            known = self._placed[id(place), position] = dims, any(dims), everywhere
+        return known
 
     @cached_property
     def families(self) -> dict[str, tuple[str, ...]]:

@@ -163,7 +163,6 @@ class Monoid:
     identity: float
     join: str = ""
     outs: int = 1
-    commutative: bool = True
 
 
 MONOIDS: dict[str, Monoid] = {

@@ -92,7 +92,7 @@ def revisits(program: Program, sizes: Mapping[str, int], target: Target,
             continue
         footprint = _footprint(c, n, t, waits)
         total = float(n.elements(tensor_of(c, t.tensor)) * width(c, t.tensor))
-        temporary = _temporary(c, t.tensor)
+        temporary = c.temporary(t.tensor)
         again = len(t.reads) - 1
         recompute = None
         if temporary:
@@ -111,11 +111,6 @@ def revisits(program: Program, sizes: Mapping[str, int], target: Target,
 def _way(target: Target, moved: float, flops: float, special: float, level: str) -> Way:
     seconds = max(moved / target.memory.bandwidth, flops / target.peak("f32"), special / target.special)
     return Way(moved, flops, special, level, seconds)
-
-
-def _temporary(c: Cascade, name: str) -> bool:
-    t = c.declared(name.removesuffix("'"))
-    return t is None or t.role == "temp"
 
 
 def _waiting(found: tuple[Traversal, ...]) -> dict[str, list[str]]:
@@ -142,7 +137,7 @@ def _made_again(c: Cascade, n: Sizes, tensor: str, rank: str, walked: set[tuple[
     todo, seen = [tensor], {tensor}
     while todo:
         name = todo.pop()
-        if not _temporary(c, name):
+        if not c.temporary(name):
             moved += n.elements(tensor_of(c, name)) * width(c, name)
             continue
         for e in c.writers(name):

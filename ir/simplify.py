@@ -11,14 +11,13 @@ What is an integer: variables, sizes, integer constants, and tensors that an ind
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import TypeAlias
 
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, reads, rebuild, symbols, walk
+from memcomp.ir.fold import folded, reduced
 from memcomp.ir.ops import OPS
 from memcomp.ir.poly import (
     Poly,
@@ -40,16 +39,9 @@ Bound: TypeAlias = Expr | int | None
 Ranges: TypeAlias = Mapping[str, tuple[Bound, Bound]]
 _Frozen: TypeAlias = tuple[tuple[str, Bound, Bound], ...]
 NOTHING: Ranges = MappingProxyType({})
-TRUE, FALSE = Const(True), Const(False)
+TRUE = Const(True)
 _SWAP = {"gt": "lt", "ge": "le"}
 _NEGATION = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
-_INT_FOLD: dict[str, Callable[..., int | bool]] = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "neg": lambda a: -a,
-    "max": max, "min": min, "abs": abs, "square": lambda a: a * a, "relu": lambda a: max(a, 0),
-    "floordiv": lambda a, b: a // b, "mod": lambda a, b: a % b, "ceildiv": lambda a, b: -(-a // b),
-    "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
-    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "int": lambda a: a,
-}
 
 
 def simplify(expr: Expr, ranges: Ranges = NOTHING, *, integers: Collection[str] = (), index: bool = False) -> Expr:
@@ -90,10 +82,9 @@ def linear(expr: Expr, *, integers: Collection[str] = ()) -> dict[Expr | None, i
     return None if p is None else {(term(m, 1) if m else None): c for m, c in p.items()}
 
 
-def polynomial(expr: Expr, ranges: Ranges = NOTHING, *, integers: Collection[str] = (), index: bool = False
-               ) -> Poly | None:
+def polynomial(expr: Expr, *, integers: Collection[str] = (), index: bool = False) -> Poly | None:
     """`expr` as a polynomial over its atoms (`ir.poly`); None where it is not known to be an integer."""
-    ctx = _context(expr, ranges, integers, index)
+    ctx = _context(expr, NOTHING, integers, index)
     return ctx.poly(ctx.simplify(expr))
 
 
@@ -162,7 +153,7 @@ class _Context(Known):
         if not isinstance(e, Call) or e.op not in OPS:
             return e
         if all(isinstance(a, Const) for a in e.args):
-            return _fold(e)
+            return folded(e)
         op = e.op
         if op in ("and", "or"):
             return self._logic(op, e.args)
@@ -184,7 +175,7 @@ class _Context(Known):
             return a if a == b else e
         if self.kind(e) == "int":
             return self._integer(e)
-        return _real(e, self.kind)
+        return reduced(e, self.kind)
 
     def _integer(self, e: Call) -> Expr:
         op, args = e.op, e.args
@@ -354,51 +345,3 @@ def _balanced(op: str, d: Poly) -> Expr:
     elif op == "le" and k <= -1:
         op, k = "lt", k + 1
     return Call(op, (to_expr(plus(left, constant(max(-k, 0)))), to_expr(plus(right, constant(max(k, 0))))))
-
-
-def _fold(e: Call) -> Expr:
-    """The value of an operator on constants; int stays int, real stays real."""
-    values: list[Any] = [a.value for a in e.args if isinstance(a, Const)]
-    row = OPS[e.op]
-    if e.op == "where":
-        return e.args[1] if values[0] else e.args[2]
-    if e.op in ("floordiv", "mod", "ceildiv") and values[1] == 0:
-        return e
-    if e.op in _INT_FOLD and all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        return Const(_INT_FOLD[e.op](*values))
-    if row.result == "real":
-        values = [float(v) for v in values]
-    with np.errstate(all="ignore"):
-        try:
-            out = row.numpy(*values)
-        except (TypeError, OverflowError, ValueError):  # e.g. a shift of a real: left for verify to name
-            return e
-    return Const(np.asarray(out).item())
-
-
-def _is(e: Expr, value: float) -> bool:
-    return isinstance(e, Const) and not isinstance(e.value, bool) and e.value == value
-
-
-def _real(e: Call, kind: Callable[[Expr], str]) -> Expr:
-    """Identities that hold exactly for every real, infinity and NaN (x + 0 is x for -0.0 too, up to its sign)."""
-    op, args = e.op, e.args
-
-    def keeps(kept: Expr, dropped: Expr) -> bool:
-        """Dropping the neutral constant must not turn a real into an integer."""
-        return kind(kept) == "real" or (kind(kept) == "any") or kind(dropped) == "int" == kind(kept)
-
-    if len(args) == 2:
-        a, b = args
-        right = {"add": 0, "sub": 0, "mul": 1, "div": 1, "pow": 1, "max": -math.inf, "min": math.inf}.get(op)
-        if right is not None and _is(b, right) and keeps(a, b):
-            return a
-        if op in ("add", "mul", "max", "min") and right is not None and _is(a, right) and keeps(b, a):
-            return b
-        if op in ("max", "min") and a == b:
-            return a
-    if op == "neg" and isinstance(args[0], Call) and args[0].op == "neg":
-        return args[0].args[0]
-    if op == "real" and kind(args[0]) == "real":
-        return args[0]
-    return e

@@ -93,10 +93,12 @@ class Dot:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """tensor[index] = tile (converted to the tensor's dtype, round to nearest even)."""
+    """tensor[index] = tile (converted to the tensor's dtype, round to nearest even), at the points where `mask` holds:
+    an expression over the tile's dims, over tiles and scalars; None = everywhere.  No index leaves the tensor there."""
 
     target: Access
     tile: str
+    mask: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)

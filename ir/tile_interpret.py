@@ -225,8 +225,11 @@ class _Task:
         self.traffic.reads[e.tensor] += int(np.size(got))
         return got
 
-    def address(self, e: Access, dims: tuple[str, ...]) -> tuple[Any, ...]:
+    def address(self, e: Access, dims: tuple[str, ...], keep: Array | None = None) -> tuple[Any, ...]:
+        """One index for each dimension; with `keep`, of the points where it holds."""
         index = tuple(self.value(i, dims) for i in e.index)
+        if keep is not None:
+            index = tuple(np.broadcast_to(i, keep.shape)[keep] for i in index)
         points = int(np.prod(np.broadcast_shapes(*(np.shape(i) for i in index)))) if index else 1
         for d, (i, n) in enumerate(zip(index, self.memory[e.tensor].shape, strict=True)):
             if points and (np.min(i) < 0 or np.max(i) >= n):
@@ -239,9 +242,14 @@ class _Task:
     def store(self, s: Store) -> None:
         t = self.known[s.tile]
         x = self.tile(t.name)
-        index = self.address(s.target, t.dims)
-        self.memory[s.target.tensor][index] = x
-        self.traffic.writes[s.target.tensor] += int(np.size(x))
+        if s.mask is None:
+            self.memory[s.target.tensor][self.address(s.target, t.dims)] = x
+            self.traffic.writes[s.target.tensor] += int(np.size(x))
+            return
+        keep = np.broadcast_to(self.value(s.mask, t.dims), x.shape)
+        index = self.address(s.target, t.dims, keep)
+        self.memory[s.target.tensor][index] = x[keep]
+        self.traffic.writes[s.target.tensor] += int(np.count_nonzero(keep))
 
 
 __all__ = ["Traffic", "interpret_tile", "measure_tile", "solve_sizes"]

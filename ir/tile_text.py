@@ -71,7 +71,8 @@ def show_statement(s: Statement, indent: str = "") -> Iterator[str]:
     elif isinstance(s, Dot):
         yield f"{indent}dot {s.tile} {_assign(s)} {{{_list(s.over)}}} {show_expr(s.a)} * {show_expr(s.b)}"
     elif isinstance(s, Store):
-        yield f"{indent}store {show_expr(s.target)} = {s.tile}"
+        mask = f" where {show_expr(s.mask)}" if s.mask is not None else ""
+        yield f"{indent}store {show_expr(s.target)} = {s.tile}{mask}"
     elif isinstance(s, Loop):
         yield f"{indent}for {s.var} = {show_expr(s.lo)} to {show_expr(s.hi)} {{"
         yield from _block(s.body, indent)
@@ -241,7 +242,8 @@ def _simple(line: Line, head: str) -> Statement:
     if head == "store":
         target = _access(line)
         line.expect("=", "write store X[p] = S")
-        return Store(target, _name(line))
+        tile = _name(line)
+        return Store(target, tile, parse_expr(line) if line.take("where") is not None else None)
     tile = _name(line)
     accumulate = head in ("fold", "dot") and line.take("+=") is not None
     if not accumulate:

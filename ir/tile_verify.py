@@ -1,7 +1,8 @@
 """Is a tile program well formed?  Run after `lower`; emitters rely on it and check nothing again.
 
-Names and scopes, dims of every access, tiles written before they are read on every path, reductions of the table, and
-counts that only sizes, grid and loop variables decide.
+Names and scopes, dims of every access, tiles written before they are read on every path, reductions of the table,
+counts that only sizes, grid and loop variables decide, and memory: every element that is loaded or stored lies inside
+its tensor, by the counts of dims, the bounds of loops, the conditions around it and the mask of a store (`ir.inside`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Collection
 
 from memcomp.ir.cascade import DTYPES
 from memcomp.ir.errors import VerifyError, nearest
-from memcomp.ir.expr import Access, Const, Expr, Size, Var, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, walk
+from memcomp.ir.inside import Facts
 from memcomp.ir.ops import MONOIDS, OPS
 from memcomp.ir.show import show_expr
 from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Param, Statement, Store, TileKernel, TileProgram, When
@@ -67,6 +69,12 @@ class _Kernel:
         self.tiles = {t.name: t for t in k.tiles}
         self.dims = {d.name: d for d in k.dims}
         self.grid = [v for v, _ in k.grid]
+        self.counted: set[str] = set()  # dims whose counts were looked at
+        self.facts = Facts(
+            {p.name for p in tp.params if p.dtype[0] in "iu"} | {t.name for t in k.tiles if t.dtype == "i64"}
+        )
+        for v, n in k.grid:
+            self.facts = self.facts.within(v, 0, n)
 
     def check(self) -> None:
         k = self.k
@@ -91,16 +99,21 @@ class _Kernel:
 
     def block(self, body: tuple[Statement, ...], written: set[str], loops: list[str]) -> set[str]:
         """Check statements in order; the tiles that are written for certain afterwards."""
+        outside = self.facts
         for s in body:
             where = f"{self.k.name}, {type(s).__name__.lower()} {getattr(s, 'tile', '')}".rstrip()
             if isinstance(s, Loop):
                 for e in (s.lo, s.hi):
                     self.value(e, (), written, loops, f"{where} {s.var}")
+                self.facts = outside.within(s.var, 0, s.hi) if least(s.lo) >= 0 else outside
                 self.block(s.body, set(written), [*loops, s.var])  # it may not run at all
+                self.facts = outside
             elif isinstance(s, When):
                 self.value(s.cond, (), written, loops, where)
-                yes, no = self.block(s.body, set(written), loops), self.block(s.orelse, set(written), loops)
-                written |= yes & no
+                self.facts = outside if reads(s.cond) else outside.where(s.cond)  # tiles may be written again inside
+                yes = self.block(s.body, set(written), loops)
+                self.facts = outside
+                written |= yes & self.block(s.orelse, set(written), loops)
             elif isinstance(s, Store):
                 self.store(s, written, loops, where)
             else:
@@ -142,11 +155,14 @@ class _Kernel:
         self.value(s.body, (*t.dims, *over), written, loops, where)
 
     def visible(self, dims: tuple[str, ...], loops: list[str], where: str) -> None:
-        """A dim whose count a loop variable decides exists only inside that loop."""
+        """A dim whose count a loop variable decides exists only inside that loop; no count is below 0."""
         for d in dims:
             for n in walk(self.dims[d].count):
                 if isinstance(n, Var) and n.name not in (*self.grid, *loops):
                     raise VerifyError(f"dim {d} has no count here: it depends on {n.name}", where)
+            if d not in self.counted and not self.facts.proves(call("ge", self.dims[d].count, 0)):
+                raise VerifyError(f"nothing shows that the count of dim {d} is 0 or more", where, "write max(0, ..)")
+            self.counted.add(d)
 
     def value(self, e: Expr, dims: tuple[str, ...], written: set[str], loops: list[str], where: str) -> None:
         """An expression over tiles at the points of `dims`."""
@@ -160,8 +176,16 @@ class _Kernel:
             if n.tensor not in written:
                 raise VerifyError(f"tile {n.tensor} is read before it is written", where)
 
-    def element(self, a: Access, dims: tuple[str, ...], written: set[str], loops: list[str], where: str) -> None:
-        """An element of a param; indices may gather from other params and read scalar tiles."""
+    def element(
+        self,
+        a: Access,
+        dims: tuple[str, ...],
+        written: set[str],
+        loops: list[str],
+        where: str,
+        mask: Expr | None = None,
+    ) -> None:
+        """An element of a param, inside it; indices may gather from other params and read tiles."""
         if a.tensor not in self.params:
             raise VerifyError(f"unknown param {a.tensor!r}", where, nearest(a.tensor, self.params))
         if len(a.index) != len(self.params[a.tensor].shape):
@@ -170,6 +194,18 @@ class _Kernel:
                 f"{len(a.index)} indices",
                 where,
             )
+        facts = self.facts
+        for d in dims:
+            facts = facts.within(d, 0, self.dims[d].count)
+        if mask is not None:
+            facts = facts.where(mask)
+        for i, n in zip(a.index, self.params[a.tensor].shape, strict=True):
+            if not facts.inside(i, n):
+                raise VerifyError(
+                    f"nothing shows that index {show_expr(i)} of {a.tensor!r} is inside {show_expr(n)} elements",
+                    where,
+                    "cut the index of a load, max(min(i, n - 1), 0); mask a store",
+                )
         for i in a.index:
             _scope(i, self.tp, {*dims, *self.grid, *loops}, {*self.params, *self.tiles}, where)
             for n in walk(i):
@@ -185,9 +221,18 @@ class _Kernel:
         self.visible(dims, loops, where)
         if s.tile not in written:
             raise VerifyError(f"tile {s.tile} is stored before it is written", where)
-        self.element(s.target, dims, written, loops, where)
+        if s.mask is not None:
+            self.value(s.mask, dims, written, loops, where)
+        self.element(s.target, dims, written, loops, where, s.mask)
         if self.params[s.target.tensor].role == "in":
             raise VerifyError(f"input {s.target.tensor!r} is written", where)
+
+
+def least(e: Expr) -> int:
+    """A number that a loop's first step is not below; -1 where it may be negative."""
+    if isinstance(e, Call) and e.op == "max":
+        return max(least(a) for a in e.args)
+    return e.value if isinstance(e, Const) and isinstance(e.value, int) else -1
 
 
 def _loop_variables(body: tuple[Statement, ...]) -> list[str]:

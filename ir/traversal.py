@@ -276,18 +276,10 @@ class _Count:
         if not state.walks:
             out.append(_Read(u.tensor, (), False, state.passes, state.late, state.link, state.again))
         for dims, whole in zip(state.walks, state.whole, strict=True):
-            late, position = state.late, list[tuple[str, ...]]()
-            for part in dims:
-                walked: tuple[str, ...] = ()
-                for d in part:
-                    i = u.index[d]
-                    late = late or i.barrier
-                    if not i.data:
-                        walked += i.walked
-                position.append(walked)
-                whole = whole and bool(walked)
+            position, barrier, everywhere = self.walks.walked(u, dims)
+            late = state.late or barrier
             self.waits |= late
-            out.append(_Read(u.tensor, tuple(position), whole, state.passes, late, state.link, state.again))
+            out.append(_Read(u.tensor, position, whole and everywhere, state.passes, late, state.link, state.again))
 
     def _made(self, place: dict[str, int], found: list[_Read], number: int, late: bool, link: _Link,
               again: int) -> _State:
@@ -295,13 +287,11 @@ class _Count:
         walks: dict[tuple[tuple[int, ...], ...], bool] = {}
         focus = self.fiber.part or 0  # the whole ends where its outermost position does
         for r in found:
-            dims = tuple(tuple(dict.fromkeys(place[v] for v in p if v in place)) if p and p[0] in place else ()
-                         for p in r.position)
+            dims, some, everywhere = self.walks.placed(place, r.position)
             if focus < len(dims) and r.position[focus] and not dims[focus]:
                 late = True
-            if any(dims):
-                whole = r.whole and all(v in place for p in r.position for v in p)
-                walks[dims] = walks.get(dims, False) or whole
+            if some:
+                walks[dims] = walks.get(dims, False) or (r.whole and everywhere)
         self.waits |= late
         return _State(tuple(walks), tuple(walks.values()), number, late, link, again)
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 from memcomp.ir import flow
 from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Tensor
 from memcomp.ir.errors import nearest
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjuncts, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjuncts, symbols, variables, walk
 from memcomp.ir.kinds import KindError, kind_of, kind_of_dtype
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Program
@@ -174,8 +174,9 @@ class _Statements:
         for v in space:
             if v.upper() not in self.ranks:
                 self.fail(f"unknown variable {v!r}", v, nearest(v, self.vars()))
+        known = {*space, *self.ranks}
         for e in _parts(s):
-            for n in walk(e):
+            for n in () if symbols(e) <= known else walk(e):
                 if isinstance(n, Size) and n.rank not in self.ranks:
                     self.fail(f"unknown size {n.rank!r}", n, nearest(n.rank, self.ranks))
                 if isinstance(n, Var) and n.name not in space:

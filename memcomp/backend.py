@@ -11,7 +11,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -98,12 +98,17 @@ def install(gm: fx.GraphModule, settings: Config) -> tuple[list[Installed], list
             with boundary(r.where, settings):
                 raise Refusal(r.why, r.where)
         failed += refused
-    for region in regions:
-        if all(0 in example(n).shape for n in region.outputs):
+    made: dict[fx.Node, fx.Node] = {}  # what earlier regions give, under their kernels' names
+    for found in regions:
+        if all(0 in example(n).shape for n in found.outputs):
             continue  # nothing to compute: torch makes the empty tensors
+        region = replace(found, inputs=tuple(made.get(n, n) for n in found.inputs),
+                         sizes=tuple((s, n if isinstance(n, int) else made.get(n, n)) for s, n in found.sizes))
         where = f"{region.name} ({region.source})"
         with boundary(where, settings, failure(where)):
-            installed.append(Installed(region, _install_region(gm, region, settings)))
+            compiled, outs = _install_region(gm, region, settings)
+            made |= outs
+            installed.append(Installed(region, compiled))
     gm.recompile()
     return installed, failed
 
@@ -127,7 +132,8 @@ def boundary(where: str, settings: Config, failed: Callable[[str], None] = lambd
         runtime.fall_back(where, why)
 
 
-def _install_region(gm: fx.GraphModule, region: Region, settings: Config) -> Compiled:
+def _install_region(gm: fx.GraphModule, region: Region,
+                    settings: Config) -> tuple[Compiled, dict[fx.Node, fx.Node]]:
     symbols = [name for name, _ in region.sizes]
     compiled = compile_program(region.program, config=settings, sizes=region_sizes(region))
     kept = original(region) if _differentiated(region) else None
@@ -140,9 +146,9 @@ def _install_region(gm: fx.GraphModule, region: Region, settings: Config) -> Com
     if not runtime.registered(key):
         runtime.register(make_entry(key, region.program, compiled.tiles, compiled.entry, region.out_order, symbols,
                                     recompute))
-    replace_region(gm, region, key, kept)
+    outs = replace_region(gm, region, key, kept)
     runtime.count_region(compiled.digest)
-    return compiled
+    return compiled, outs
 
 
 def _settle(region: Region) -> bool:

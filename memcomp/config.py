@@ -40,9 +40,8 @@ class Config:
 def config(options: Mapping[str, Any] | None = None) -> Config:
     """The `Config` of user options (names and values as the user wrote them) and the environment.
 
-    Variables: MEMCOMP_DUMP, MEMCOMP_TARGET, MEMCOMP_REST, MEMCOMP_STRICT (1 or 0), MEMCOMP_TUNE,
-    MEMCOMP_CHAINS; an explicit option
-    wins.  Raises OptionError for an unknown name or an illegal value.
+    Variables: MEMCOMP_DUMP, MEMCOMP_TARGET, MEMCOMP_REST, MEMCOMP_STRICT (1 or 0), MEMCOMP_TUNE, MEMCOMP_CHAINS; an
+    explicit option wins.  Raises OptionError for an unknown name or an illegal value.
     """
     given = {**_environment(), **dict(options or {})}
     known = {f.name for f in fields(Config)} - {"dump"}

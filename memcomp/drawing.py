@@ -77,13 +77,13 @@ def cascade(c: Cascade, passes: Mapping[str, int], anchor: str) -> str:
 
 
 def _depths(names: Sequence[str], edges: Sequence[_Edge], inputs: set[str]) -> dict[str, int]:
-    depth = dict.fromkeys(names, 0)
-    for _ in names:  # statements stand in order, so that this settles after a few rounds
-        before = dict(depth)
-        for e in edges:
-            depth[e.end] = max(depth[e.end], depth[e.start] + 1)
-        if depth == before:
-            break
+    """The layer of each node: below all that it reads."""
+    import networkx
+
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(names)
+    graph.add_edges_from((e.start, e.end) for e in edges)
+    depth = {n: d for d, layer in enumerate(networkx.topological_generations(graph)) for n in layer}
     for n in inputs:  # an input stands right above what reads it first
         depth[n] = min((depth[e.end] for e in edges if e.start == n), default=1) - 1
     return depth

@@ -32,7 +32,7 @@ def read(spec: str) -> Program | Function:
     Raises InputError (or ParseError for a malformed .mc).
     """
     if spec == "-":
-        return _program(sys.stdin.read(), "standard input")
+        return _program(sys.stdin.read())
     path = Path(spec)
     if ":" in spec and not path.exists():
         return _factory(spec)
@@ -40,22 +40,26 @@ def read(spec: str) -> Program | Function:
         raise InputError(f"no such file: {spec}", hint=f"an input is {FORMS}")
     try:
         if path.suffix == ".mc":
-            return _program(path.read_text(), spec)
+            return _program(path.read_text(encoding="utf-8"))
         if path.suffix == ".pt2":
             return _exported(path)
         if path.is_dir() or path.suffix == ".json":
             return _hugging_face(path)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {spec}", str(error), f"an input is {FORMS}") from error
     raise InputError(f"cannot tell what {spec} is", hint=f"an input is {FORMS}")
 
 
-def _program(text: str, name: str) -> Program:
+def _program(text: str) -> Program:
     from memcomp.ir.text import parse
     from memcomp.ir.verify import verify
 
-    program = parse(text)
-    verify(program)
+    try:
+        program = parse(text)
+        verify(program)
+    except RecursionError as error:
+        raise InputError("an expression is nested too deeply to be read",
+                         hint="write parts of it to tensors of their own") from error
     return program
 
 

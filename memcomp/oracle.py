@@ -43,13 +43,13 @@ class Tolerance:
         return error.rms <= self.rms and error.max <= self.max
 
 
-def tolerance(inputs: Iterable[str], output: str, *, elements: int, length: int | None, torch_error: Error | None,
-              accumulator: str = "f32") -> Tolerance:
+def tolerance(inputs: Iterable[str], output: str, *, elements: int, length: int | None, torch_error: Error | None
+              ) -> Tolerance:
     """How far a right answer may be from float64.
 
-    inputs, output, accumulator: dtypes.  Inputs and output are rounded once (a format epsilon each); the accumulator's
-    roundings over `length` terms add up like a random walk (its epsilon times sqrt(length); None: not known, then only
-    torch's error bounds).  The largest of n errors is about 1 + sqrt(2 ln n) times their RMS (n = `elements`).
+    inputs, output: dtypes.  Both are rounded once (a format epsilon each); the roundings of an f32 accumulator over
+    `length` terms add up like a random walk (its epsilon times sqrt(length); None: not known, then only torch's error
+    bounds).  The largest of n errors is about 1 + sqrt(2 ln n) times their RMS (n = `elements`).
     torch_error: torch's own error on the same values; a result may have at most twice that, but never less is asked for
     than the rounding of the output and, where `length` is known, of a plain accumulator (torch sums short rows in
     parts, which is more exact).  At least one of `length` and `torch_error` must be known.
@@ -60,11 +60,11 @@ def tolerance(inputs: Iterable[str], output: str, *, elements: int, length: int 
     rms = math.inf
     if length is not None:
         rms = (max((EPSILON.get(d, 0.0) for d in inputs), default=0.0) + EPSILON.get(output, 0.0)
-               + EPSILON[accumulator] * math.sqrt(max(length, 1)))
+               + EPSILON["f32"] * math.sqrt(max(length, 1)))
     bound = Tolerance(rms, rms * peak)
     if torch_error is None:
         return bound
-    once, walk = EPSILON.get(output, 0.0), EPSILON[accumulator] * math.sqrt(max(length or 1, 1))
+    once, walk = EPSILON.get(output, 0.0), EPSILON["f32"] * math.sqrt(max(length or 1, 1))
     return Tolerance(min(bound.rms, max(2.0 * torch_error.rms, once / 2.0, walk / 2.0)),
                      min(bound.max, max(2.0 * torch_error.max, once, walk / 2.0 * (peak if length else 2.0))))
 
@@ -158,6 +158,7 @@ def check(fn: Callable[..., Any], *example_inputs: Any, **options: Any) -> Repor
 
     fn: a function, or an nn.Module (its float64 twin is a copy).  Every run gets its own copy of the inputs.  Errors
     are relative to the RMS of each output; the bound is twice eager torch's own error.  Integer outputs must be equal.
+    options: as for `compile`.  Raises OptionError for a wrong option, InputError where `fn` returns no tensors.
     """
     import torch
 
@@ -175,12 +176,11 @@ def check(fn: Callable[..., Any], *example_inputs: Any, **options: Any) -> Repor
     return Report(tuple(_row(f"output {i}", a, e, x) for i, (a, e, x) in triples))
 
 
-def check_program(program: Program, *, sizes: Mapping[str, int] | None = None, seed: int = 0, **options: Any) -> Report:
+def check_program(program: Program, **options: Any) -> Report:
     """Run the kernel of a program on random inputs and compare with its meaning in float64.
 
-    sizes: extents of symbolic ranks (default: their bound, or `pipeline.EXAMPLE_EXTENT`).  Real inputs are standard
-    normal; integers lie below the smallest extent, so that they may index any rank.  Errors are relative to the sum of
-    absolute terms.
+    Symbolic ranks have their bound, or `pipeline.EXAMPLE_EXTENT`.  Real inputs are standard normal; integers lie below
+    the smallest extent, so that they may index any rank.  Errors are relative to the sum of absolute terms.
     """
     import torch
 
@@ -191,9 +191,9 @@ def check_program(program: Program, *, sizes: Mapping[str, int] | None = None, s
     from memcomp.runtime import run
     from memcomp.sizes import evaluate, input_shapes
 
-    known = {**fixed(program), **shape_sizes(program, program, sizes or {})}
+    known = {**fixed(program), **shape_sizes(program, program, {})}
     compiled = compile_program(program, config=config(options), sizes=known)
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     tensors = []
     for t, shape in zip(program.cascade.inputs(), input_shapes(program.cascade), strict=True):
         extents, dtype = [evaluate(x, known) for x in shape], DTYPES[t.dtype]

@@ -82,11 +82,11 @@ def _region(k: int, same: Sequence[RegionReport]) -> str:
     return "".join([
         f'<section id="r{k}"><h2>{escape(r.source)}</h2>',
         f"<p>and {len(same) - 1} more like it, with the same kernel</p><ul>{more}</ul>" if more else "",
-        _facts(r, t), f"<p>Figures are for {escape(at)}.</p>" if at else "",
-        _graphs(k, t), _derivation(t, r), _skipping(r), _traffic(t), _kernels(t, k), "</section>"])
+        _facts(t), f"<p>Figures are for {escape(at)}.</p>" if at else "",
+        _graphs(k, t), _derivation(t), _skipping(r), _traffic(t), _kernels(t, k), "</section>"])
 
 
-def _facts(r: RegionReport, t: _Story) -> str:
+def _facts(t: _Story) -> str:
     after = max((n for (_, rank), n in passes(t.run).items() if rank == t.rank), default=0)
     before = max((n for (_, rank), n in passes(t.read).items() if rank == t.rank), default=0)
     ratio = t.spent.traffic / t.spent.compulsory if t.spent.compulsory else 1.0
@@ -128,11 +128,9 @@ def _chains(t: _Story) -> str:
     return f"<p>Why the form that was read walks over {escape(t.rank)} more than once:</p><ul>{said}</ul>" * bool(said)
 
 
-def _derivation(t: _Story, r: RegionReport) -> str:
+def _derivation(t: _Story) -> str:
     proofs = "".join(f"<li>{escape(x)}</li>" for x in t.run.proofs)
     out = ["<h3>The derivation</h3>", f"<ol>{proofs}</ol>" if proofs else "<p>No law was needed.</p>"]
-    if r.refusals:
-        out.append("<p>Refused:</p><ul>" + "".join(f"<li>{escape(str(x))}</li>" for x in r.refusals) + "</ul>")
     for (_, old), (station, new) in zip(t.programs, t.programs[1:], strict=False):
         if str(old) == str(new):
             out.append(f'<p class="same">{escape(station)}: nothing to do</p>')

@@ -76,7 +76,7 @@ def text_of(value: object) -> str:
     return value.source if isinstance(value, Kernel) else str(value)
 
 
-def rewrite(program: Program, *, config: Config, observe: Observer, names: tuple[str, ...] = PIPELINE) -> Program:
+def rewrite(program: Program, *, observe: Observer, names: tuple[str, ...] = PIPELINE) -> Program:
     """Run the rewrites of `names` in order on a verified program, and verify what each makes."""
     for name in names:
         step = getattr(import_module(f"memcomp.passes.{name}"), name)
@@ -144,14 +144,14 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
         see = observers(config, observe)
         verify(read)
         see("capture", read)
-        before = rewrite(read, config=config, observe=see, names=PIPELINE[:CANONICAL])
-        general = rewrite(before, config=config, observe=see, names=PIPELINE[CANONICAL:GENERAL])
+        before = rewrite(read, observe=see, names=PIPELINE[:CANONICAL])
+        general = rewrite(before, observe=see, names=PIPELINE[CANONICAL:GENERAL])
         # a digest does not know names, and sizes that no shape shows are passed by name
         shown = sources(input_shapes(general.cascade))
         named = tuple(r.name for r in general.cascade.ranks if r.extent is None and r.name not in shown)
         key = (general.digest, named, config.target, backend, config.tune)
         if key not in _BUILT or observe is not None:
-            mapped = rewrite(general, config=config, observe=see, names=PIPELINE[GENERAL:])
+            mapped = rewrite(general, observe=see, names=PIPELINE[GENERAL:])
             closed = close_knobs(mapped, shape_sizes(read, mapped, sizes or {}), tune=config.tune)
             see("tune", closed)
             tiles, kernel = emit(closed, config=config, observe=see, backend=backend)
@@ -162,18 +162,26 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
 
 def gains(read: Program) -> tuple[bool, tuple[str, ...]]:
     """Does the derived form walk an input less often along a rank that no result has?  (Where a result has it, one pass
-    reads and one writes, which other compilers' kernels do too.)  And which laws are missing."""
-    from memcomp.ir.traversal import passes
+    reads and one writes, which other compilers' kernels do too.)  And why it does not: laws that are missing, passes
+    that remain."""
+    from memcomp.analysis import chain_text
+    from memcomp.ir.traversal import passes, traversals
     from memcomp.passes.reduce_passes import refusals
 
-    names, settings = PIPELINE[:PIPELINE.index("reduce_passes") + 1], Config()
+    see, names = observers(Config()), PIPELINE[:PIPELINE.index("reduce_passes") + 1]
     verify(read)
-    before = rewrite(read, config=settings, observe=observers(settings), names=names[:CANONICAL])
-    after = rewrite(before, config=settings, observe=observers(settings), names=names[CANONICAL:])
+    before = rewrite(read, observe=see, names=names[:CANONICAL])
+    after = rewrite(before, observe=see, names=names[CANONICAL:])
     was, now = passes(before), passes(after)
     written = {r for t in before.cascade.outputs() for r in t.ranks}
     ins = [(t.name, r) for t in before.cascade.inputs() for r in t.ranks if r not in written]
-    return any(now.get(x, 0) < was.get(x, 0) for x in ins), tuple(f"{r.where}: {r.why}" for r in refusals(after))
+    why = [f"{r.where}: {r.why}" for r in refusals(after)]
+    given = {t.name for t in before.cascade.inputs()}
+    most = max((t for t in traversals(after) if t.tensor in given), key=lambda t: t.passes, default=None)
+    if not why and most is not None and most.passes > 1:
+        why.append(f"{most.passes} passes over {most.rank} in any form ({chain_text(most)}), which torch's own kernels "
+                   'take too; the option chains="all" takes it')
+    return any(now.get(x, 0) < was.get(x, 0) for x in ins), tuple(why)
 
 
 def map_program(read: Program, *, config: Config, sizes: Mapping[str, int] | None = None) -> Program:
@@ -185,7 +193,7 @@ def map_program(read: Program, *, config: Config, sizes: Mapping[str, int] | Non
     see = observers(config)
     verify(read)
     see("capture", read)
-    mapped = read if read.mapping.groups else rewrite(read, config=config, observe=see)
+    mapped = read if read.mapping.groups else rewrite(read, observe=see)
     closed = close_knobs(mapped, shape_sizes(read, mapped, sizes or {}), tune=config.tune)
     see("tune", closed)
     return closed

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Something that stays with torch: where, why, and the proved lower bound on its passes or traffic, if any."""
+    """Something that stays with torch, or a reduction that stays a pass of its own: where, why, and the lower bound
+    on its passes where one is proved (none is yet: a law that the table lacks proves nothing)."""
 
     where: str
     why: str
@@ -73,7 +74,13 @@ class RegionReport:
     known: Mapping[str, int] = field(default_factory=dict)
     rounds: tuple[Rounds, ...] = ()
     analysis: tuple[Analysis, ...] = ()
-    refusals: tuple[Refused, ...] = ()
+
+    @property
+    def refusals(self) -> tuple[Refused, ...]:
+        """The reductions that do not join an earlier pass: edge, operator and missing law, from the proof lines."""
+        lines = (line.removeprefix("refused ").partition(": ") for line in self.program.proofs
+                 if line.startswith("refused "))
+        return tuple(Refused(f"{self.source}: {where}", why) for where, _, why in lines)
 
     def __str__(self) -> str:
         return _plain(_render((self,), ()))
@@ -121,6 +128,8 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
     """What memcomp makes of `fn` on these inputs: it runs once, eagerly around the kernels.
 
     fn: a function, an nn.Module, or a `Program` (then without inputs).  options: as for `compile`.
+    Traffic is in bytes a call, at the sizes of these inputs (of a `Program`: its bounds, or 1024).  Raises OptionError
+    for a wrong option, Refusal where a `Program` or, with `strict`, a region cannot be compiled.
     """
     settings = config({**options, "rest": "eager"})
     if isinstance(fn, Program):
@@ -138,7 +147,7 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
         installed, failed = install(gm, settings)
         regions.extend(describe(i.region.source, i.region.program, i.compiled, region_sizes(i.region))
                        for i in installed)
-        refusals.extend(Refused(f.where, f.why, f.bound) for f in failed)
+        refusals.extend(Refused(f.where, f.why) for f in failed)
         return gm.forward
 
     with warnings.catch_warnings():
@@ -197,9 +206,10 @@ def _render(regions: Sequence[RegionReport], refusals: Sequence[Refused]) -> Ren
                 f"{x.name} {x.traffic / first.traffic.compulsory:.2f}x" for x in first.traffic.levels)))
         parts += [Text(f"rounds: {x.loop}: {x}") for x in first.rounds]
         parts += [Text(f"derived: {line}") for line in first.program.proofs]
-        parts += [Text(f"refused: {r}") for r in first.refusals]
         parts.append(Text(""))
-    parts += [Text(f"left to torch: {r}") for r in refusals]
+    for why in dict.fromkeys((r.why, r.bound) for r in refusals):
+        alike = [r for r in refusals if (r.why, r.bound) == why]
+        parts.append(Text(f"left to torch: {alike[0]}" + (f" ({len(alike) - 1} more like it)" if alike[1:] else "")))
     if not regions:
         parts.append(Text("no regions: nothing here is an attention or memory layer that memcomp can express"))
     return Group(*parts)

@@ -10,13 +10,11 @@ import torch
 from torch import fx
 
 from memcomp.binding import DTYPES
+from memcomp.capture.writes import memory, mutates, written
 from memcomp.ir.errors import Refusal
 
 if TYPE_CHECKING:
     from memcomp.capture.region import Region
-
-_INPLACE = {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
-            "ilshift", "irshift"}
 
 
 @dataclass(frozen=True)
@@ -25,12 +23,14 @@ class Original:
 
     module(*inputs, *extras, *sizes, *symbols) -> tuple of the outputs.
     extras: tensors it reads that the kernel does not; symbols: integers it reads, other than the kernel's.
+    flows: the tensors that gradients flow back to; they stop at what was made under `no_grad`.
     text: the same for equal computations, whatever their names.
     """
 
     module: fx.GraphModule
     extras: tuple[fx.Node, ...]
     symbols: tuple[fx.Node, ...]
+    flows: frozenset[fx.Node]
     text: str
 
 
@@ -51,9 +51,33 @@ def original(region: Region) -> Original:
             raise Refusal(f"gradient through the module call {node.target}", hint="inline it")
         copies[node] = graph.create_node(node.op, node.target, fx.map_arg(node.args, copies.__getitem__),
                                          fx.map_arg(node.kwargs, copies.__getitem__), name=f"n{i}")
+        if _is_constant(node) and any(map(_differentiable, node.all_input_nodes)):
+            copies[node] = graph.call_method("detach", (copies[node],))
     graph.output(tuple(copies[n] for n in region.outputs))
     module = fx.GraphModule(torch.nn.Module(), graph)
-    return Original(module, extras, symbols, f"{len(tensors)} {len(sizes)}\n{graph}")
+    return Original(module, extras, symbols, _flows(region, set(needed)), f"{len(tensors)} {len(sizes)}\n{graph}")
+
+
+def _differentiable(node: fx.Node) -> bool:
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Did torch make these real numbers without a gradient?"""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad
+
+
+def _flows(region: Region, needed: set[fx.Node]) -> frozenset[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = [n for n in region.outputs if not _is_constant(n)]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [i for i in node.all_input_nodes if node in needed and not _is_constant(i)]
+    return frozenset(found)
 
 
 def _ancestors(region: Region) -> list[fx.Node]:
@@ -69,8 +93,9 @@ def _ancestors(region: Region) -> list[fx.Node]:
     return [n for n in region.outputs[0].graph.nodes if n in found]
 
 
-def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original | None) -> None:
+def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original | None) -> dict[fx.Node, fx.Node]:
     """Call the kernel registered under `key` before the region's anchor, and drop the nodes that are dead then.
+    Returns what stands for each of the region's outputs now.
 
     Raises Refusal, with the graph unchanged, where the anchor is no such place: an input comes later, or something that
     the region reads is overwritten in between.
@@ -79,10 +104,14 @@ def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original
     extras = [*(extra.extras if extra else ())]
     sizes = [*(n for _, n in region.sizes), *(extra.symbols if extra else ())]
     _check_place(region, [n for n in [*region.inputs, *extras, *sizes] if isinstance(n, fx.Node)])
+    made: dict[fx.Node, fx.Node] = {}
     dtypes = [DTYPES[t.dtype] for t in region.program.cascade.inputs()]
     results = [DTYPES[t.dtype] for t in region.program.cascade.outputs()]
     with graph.inserting_before(region.anchor):
         tensors = [_cast(graph, n, d) for n, d in zip(region.inputs, dtypes, strict=True)] + extras
+        if extra is not None:
+            tensors = [t if n in extra.flows or not _differentiable(n) else graph.call_method("detach", (t,))
+                       for n, t in zip([*region.inputs, *extras], tensors, strict=True)]
         call = graph.call_function(torch.ops.memcomp.call.default, (tensors, sizes, key))
         call.meta["example_value"] = [n.meta.get("example_value") for n in region.outputs]
         for i, (node, dtype) in enumerate(zip(region.outputs, results, strict=True)):
@@ -91,12 +120,14 @@ def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original
                 out = graph.call_method("to", (out, example(node).dtype))
             out.meta = dict(node.meta)
             node.replace_all_uses_with(out)
+            made[node] = out
     inside = set(region.nodes)
     nodes = list(graph.nodes)
-    shared = {_storage(n) for n in nodes if n not in inside} if any(map(_writes, inside)) else set()
+    shared = {memory(n) for n in nodes if n not in inside} if any(map(mutates, inside)) else set()
     for node in reversed([n for n in nodes if n in inside and n.op not in ("placeholder", "output")]):
-        if not node.users and not (_writes(node) and _storage(node.all_input_nodes[0]) in shared):
+        if not node.users and not (mutates(node) and any(memory(w) in shared for w in written(node))):
             graph.erase_node(node)
+    return made
 
 
 def example(node: fx.Node) -> Any:
@@ -127,33 +158,15 @@ def _check_place(region: Region, needed: list[fx.Node]) -> None:
     if any(order[n] >= place for n in needed):
         raise Refusal(f"{region.name} needs a value that comes too late", region.source)
     for i, writer in enumerate(nodes[:place]):
-        if writer in inside or not _writes(writer) or not writer.all_input_nodes:
+        if writer in inside or not mutates(writer):
             continue
-        written = _storage(writer.all_input_nodes[0])
-        if any(order[n] < i and written in map(_storage, n.all_input_nodes) for n in inside):
+        changed = set(map(memory, written(writer)))
+        if any(order[n] < i and not changed.isdisjoint(map(memory, n.all_input_nodes)) for n in inside):
             raise Refusal(f"{writer} overwrites what {region.name} has read", region.source)
 
 
 def _is_tensor(node: fx.Node) -> bool:
     return node.op == "get_attr" or isinstance(example(node), torch.Tensor)
-
-
-def _storage(node: fx.Node) -> Any:
-    """Equal for tensors that share memory."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node
-
-
-def _writes(node: fx.Node) -> bool:
-    """Does the node change its first argument?"""
-    name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
-    if node.op not in ("call_method", "call_function"):
-        return False
-    if (schema := getattr(node.target, "_schema", None)) is not None:
-        return bool(schema.is_mutable)
-    if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
-        return name == "setitem" or name in _INPLACE  # and_, or_, not_ end in "_" only because of the keywords
-    return name.strip("_") in {"setitem", *_INPLACE} or (name.endswith("_") and not name.endswith("__"))
 
 
 def autocast_at(gm: fx.GraphModule, node: fx.Node) -> tuple[tuple[Any, ...], ...]:

@@ -1,3 +1,3 @@
 """Rewrites: Program -> Program, one public function per file, in the order of `PIPELINE`."""
 
-PIPELINE = ("reroll", "canonicalize", "specialize", "generalize", "reduce_passes", "places", "fuse", "partition")
+PIPELINE = ("reroll", "canonicalize", "specialize", "generalize", "reduce_passes", "spell_places", "fuse", "partition")

@@ -1,9 +1,10 @@
-"""Rank surgery that `canonicalize` is made of: ranks of one point go, ranks read in groups (h//k) are split."""
+"""Ranks of a cascade: ranges, free names, and the surgery of `canonicalize` (ranks of one point go, h//k is split)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from itertools import count
 
 from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Reduce, Tensor
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, rebuild, transform, variables, walk
@@ -39,20 +40,11 @@ def rewritten(s: Einsum, f: Callable[[Expr], Expr]) -> Einsum:
     return Einsum(outs, f(s.body), s.reduce, None if s.guard is None else f(s.guard))  # type: ignore[arg-type]
 
 
-def temporary(c: Cascade, name: str) -> bool:
-    t = c.declared(name.removesuffix("'"))
-    return t is None or t.role == "temp"
-
-
-def substitute_vars(e: Expr, table: Mapping[str, Expr]) -> Expr:
-    return transform(e, lambda n: table.get(n.name, n) if isinstance(n, Var) else n)
-
-
 def dimensions(c: Cascade, var: str) -> dict[str, set[int]]:
     """Dimensions of temporaries that run over exactly this variable, in every statement that writes them."""
     out: dict[str, set[int]] = {}
     for name in dict.fromkeys(n for s in c.einsums for n in s.names):
-        if temporary(c, name):
+        if c.temporary(name):
             writes = [o for s in c.einsums for o in s.outs if o.tensor == name]
             at = set.intersection(*({k for k, i in enumerate(o.index) if i == Var(var)} for o in writes))
             if at:
@@ -282,9 +274,10 @@ def _dims(c: Cascade, tensor: str) -> tuple[str, ...]:
 
 
 def fresh_rank(c: Cascade, stem: str, more: set[str]) -> str:
-    have = {r.name for r in c.ranks} | more
-    name, n = stem, 1
-    while name in have:
-        n += 1
-        name = f"{stem}{n}"
-    return name
+    """A free name for a rank, in `c` and beside `more`."""
+    return unused(stem, {r.name for r in c.ranks} | more)
+
+
+def unused(stem: str, taken: Collection[str]) -> str:
+    """`stem`, or with the lowest number (from 2) that makes it a name which is not taken."""
+    return stem if stem not in taken else next(name for n in count(2) if (name := f"{stem}{n}") not in taken)

@@ -109,10 +109,9 @@ def _repeatable(c: Cascade, states: list[Einsum], var: str) -> list[Einsum]:
     for e in states:
         larger = [p for p in points.values() if p > points[e.names]]
         full = set.intersection(*larger) if larger else set()
-        declared = c.declared(e.out.tensor.removesuffix("'"))
         if (
             full > points[e.names]
-            and (declared is None or declared.role == "temp")
+            and c.temporary(e.out.tensor)
             and all(full <= set(out_vars(o)) for n in e.names for o in c.readers(n) if o.names not in points)
         ):
             out.append(e)

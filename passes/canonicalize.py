@@ -8,7 +8,7 @@ from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Const, Expr, Var, children, conjunction, conjuncts, rebuild, substitute, walk
 from memcomp.ir.program import Program
 from memcomp.ir.simplify import simplify
-from memcomp.passes._ranks import drop_unit, indexed, join, ranges, rewritten, split, temporary
+from memcomp.passes._ranks import drop_unit, indexed, join, ranges, rewritten, split
 
 _INTEGERS = ("i64", "i32", "i16", "i8", "u8", "bool")
 
@@ -112,7 +112,7 @@ def _without_copies(c: Cascade) -> Cascade:
 def _copyable(c: Cascade, x: str, y: str) -> bool:
     """Is x a temporary written once that holds exactly what y holds?"""
     tx, ty = c.declared(x), c.declared(y.removesuffix("'"))
-    if not temporary(c, x) or len(c.writers(x)) != 1 or (ty is not None and ty.role == "state"):
+    if not c.temporary(x) or len(c.writers(x)) != 1 or (ty is not None and ty.role == "state"):
         return False
     if any(r.iterative for r in c.ranks):
         return False
@@ -144,7 +144,7 @@ def _without_repetitions(c: Cascade) -> Cascade:
             continue
         key = (s.out.index, s.body, s.reduce, s.guard, _stored(c, s.names[0]))
         first = seen.setdefault(key, s)
-        if first is s or not temporary(c, s.names[0]) or not all(isinstance(i, Var) for i in s.out.index):
+        if first is s or not c.temporary(s.names[0]) or not all(isinstance(i, Var) for i in s.out.index):
             continue
         return _without_repetitions(_reading(c, s, s.out, first.out))
     return c

@@ -141,9 +141,7 @@ class _Fusion:
             return False
         mine = self.made[g]
         users = list(dict.fromkeys(j for n in e.names for j in self.readers.get(n, ())))
-        declared = self.c.declared(e.out.tensor.removesuffix("'"))
-        temp = declared is None or declared.role == "temp"
-        feeds = bool(users) and all(self.group.get(j) == g for j in users) and temp
+        feeds = bool(users) and all(self.group.get(j) == g for j in users) and self.c.temporary(e.out.tensor)
         follows = bool(e.reads() & mine) and own <= set(out_vars(e))
         if not ((feeds and (own <= set(out_vars(e)) or e.reduce is None)) or follows):
             return False

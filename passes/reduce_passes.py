@@ -12,7 +12,7 @@ FRAMES = ("first", "running")
 
 
 def reduce_passes(program: Program, *, splits: int | Knob | None = None, tile: tuple[int, ...] | None = None,
-                  frame: str = "first", weighted: bool = True, ranks: tuple[str, ...] | None = None) -> Program:
+                  frame: str = "running", weighted: bool = True, ranks: tuple[str, ...] | None = None) -> Program:
     """Derive the one-pass form over every long rank by separation, order lifting and gauges (docs/derivation.md).
 
     splits: cut the rank into so many parallel parts (or a knob), merged at the end; tile: choices of the tile size;

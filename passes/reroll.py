@@ -9,9 +9,9 @@ from itertools import groupby
 from memcomp.ir.cascade import Cascade, Einsum, Tensor
 from memcomp.ir.program import Program
 from memcomp.passes._ranks import pruned
-from memcomp.passes._rolled import follow, roll
-from memcomp.passes._steps import Step, differs, steps
-from memcomp.passes._windows import flattens
+from memcomp.passes.unrolled.rolled import follow, roll
+from memcomp.passes.unrolled.steps import Step, differs, steps
+from memcomp.passes.unrolled.windows import flattens
 
 
 def reroll(program: Program) -> Program:

@@ -73,7 +73,7 @@ def _specialized(c: Cascade, e: Einsum) -> Cascade | None:
     for k, own in enumerate(e.out.index):
         assert isinstance(own, Var)
         points = list(dict.fromkeys(simplify(a.index[k], index=True) for a in users))
-        if not points or own in points or any(not _new(c, i, e, k) for i in points):
+        if not points or own in points or any(not _new(i, e, k) for i in points):
             continue
         work: Expr = Const(0)
         for i in points:
@@ -86,7 +86,7 @@ def _specialized(c: Cascade, e: Einsum) -> Cascade | None:
     return None
 
 
-def _new(c: Cascade, i: Expr, e: Einsum, k: int) -> bool:
+def _new(i: Expr, e: Einsum, k: int) -> bool:
     """May this index stand for the variable: free of data, and of variables that the statement has already?"""
     taken = set(e.space())
     return not reads(i) and not variables(i) & taken and i != e.out.index[k]

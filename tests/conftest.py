@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -19,6 +20,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("--backend"))
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was compiled before, and random numbers start anew.  Kernels stay built: they depend on their digest."""
+    import torch
+
+    import memcomp
+
+    monkeypatch.setattr("memcomp.pipeline.forget", lambda: None)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    memcomp.reset()
+
+
+@pytest.fixture
+def operators() -> Iterator[None]:
+    """The operator table is afterwards what it was."""
+    from memcomp.capture import table
+    from memcomp.ir import ops
+
+    rows, rules = dict(ops.OPS), dict(table._OWN)
+    yield
+    ops.OPS.clear()
+    ops.OPS.update(rows)
+    table._OWN.clear()
+    table._OWN.update(rules)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    import torch
+
+    with torch.no_grad():
+        yield
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 EPS = 2.0**-23
+SPACING = 2.0**-149  # of denormals
 
 
 def leaves(x: Any) -> list[Tensor]:
@@ -65,10 +66,12 @@ def wrong(fn: Callable[..., Any], args: Sequence[Tensor], got: Any) -> list[str]
     random = torch.Generator().manual_seed(1)
 
     def rounded(t: Tensor) -> Tensor:
-        return t * (1 + 2 * EPS * torch.randn(t.shape, generator=random, dtype=t.dtype)) if t.is_floating_point() else t
+        if not t.is_floating_point():
+            return t
+        return t + (2 * EPS * t.abs() + SPACING) * torch.randn(t.shape, generator=random, dtype=t.dtype)
 
     own, exact = leaves(fn(*args)), leaves(fn(*map(wide, args)))
-    terms = leaves(fn(*(wide(t).abs() if n == 2 else wide(t) for n, t in enumerate(args))))
+    terms = leaves(fn(*(wide(t).abs() if n == 2 and t.is_floating_point() else wide(t) for n, t in enumerate(args))))
     moved = [leaves(fn(*(rounded(wide(t)) for t in args))) for _ in range(4)]
     out = []
     for n, (a, b, x) in enumerate(zip(leaves(got), own, exact, strict=True)):

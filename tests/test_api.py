@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,14 +13,7 @@ from torch import Tensor
 
 import memcomp
 
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("memcomp.pipeline.forget", lambda: None)  # kernels stay built: they depend on their digest only
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    memcomp.reset()
-    yield
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,6 +71,16 @@ def test_explain_counts_three_passes_before_and_one_after() -> None:
 def test_explain_says_when_there_is_nothing() -> None:
     found = memcomp.explain(lambda x: x + 1, torch.ones(3))
     assert found.regions == () and "no regions" in str(found)
+
+
+def test_a_refusal_names_the_edge_the_operator_and_the_missing_law() -> None:
+    def rounded(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.round(x * 127 / x.abs().amax(-1, keepdim=True)) @ w
+
+    region, = memcomp.explain(rounded, torch.randn(5, 70), torch.randn(70, 3)).regions
+    refused, = region.refusals
+    assert "no law for round" in refused.why and "edge" in refused.why and "over" in refused.where
+    assert refused.bound == "" and max(region.passes.after.values()) == 2
 
 
 def test_check_admits_the_truth() -> None:

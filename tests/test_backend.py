@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -18,14 +18,7 @@ from memcomp import runtime
 from memcomp.backend import memcomp as backend
 from memcomp.oracle import measure, tolerance
 
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("memcomp.pipeline.forget", lambda: None)  # kernels stay built: they depend on their digest only
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    memcomp.reset()
-    yield
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def compiled(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -204,6 +197,65 @@ def test_autocast_around_the_region_keeps_its_dtypes_and_gradients() -> None:
         assert torch.allclose(a.grad, b.grad, atol=0.05)
 
 
+def fixed_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        s = q @ k.mT
+    return torch.softmax(s, -1) @ v
+
+
+def fixed_slope(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    with torch.no_grad():
+        m = s.amax(-1, keepdim=True) * 0.5
+    e = torch.exp(s * m)
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax((q @ k.mT).detach(), -1) @ v
+
+
+@pytest.mark.parametrize("fn", [fixed_scores, fixed_slope, detached])
+def test_gradients_stop_where_the_user_stops_them(fn: Callable[..., Tensor]) -> None:
+    ours, own = ([t.clone().requires_grad_() for t in qkv(queries=7, keys=9, e=4)] for _ in range(2))
+    for a, b in zip(ours, own, strict=True):
+        b.data.copy_(a.data)
+    compiled(fn)(*ours).square().sum().backward()
+    fn(*own).square().sum().backward()
+    assert memcomp.stats()["regions"] == 1
+    for a, b in zip(ours, own, strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None and b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+def slope(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda q, k, v: torch.func.grad(lambda x: fn(x, k, v).sum())(q)
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, slope])
+def test_inside_a_transform_of_functions_torch_keeps_it(transform: Callable[..., Any]) -> None:
+    fn, inputs = transform(by_hand), qkv(queries=7, keys=7)
+    with pytest.warns(runtime.Fallback, match="transform of functions"):
+        got = torch.compile(lambda *x: fn(*x), backend=backend, options={"rest": "eager"})(*inputs)
+    torch.testing.assert_close(got, fn(*inputs))
+
+
+def test_what_does_not_broadcast_after_a_region_is_left_alone() -> None:
+    agrees(lambda q, k, v: F.conv2d(causal(q, k, v), torch.ones(5, 2, 3, 3, dtype=q.dtype)), *qkv(queries=7, keys=7))
+    assert memcomp.stats()["launches"] == 1
+
+
+def test_a_result_is_laid_out_as_its_views_need() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        o = by_hand(q, k, v)
+        return o.view(-1)[:3], o.transpose(1, 2) * 1
+
+    inputs = qkv(queries=7, keys=9, e=4)
+    torch.testing.assert_close(compiled(fn)(*inputs), fn(*inputs), rtol=1e-4, atol=1e-5)
+    assert memcomp.stats()["regions"] == 1
+
+
 def test_a_growing_cache_compiles_at_most_twice() -> None:
     fast = compiled(grouped)
     q, k, v = qkv(heads=6, kv=2, queries=1, keys=64)
@@ -344,3 +396,55 @@ def test_the_op_keeps_torchs_contract() -> None:
     outs = torch.ops.memcomp.call([t.detach() for t in inputs], sizes, key)
     torch.library.opcheck(torch.ops.memcomp.backward.default,
                           (outs, [t.detach() for t in inputs], sizes, key, [True] * len(inputs)))
+
+
+@pytest.mark.parametrize("fn", [
+    lambda q, k, v: F.gelu(F.scaled_dot_product_attention(q, k, v)),  # gelu is taken apart
+    lambda q, k, v: F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 8, 8).amax(-1),
+    lambda q, k, v: F.scaled_dot_product_attention(F.gelu(F.scaled_dot_product_attention(q, k, v)), k, v),
+])
+def test_gradients_through_regions_that_feed_each_other(fn: Callable[..., Tensor]) -> None:
+    def grads(f: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        return list(torch.autograd.grad(f(*leaves).square().sum(), leaves))
+
+    inputs = torch.randn(3, 1, 2, 8, 4).unbind()
+    for got, want in zip(grads(compiled(fn, chains="all")), grads(fn), strict=True):
+        torch.testing.assert_close(got, want)
+    assert not memcomp.stats()["fallbacks"] and memcomp.stats()["regions"]
+
+
+def test_a_region_reads_what_another_made() -> None:
+    def experts(x: Tensor, gate: Tensor, w: Tensor) -> Tensor:
+        p, i = gate.softmax(-1).topk(2, -1)
+        return torch.einsum("bk,bkd->bd", p, torch.einsum("bd,bkde->bke", x, w[i]))
+
+    agrees(experts, torch.randn(6, 8), torch.randn(6, 4), torch.randn(4, 8, 8))
+    assert memcomp.stats()["regions"] == 2
+
+
+def test_the_best_of_no_elements_is_torchs_error() -> None:
+    for fn in (lambda x: x.max(), lambda x: x.max(-1), lambda x: x.min(-1, keepdim=True)[0]):
+        torch._dynamo.reset()
+        with pytest.raises((RuntimeError, IndexError), match="Expected reduction dim"):
+            compiled(fn, chains="all")(torch.randn(3, 0))
+
+
+def test_a_small_addend_is_not_lost_in_a_large_one() -> None:
+    def scaled(x: Tensor) -> Tensor:  # a constant row: (x - least) / (0 + eps)
+        least, most = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        return ((x - least) / (most - least + 1e-6)).sum(-1)
+
+    agrees(scaled, torch.tensor([[100.0] * 50, [*range(50)]]))
+    assert memcomp.stats()["regions"] == 1
+
+
+def test_steps_of_a_loop_over_a_length_that_is_a_symbol() -> None:
+    def loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.stack([((q[:, i:i + 1] @ k.transpose(1, 2) * (1 + i % 2 * 2)).softmax(-1) @ v)[:, 0]
+                            for i in range(3)], 1)
+
+    q, k, v = torch.randn(3, 2, 8, 4).unbind()
+    fast = torch.compile(loop, backend=backend, dynamic=True, options={"rest": "eager", "strict": True})
+    torch.testing.assert_close(fast(q, k, v), loop(q, k, v))
+    assert memcomp.stats()["regions"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +19,6 @@ from memcomp.passes.canonicalize import canonicalize
 from tests import chains
 from tests.programs import arrays, programs
 
-FOLDER = Path(__file__).parent / "cases"
-CASES = sorted(p.stem for p in FOLDER.glob("*.mc"))
 HEAD = """program p
 rank B = 1
 rank H = 6
@@ -53,18 +49,6 @@ def check(program: Program, x: dict[str, Any]) -> Program:
 
 def names(c: Cascade) -> set[str]:
     return {n for s in c.einsums for n in s.names}
-
-
-def test_docstring() -> None:
-    before, after = (canonicalize.__doc__ or "").split("before:")[1].split("after:")
-    assert canonicalize(parse(textwrap.dedent(before))) == parse(textwrap.dedent(after))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_cases_are_canonical_after_one_step(name: str) -> None:
-    new = canonicalize(parse((FOLDER / f"{name}.mc").read_text()))
-    verify(new)
-    assert canonicalize(new) is new
 
 
 @pytest.mark.parametrize("name", chains.NAMES)

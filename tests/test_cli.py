@@ -116,6 +116,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("argv", [
     ["show", "missing.mc"], ["show", "no_such_module:f"], ["show", "users_code:missing"], ["show", "users_code:wrong"],
     ["show", "users_code:plain"], ["show", "bad.mc"], ["show", "bad.pt2"], ["show", "bad.json"], ["show", "bad.txt"],
+    ["show", "deep.mc"], ["show", "binary.mc"],
     ["opt", "weigh.mc", "--dump-after", "nowhere"], ["cost", "weigh.mc", "--size", "M"],
     ["cost", "weigh.mc", "--size", "Z=3"], ["emit", "weigh.mc", "--target", "z80"],
     ["emit", "weigh.mc", "--backend", "fortran"], ["show", "weigh.mc", "-o", "no/such/folder/x.mc"],
@@ -125,6 +126,9 @@ def test_bad_input_is_an_error_and_two(capsys: pytest.CaptureFixture[str], tmp_p
     monkeypatch.chdir(tmp_path)
     for name in ("bad.mc", "bad.pt2", "bad.json", "bad.txt"):
         Path(name).write_text("{")
+    deep = "(" * 9999 + "X[n]" + ")" * 9999
+    Path("deep.mc").write_text(f"program p\nrank N = 4\nin X[N]: f32\nout O[N]: f32\nO[n] = {deep}")
+    Path("binary.mc").write_bytes(b"\xff\xfe")
     before = sorted(tmp_path.rglob("*.mc"))
     code, out, err = run(capsys, *argv)
     assert code == 2 and out == "" and err.startswith("error: ") and "Traceback" not in err

@@ -187,3 +187,18 @@ def test_laws(p: Program) -> None:
         assert got.seconds >= got.traffic / machine.memory.bandwidth * (1 - 1e-12)
         assert previous is None or got.traffic <= previous.traffic
         previous = got
+
+
+@pytest.mark.parametrize("first, second", [("2*h", "2*h + 1"), ("2*h", "2*h"), ("h", "h + 4")])
+def test_compulsory_bytes_are_those_of_the_elements_touched(first: str, second: str) -> None:
+    text = f"""program p on cpu
+rank G = 8
+rank H = 4
+rank M = 6
+in K[G, M]: f32
+out O[H]: f32
+O[h] = sum{{m}} K[{first}, m] * K[{second}, m]
+"""
+    touched = {eval(i, {"h": h}) for h in range(4) for i in (first, second)}
+    found = cost(parse(text), {}, target("cpu"))
+    assert found.compulsory == (len(touched) * 6 + 4) * 4 <= found.traffic

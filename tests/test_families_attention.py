@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,31 +17,14 @@ from memcomp.ir.target import target
 from memcomp.ir.tile import Loop, TileProgram, When
 from memcomp.models.families import Family
 from memcomp.models.families.attention import FAMILIES
-from memcomp.pipeline import fixed
-from memcomp.report import RegionReport
+from tests.families import DTYPES, LENGTH, ROWS, passes
 from tests.hostile import hostile, wrong
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-ROWS, LENGTH = 33, 301  # divide nothing
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    memcomp.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh", "no_grad")
 
 
 def by_name(f: Family) -> str:
     return f.name
-
-
-def passes(region: RegionReport, length: int) -> int:
-    """The most passes of any input over a rank of this extent."""
-    sizes = {**fixed(region.program), **region.sizes}
-    inputs = {t.name for t in region.program.cascade.inputs()}
-    return max(n for (t, r), n in region.passes.after.items() if t in inputs and sizes.get(r) == length)
 
 
 def compiled(f: Family) -> tuple[Callable[..., Any], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import textwrap
 from typing import Any
 
@@ -184,11 +183,3 @@ def test_no_work_is_added() -> None:
         """
         p = parse(textwrap.dedent(text))
         assert (specialize(p) is p) == keep, body
-
-
-@pytest.mark.parametrize("rewrite", [generalize, specialize, fuse, partition])
-def test_docstrings_hold(rewrite: Any) -> None:
-    doc = inspect.getdoc(rewrite)
-    assert doc is not None
-    before, after = doc.split("before:\n")[1].split("after:\n")
-    assert rewrite(parse(textwrap.dedent(before))) == parse(textwrap.dedent(after))

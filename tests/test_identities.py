@@ -19,7 +19,6 @@ from tests.chains import NAMES, REFUSED
 from tests.test_derivation_table import derived
 
 Cases = Mapping[Expr, bool]
-CHOICES = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 class Sympy:

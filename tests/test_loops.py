@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,13 +19,7 @@ from memcomp.pipeline import compile_program
 Fn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    memcomp.reset()
-    yield
-    torch._dynamo.reset()
-    memcomp.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 import memcomp
 from memcomp.codegen import python
 from memcomp.codegen.lower import lower
-from memcomp.config import config
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, children, rebuild, variables, walk
 from memcomp.ir.program import Program, close, knobs
 from memcomp.ir.simplify import simplify
@@ -75,7 +74,7 @@ def reference(form: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def tiles(form: str, dtype: str, decode: bool, tile: int) -> TileProgram:
     """The tile program for any lengths: `tile` keys at a time."""
     text = TEXT.format(B=B, H=J * G, J=J, G=G, E=E_, P=1 if decode else 640, M=1280, dtype=dtype, where=WHERE[form])
-    p: Program = rewrite(parse(text), config=config(), observe=lambda *_: None)
+    p: Program = rewrite(parse(text), observe=lambda *_: None)
     choices = {k.name: tile if k.name == "m0" else k.choices[0 if tile == TILE else -1] for k in knobs(p)}
     return lower(close(p, choices))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import replace
 from typing import Any
 
@@ -62,14 +61,6 @@ def test_keeps_the_meaning(name: str) -> None:
 def test_is_idempotent(name: str) -> None:
     new = streamed(load(name))
     assert streamed(new) is new
-
-
-def test_docstring() -> None:
-    text = reduce_passes.__doc__ or ""
-    before, after = text.split("before:")[1].split("after:")
-    old, new = (parse(textwrap.dedent(t)) for t in (before, after))
-    got = reduce_passes(old)
-    assert replace(got, proofs=()) == replace(new, proofs=())
 
 
 def test_refusals_name_operator_and_law() -> None:

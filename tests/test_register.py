@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +9,6 @@ import pytest
 import torch
 
 import memcomp
-from memcomp.capture import table
 from memcomp.capture.find import find_regions
 from memcomp.capture.torch_reader import capture
 from memcomp.ir import ops
@@ -32,15 +28,7 @@ LEAKY = call("where", call("lt", X, 0.0), X * 0.125, X)
 RAMP = call("min", call("max", X * 0.25 + 0.5, 0.0), 1.0)
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """The table as it was."""
-    rows, rules = dict(ops.OPS), dict(table._OWN)
-    yield
-    ops.OPS.clear()
-    ops.OPS.update(rows)
-    table._OWN.clear()
-    table._OWN.update(rules)
+pytestmark = pytest.mark.usefixtures("operators")
 
 
 def leaky(x: torch.Tensor) -> torch.Tensor:
@@ -264,10 +252,3 @@ def test_what_cannot_be_read_is_refused(fn: Any, says: str) -> None:
     with pytest.raises(OptionError, match=says):
         memcomp.register(fn, name="strange")
     assert "strange" not in ops.OPS
-
-
-def test_the_example_of_the_docs() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "derivation.md").read_text()
-    section = text.split("## Your own operator")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
-    exec(compile(code, "docs/derivation.md", "exec"), {"__name__": "example"})

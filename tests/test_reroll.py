@@ -17,9 +17,9 @@ from memcomp.ir.program import Program
 from memcomp.ir.text import parse
 from memcomp.ir.traversal import passes
 from memcomp.ir.verify import verify
-from memcomp.passes._fit import fit, value
 from memcomp.passes.canonicalize import canonicalize
 from memcomp.passes.reroll import reroll, unrolled
+from memcomp.passes.unrolled.fit import fit, value
 
 Lines = Callable[[int], str]
 
@@ -59,11 +59,6 @@ def same(program: Program, new: Program) -> None:
     want, got = interpret(program, inputs), interpret(new, inputs)
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=1e-12, atol=1e-12)
-
-
-def test_docstring() -> None:
-    before, after = (reroll.__doc__ or "").split("before:")[1].split("after:")
-    assert reroll(parse(textwrap.dedent(before))) == parse(textwrap.dedent(after))
 
 
 @st.composite

@@ -6,7 +6,7 @@ fast part is a covering subset of the product, `make sweep` runs the whole of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -27,14 +27,7 @@ WINDOW = 50
 LIGHT = 70_000  # scores per head that the fast part computes at most
 
 
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("memcomp.pipeline.forget", lambda: None)  # kernels stay built: they depend on their digest only
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    memcomp.reset()
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("fresh", "no_grad")
 
 
 def full(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

@@ -47,7 +47,8 @@ def several(s: st.SearchStrategy[Any], most: int = 3) -> st.SearchStrategy[Any]:
 
 ACCESS = st.builds(Access, NAME, several(EXPRESSIONS))
 SIMPLE: st.SearchStrategy[Statement] = st.one_of(
-    st.builds(Load, NAME, ACCESS), st.builds(Map, NAME, EXPRESSIONS), st.builds(Store, ACCESS, NAME),
+    st.builds(Load, NAME, ACCESS), st.builds(Map, NAME, EXPRESSIONS),
+    st.builds(Store, ACCESS, NAME, st.none() | EXPRESSIONS),
     st.builds(Fold, NAME, st.sampled_from(sorted(MONOIDS)), several(NAME), EXPRESSIONS, st.booleans()),
     st.builds(Dot, NAME, ACCESS, ACCESS, several(NAME), st.booleans()))
 STATEMENTS: st.SearchStrategy[Statement] = st.recursive(SIMPLE, lambda s: st.one_of(

@@ -83,7 +83,7 @@ def _calls(tp: TileProgram) -> set[str]:
 
     def visit(body: tuple[Statement, ...]) -> None:
         for s in body:
-            parts = [getattr(s, n, None) for n in ("source", "target", "cond", "lo", "hi")]
+            parts = [getattr(s, n, None) for n in ("source", "target", "mask", "cond", "lo", "hi")]
             if isinstance(s, (Map, Fold)):
                 parts.append(s.body)
             for e in parts:
@@ -252,6 +252,12 @@ class _Writer:
         value = s.tile
         if param.dtype == "bf16":
             value = f"to_bf16({value})"
+        if s.mask is not None:
+            shape = "(" + "".join(f"{self.count(d)}, " for d in t.dims) + ")"
+            index = [f"np.broadcast_to({self.text(i, t.dims)}, {shape})[keep]" for i in s.target.index]
+            self.out.append(f"{pad}keep = np.broadcast_to({self.text(s.mask, t.dims)}, {shape})")
+            self.out.append(f"{pad}{s.target.tensor}[{', '.join(index) or '()'}] = {value}[keep]")
+            return
         own = [[v for v in t.dims if v in variables(i)] for i in s.target.index]
         order = [v[0] for v in own if v]
         parts = [self.slice(i, v) for i, v in zip(s.target.index, own, strict=True)]

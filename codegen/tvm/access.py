@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memcomp.codegen.tvm.express import Expressions, linear
+from memcomp.codegen.tvm.express import Expressions, linear, truth
 from memcomp.codegen.tvm.writer import ELEMENT, TILE_ELEMENT, Point, Writer, times
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, reads, variables
+from memcomp.ir.expr import Access, Const, Expr, reads, variables, walk
+from memcomp.ir.inside import cut_to
 from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Load, Param, Store, Tile
 
@@ -47,6 +48,13 @@ def view(w: Writer, p: Param) -> tuple[str, list[int]]:
     order = [k for k in range(n) if k != u] + ([u] if u >= 0 else [])
     own = p.dtype != "bf16" and order == list(range(n))
     return w.names[p.name] if own else f"{w.names[p.name]}_view", order
+
+
+def some_element(w: Writer, a: Access) -> list[Expr]:
+    """Extents that must not be 0 where an element is read: those that an index is cut to."""
+    found = [n for e in walk(a) if isinstance(e, Access) and e.tensor in w.params
+             for i, n in zip(e.index, w.params[e.tensor].shape, strict=True) if cut_to(i, n)]
+    return [n for n in dict.fromkeys(found) if not isinstance(n, Const)]
 
 
 def scalar_element(w: Writer, a: Access, point: Point) -> str:
@@ -116,7 +124,15 @@ def store(w: Writer, s: Store, point: Point) -> None:
     """Write a tile to a param, in the manner of `load`."""
     t, p = w.tiles[s.tile], w.params[s.target.tensor]
     last = t.dims[-1] if t.dims else ""
-    if last and contiguous(w, s.target, last) and p.dtype != "bool":
+
+    def kept(q: Point, body: Callable[[], None]) -> None:
+        if s.mask is None:
+            body()
+            return
+        with w.block(f"if {truth(Expressions(w, q).value(s.mask)).text}:"):
+            body()
+
+    if last and contiguous(w, s.target, last) and p.dtype != "bool" and not (s.mask and last in variables(s.mask)):
         def strip(q: Point, base: str, lanes: int, mask: str) -> None:
             value = stored(p, w.tile_at(t.name, q.scalars, f"at({lanes}, {base})"))
             if mask:
@@ -124,11 +140,12 @@ def store(w: Writer, s: Store, point: Point) -> None:
             else:
                 w.line(f"{place(w, s.target, q, last, lanes, base)} = {value}")
 
-        over_points(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: strip(q, b, n, m)))
+        over_points(w, t.dims[:-1], point,
+                    lambda q: kept(q, lambda: strips(w, last, lambda b, n, m: strip(q, b, n, m))))
         return
 
     def one(q: Point) -> None:
-        w.line(f"{place(w, s.target, q)} = {stored(p, w.tile_at(t.name, q.scalars))}")
+        kept(q, lambda: w.line(f"{place(w, s.target, q)} = {stored(p, w.tile_at(t.name, q.scalars))}"))
 
     def square(q: Point, row: str, column: str, size: int) -> None:
         along, at = turned[0], f"at({size}, {row})"
@@ -140,7 +157,7 @@ def store(w: Writer, s: Store, point: Point) -> None:
         kind = "bf16" if p.dtype == "bf16" else ELEMENT[p.dtype]
         w.line(f"store_turned({name}, [{', '.join(index)}], {r}, {kind!r}, [{', '.join(columns)}])")
 
-    turned = _turned(w, s.target, t)
+    turned = _turned(w, s.target, t) if s.mask is None else ("", 0)
     _by_squares(w, t, turned, point, square, one, _memory_order(w, s.target, t.dims))
 
 

@@ -110,11 +110,6 @@ def machine_code(kernel: Kernel) -> Any:
         raise Refusal(f"TVM does not compile {kernel.name}", str(error).strip().splitlines()[-1]) from error
 
 
-def written_for(kernel: Kernel) -> Isa:
-    """The instruction set named in the first line of the text."""
-    return _ISA[kernel.source.split("\n", 1)[0].removeprefix("# ")]
-
-
 def machine(isa: Isa) -> Any:
     import tvm
 

@@ -11,16 +11,16 @@ from dataclasses import replace
 
 from memcomp.codegen.tvm import dot as contraction
 from memcomp.codegen.tvm import pairs
-from memcomp.codegen.tvm.access import load, store, view
+from memcomp.codegen.tvm.access import load, some_element, store, view
 from memcomp.codegen.tvm.express import Expressions, truth
 from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
 from memcomp.codegen.tvm.isa import Isa, isa
 from memcomp.codegen.tvm.launcher import CHUNKS
 from memcomp.codegen.tvm.words import WORDS
 from memcomp.codegen.tvm.writer import TILE_ELEMENT, Names, Point, Writer, element, read_tiles, statements
-from memcomp.ir.expr import Const, variables
+from memcomp.ir.expr import Call, Const, variables
 from memcomp.ir.target import BYTES, Target
-from memcomp.ir.tile import Dot, Kernel, Load, Loop, Param, Statement, Store, TileKernel, TileProgram, When
+from memcomp.ir.tile import Dim, Dot, Kernel, Load, Loop, Param, Statement, Store, TileKernel, TileProgram, When
 
 Layout = tuple[int, ...]
 
@@ -134,6 +134,18 @@ def _kernel(w: Writer) -> None:
     names.forget({v for v, _ in k.grid})
 
 
+def _bounded(d: Dim) -> bool:
+    """Does the count say itself that it fits?"""
+    parts = [d.count]
+    while parts:
+        e = parts.pop()
+        if isinstance(e, Const) and e.value <= d.capacity:
+            return True
+        if isinstance(e, Call) and (e.op == "min" or e.op == "max" and Const(0) in e.args):
+            parts += [a for a in e.args if e.op == "min" or a != Const(0)]
+    return False
+
+
 def _straight(body: tuple[Statement, ...]) -> tuple[Statement, ...]:
     """The statements without the branches that a select replaces."""
     out: list[Statement] = []
@@ -196,12 +208,17 @@ class Body:
                 text = Expressions(w, point).index(d.count)
                 w.let(name, text)
                 w.counts[d.name] = name
+                if not _bounded(d):  # a rank whose bound the caller keeps
+                    w.line(f"assert {name} <= i64({d.capacity}), {f'rank {d.name.upper()} is over its bound'!r}")
 
     def _statement(self, s: Statement | Group, point: Point) -> None:
         w = self.w
         if isinstance(s, Group):
             Nest(w, s, point)
         elif isinstance(s, Load):
+            for n in some_element(w, s.source):  # an index that is cut to a tensor is inside only then
+                why = f"{w.program.name} reads an element of an empty tensor"
+                w.line(f"assert {Expressions(w, point).index(n)} > i64(0), {why!r}")
             side = self._as_pairs(s)
             if side is not None:
                 pairs.load(w, s, side, point)

@@ -209,7 +209,7 @@ def expressions(s: Statement) -> tuple[Expr, ...]:
     if isinstance(s, Dot):
         return (s.a, s.b)
     if isinstance(s, Store):
-        return (*s.target.index,)
+        return (*s.target.index, *(() if s.mask is None else (s.mask,)))
     if isinstance(s, Loop):
         return (s.lo, s.hi)
     return (s.cond,)

@@ -16,6 +16,7 @@ from memcomp.capture import table
 from memcomp.capture.candidates import ATTENTION, Group, weight
 from memcomp.capture.extent import same
 from memcomp.capture.reader import meta, shape_of
+from memcomp.capture.writes import mutates
 from memcomp.ir.ops import OPS
 
 PASSES = ("view", "map", "reduce", "index")
@@ -160,7 +161,7 @@ class _Chains:
         while todo:
             n = todo.pop()
             if n not in core and self.kind.get(n) in ("map", "view") and n not in self.taken \
-                    and all(u in core for u in n.users) and not table.mutates(n) and _real_tensor(n) \
+                    and all(u in core for u in n.users) and not mutates(n) and _real_tensor(n) \
                     and _tensors(n.all_input_nodes):
                 core.add(n)
                 todo += n.all_input_nodes

@@ -9,6 +9,7 @@ from torch import fx
 
 from memcomp.capture import table
 from memcomp.capture.reader import meta
+from memcomp.capture.writes import mutates
 
 PASSES = ("view", "map", "reduce")
 
@@ -33,11 +34,14 @@ def decompose(gm: fx.GraphModule) -> None:
 def _elementwise(node: fx.Node) -> bool:
     """Does it make, without side effects, one real tensor of the shape that its tensors broadcast to?"""
     t = meta(node)
-    if node.op not in ("call_function", "call_method") or table.mutates(node) or not isinstance(t, torch.Tensor) or \
+    if node.op not in ("call_function", "call_method") or mutates(node) or not isinstance(t, torch.Tensor) or \
             not t.is_floating_point() or not _of_torch(node) or any(meta(u) is None for u in node.all_input_nodes):
         return False
     shapes = [meta(i).shape for i in node.all_input_nodes if isinstance(meta(i), torch.Tensor)]
-    return tuple(torch.broadcast_shapes(*shapes)) == tuple(t.shape)  # type: ignore[no-untyped-call]
+    try:
+        return tuple(torch.broadcast_shapes(*shapes)) == tuple(t.shape)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return False  # they do not broadcast: a convolution, a normalisation by channel
 
 
 def _of_torch(node: fx.Node) -> bool:
@@ -76,9 +80,17 @@ def _inlined(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         for n in inner.nodes:
             if n.op == "call_function":
                 values[n] = gm.graph.node_copy(n, values.__getitem__)
-                values[n].meta = {**node.meta, "example_value": n.meta["val"]}
+                values[n].meta = {**node.meta, "example_value": _example(n, node)}
     out = values[next(n for n in inner.nodes if n.op == "output").args[0]]
     assert isinstance(out, fx.Node)
     node.replace_all_uses_with(out)
     gm.graph.erase_node(node)
     return out
+
+
+def _example(part: fx.Node, node: fx.Node) -> Any:
+    """What a part of the node's decomposition gives: traced without gradients, it needs one where the node does."""
+    value = part.meta["val"]
+    if not (isinstance(value, torch.Tensor) and value.is_floating_point() and meta(node).requires_grad):
+        return value
+    return value.detach().requires_grad_()

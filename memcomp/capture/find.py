@@ -6,7 +6,7 @@ Where reading through a node would see what is written later, the node becomes a
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from memcomp.capture.loops import MANY, SUGGESTION, collect, loops
 from memcomp.capture.reader import Reader, meta
 from memcomp.capture.region import Refused, Region
 from memcomp.capture.value import Value
+from memcomp.capture.writes import memory, mutates, transformed, written
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Var
 from memcomp.passes.reroll import reroll, unrolled
@@ -33,17 +34,15 @@ TRAILING = ("view", "transpose", "permute", "same", "convert", "dropout")
 
 @dataclass(frozen=True)
 class Places:
-    """Where nodes stand in the graph, and which tensors are written where: (position, root of the tensor)."""
+    """Where nodes stand in the graph, and which tensors are written by which: (writing node, tensor)."""
 
     order: dict[fx.Node, int]
-    writes: tuple[tuple[int, fx.Node], ...]
+    writes: tuple[tuple[fx.Node, fx.Node], ...]
 
     @staticmethod
     def of(gm: fx.GraphModule) -> Places:
         order = {n: k for k, n in enumerate(gm.graph.nodes)}
-        writes = ((order[n], _root(x)) for n in order if table.mutates(n) and table.rule(n) is None
-                  for x in table.written(n))
-        return Places(order, tuple(writes))
+        return Places(order, tuple((n, x) for n in order if mutates(n) for x in written(n)))
 
 
 def find_regions(gm: fx.GraphModule, which: str = "gain") -> tuple[list[Region], list[Refused]]:
@@ -68,7 +67,7 @@ def find_regions(gm: fx.GraphModule, which: str = "gain") -> tuple[list[Region],
     while todo:
         group = todo.pop()
         try:
-            region = _region(gm, group, places, f"region{len(regions)}")
+            region = _region(gm, group, places, regions)
             gain, lacking = (True, ()) if not group.chain or which == "all" else gains(region.program)
             if gain:
                 regions.append(region)
@@ -93,7 +92,7 @@ def _loops(gm: fx.GraphModule, places: Places, regions: list[Region], refused: l
     settled: set[fx.Node] = set()
     for loop in loops(gm):
         try:
-            region = _region(gm, Group(loop.core, (loop.end,)), places, f"region{len(regions)}", loop=True)
+            region = _region(gm, Group(loop.core, (loop.end,)), places, regions, loop=True)
             program = reroll(region.program)
             before, after = len(region.program.cascade.einsums), len(program.cascade.einsums)
             if unrolled(program) or after > SHARED + 4 * before // loop.steps:
@@ -117,17 +116,22 @@ def _name_writes(gm: fx.GraphModule) -> None:
             target.replace_all_uses_with(node, delete_user_cb=lambda u: u not in passed)
 
 
-def _region(gm: fx.GraphModule, group: Group, places: Places, name: str, *, loop: bool = False) -> Region:
+def _region(gm: fx.GraphModule, group: Group, places: Places, others: Sequence[Region], *,
+            loop: bool = False) -> Region:
     for n in group.core:
         m = meta(n)
         if isinstance(m, torch.Tensor) and m.is_complex():
             raise Refusal("complex numbers")
+        if transformed(n):
+            raise Refusal("it is inside a transform of functions (vmap, grad, jvp)", hint="kernels take plain tensors")
         if table.base_name(n) == ATTENTION:
             _agree(n)
-    stop: set[fx.Node] = set()
+    taken = {n for r in others for n in r.nodes if table.base_name(n) in TRAILING}
+    group = replace(group, core=group.core - taken)
+    stop = {n for r in others for n in r.outputs} - group.core  # one kernel reads what another writes
     while True:
         try:
-            return _read(gm, group, places, name, stop, loop)
+            return _read(gm, group, places, others, stop, loop)
         except _Order as why:
             if why.nodes <= stop:
                 raise
@@ -154,9 +158,11 @@ class _Order(Refusal):
         super().__init__(what)
 
 
-def _read(gm: fx.GraphModule, group: Group, places: Places, name: str, stop: set[fx.Node], loop: bool) -> Region:
+def _read(gm: fx.GraphModule, group: Group, places: Places, others: Sequence[Region], stop: set[fx.Node],
+          loop: bool) -> Region:
     r, order = Reader(gm, group.core, stop, sliced=loop), places.order
     nodes = set(group.core)
+    read = {n for other in others for n in other.inputs}
     outputs: list[tuple[fx.Node, Value]] = []
     for n in group.ends:
         r.read(n)
@@ -168,7 +174,7 @@ def _read(gm: fx.GraphModule, group: Group, places: Places, name: str, stop: set
                 if any(u not in nodes and u.target is not operator.getitem for u in n.users):
                     raise Refusal(f"{n} is not one tensor", where=str(n))
                 continue
-            end, v, chain = (n, v, {n}) if loop else _trailing(r, n, v)
+            end, v, chain = (n, v, {n}) if loop else _trailing(r, n, v, read)
             nodes |= chain
             outputs.append((end, v))
     done = finish(r, _program_name(outputs[-1][0]), outputs, apart=loop)
@@ -177,8 +183,8 @@ def _read(gm: fx.GraphModule, group: Group, places: Places, name: str, stop: set
     _check_convex(nodes, done.inputs, set(r.through))
     anchor = _place(order, nodes, ends, [*done.inputs, *sizes], set(r.through))
     _check_mutation(places, nodes, done.inputs, set(r.through), order[anchor])
-    return Region(name, done.program, done.inputs, done.sizes, ends, tuple(sorted(nodes, key=order.__getitem__)),
-                  source(ends[-1]), tuple(_order(n) for n in ends), anchor)
+    return Region(f"region{len(others)}", done.program, done.inputs, done.sizes, ends,
+                  tuple(sorted(nodes, key=order.__getitem__)), source(ends[-1]), tuple(_order(n) for n in ends), anchor)
 
 
 def _inner(through: Iterable[fx.Node], core: frozenset[fx.Node]) -> set[fx.Node]:
@@ -195,11 +201,13 @@ def _inner(through: Iterable[fx.Node], core: frozenset[fx.Node]) -> set[fx.Node]
     return inner & after
 
 
-def _trailing(r: Reader, node: fx.Node, v: Value) -> tuple[fx.Node, Value, set[fx.Node]]:
-    """Follow the only user while it rearranges; end at the last node whose dimensions are the statement's own."""
+def _trailing(r: Reader, node: fx.Node, v: Value,
+              read: Collection[fx.Node]) -> tuple[fx.Node, Value, set[fx.Node]]:
+    """Follow the only user while it rearranges; end at the last node whose dimensions are the statement's own, or where
+    another region reads it."""
     best, chain, seen = (node, v), {node}, {node}
     at, w = node, v
-    while len(at.users) == 1:
+    while len(at.users) == 1 and at not in read:
         user = next(iter(at.users))
         rule = table.rule(user)
         if rule is None or table.base_name(user) not in TRAILING or user.all_input_nodes[0] is not at:
@@ -249,38 +257,46 @@ def _check_convex(nodes: set[fx.Node], inputs: Sequence[fx.Node], through: set[f
         raise _Order(f"{table.base_name(bad[0]) or bad[0]} stands between its nodes and cannot be read", through)
 
 
-ALIASING = ("view", "expand", "permute", "transpose", "t", "numpy_T", "getattr", "slice", "narrow", "select", "split",
-            "chunk", "split_with_sizes", "tensor_split", "unbind", "getitem")
-
-
-def _root(node: fx.Node) -> fx.Node:
-    """The tensor whose memory the node may show."""
-    while (table.base_name(node) in (*ALIASING, "same", "convert") or table.mutates(node)) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
 def _check_mutation(places: Places, nodes: set[fx.Node], inputs: Sequence[fx.Node], through: set[fx.Node],
                     place: int) -> None:
     """What is read through may not be written later, nor an input between where the graph and the region read it."""
-    order, writes = places.order, places.writes
+    order, inside, given = places.order, nodes | through, {memory(leaf) for leaf in inputs}
     last = max(order[n] for n in nodes)
-    changed = {w for k, w in writes if k < last and (w in nodes or w in through)}
-    if changed:
-        raise _Order(f"{next(iter(changed))} is written after it was made", changed & through)
-    for root in {_root(leaf) for leaf in inputs}:
-        reading = [n for n in nodes | through if table.base_name(n) not in ALIASING
-                   and any(_root(a) is root for a in n.all_input_nodes)]
-        moved = {n for n in reading if any(w is root and min(order[n], place) <= k < max(order[n], place)
-                                           for k, w in writes)}
+    later = {memory(w) for n, w in places.writes if order[n] < last and table.rule(n) is None} - given
+    if changed := {n for n in inside if memory(n) in later}:
+        raise _Order(f"{min(changed, key=order.__getitem__)} is written after it was made", changed & through)
+    for leaf in inputs:
+        shown = memory(leaf)
+        reading = [n for n in inside if (memory(n) != shown or mutates(n))
+                   and any(memory(a) == shown for a in n.all_input_nodes)]
+        when = [order[w] for w, x in places.writes if memory(x) == shown]
+        moved = {n for n in reading if any(min(order[n], place) <= k < max(order[n], place) for k in when)}
         if moved:
-            raise _Order(f"{root} is written while the region would read it", moved & through)
+            raise _Order(f"{leaf} is written while the region would read it", moved & through)
+
+
+BY_STRIDE = ("view", "view_as", "as_strided")
 
 
 def _order(node: fx.Node) -> tuple[int, ...]:
-    """Where users transpose heads and positions next, store so that what follows needs no copy."""
+    """Where users transpose heads and positions next, store so that what follows needs no copy; as torch does where
+    somebody reads by strides."""
+    shown = memory(node)
+    if any(memory(n) == shown and _spelt(n) in BY_STRIDE for n in node.graph.nodes if n is not node):
+        strides = [s if isinstance(s, int) else int(s.node.hint or 0) for s in meta(node).stride()]
+        order = tuple(sorted(range(len(strides)), key=lambda d: -strides[d]))
+        return () if order == tuple(range(len(order))) else order
+    if any(u.op == "output" for u in node.users):
+        return ()
     swaps = any(table.base_name(u) == "transpose" and set(u.args[1:]) in ({1, 2}, {-3, -2}) for u in node.users)
     return (0, 2, 1, 3) if swaps and meta(node).ndim == 4 else ()
+
+
+def _spelt(node: fx.Node) -> str:
+    """The operator's name as it was called: `reshape` is not `view`."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._opname)
+    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
 
 
 def _program_name(node: fx.Node) -> str:

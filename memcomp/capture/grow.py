@@ -12,7 +12,9 @@ import torch
 from torch import fx
 
 from memcomp.capture import table
-from memcomp.capture.reader import elements, meta
+from memcomp.capture.extent import Extent, same
+from memcomp.capture.reader import elements, meta, shape_of
+from memcomp.capture.writes import mutates
 
 Reach = Mapping[fx.Node, frozenset[fx.Node]]
 _ALONG = ("dim", "normalized_shape")
@@ -57,7 +59,7 @@ def _maps(nodes: set[fx.Node], core: frozenset[fx.Node]) -> set[fx.Node]:
     out: set[fx.Node] = set()
     given = set(ends)
     for n in graph.nodes:
-        if n in nodes or _kind(n) not in ("view", "map") or table.mutates(n):
+        if n in nodes or _kind(n) not in ("view", "map") or mutates(n):
             continue
         tensors = [i for i in n.all_input_nodes if isinstance(meta(i), torch.Tensor)]
         if any(i in given for i in tensors) and all(i in given or _small(i, n) for i in tensors):
@@ -86,7 +88,7 @@ def _norm(operand: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
     for n in [operand, *_before(operand)]:
         if n is not operand and not any(u in own for u in n.users):
             continue
-        fits = (_kind(n) in ("view", "map") or _kind(n) == "reduce" and _over_features(n)) and not table.mutates(n) \
+        fits = (_kind(n) in ("view", "map") or _kind(n) == "reduce" and _over_features(n)) and not mutates(n) \
             and table.base_name(n) != "cat" and elements(n) <= size \
             and all(u in own or u in inside for u in n.users)
         if fits:
@@ -128,10 +130,14 @@ def shares(a: frozenset[fx.Node], b: frozenset[fx.Node]) -> bool:
         found = {_root(i) for n in core if _kind(n) == "contract" for i in n.all_input_nodes if i not in core}
         return {n for n in found if isinstance(meta(n), torch.Tensor) and meta(n).ndim > 1}
 
-    def shapes(core: frozenset[fx.Node]) -> set[tuple[Any, ...]]:
-        return {tuple(meta(n).shape) for n in core if _kind(n) == "contract" and any(u not in core for u in n.users)}
+    def shapes(core: frozenset[fx.Node]) -> list[tuple[Extent, ...]]:
+        return [shape_of(meta(n)) for n in core if _kind(n) == "contract" and any(u not in core for u in n.users)]
 
-    return len(outside(a) & outside(b)) >= 2 and shapes(a) == shapes(b) and not a & b
+    def within(some: list[tuple[Extent, ...]], more: list[tuple[Extent, ...]]) -> bool:
+        return all(any(len(x) == len(y) and all(map(same, x, y)) for y in more) for x in some)
+
+    return len(outside(a) & outside(b)) >= 2 and not a & b and within(shapes(a), shapes(b)) \
+        and within(shapes(b), shapes(a))
 
 
 def _root(n: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ from memcomp.capture.extent import Extent, expression, extent, real_expression, 
 from memcomp.capture.masks import Reading, Written, lowest, make
 from memcomp.capture.pieces import each
 from memcomp.capture.value import Factor, Value, constant, plain, pointwise
+from memcomp.capture.writes import mutates
 from memcomp.ir.cascade import Einsum, Reduce
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, reads, walk
@@ -33,6 +34,7 @@ CHEAP = frozenset((
     "add", "sub", "mul", "div", "neg", "max", "min", "where", "real", "int", "abs", "square", "relu", "floor",
     "floordiv", "mod", "ceildiv", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"))
 """What may be computed again at every point rather than stored once."""
+SMALL = 64  # a map joins the region where the region's largest tensor is so many times larger
 
 
 def meta(node: fx.Node) -> Any:
@@ -69,6 +71,7 @@ class Reader(Reading):
         self.memo: dict[fx.Node, Read] = {}
         self.leaves: dict[fx.Node, str] = {}
         self.leaf_of: dict[str, fx.Node] = {}
+        self.small: set[str] = set()  # temporaries that are computed from small leaves only
         self.through: dict[fx.Node, None] = {}
         self.ranks: dict[str, Extent] = {}
         self.statements: list[Einsum] = []
@@ -106,6 +109,9 @@ class Reader(Reading):
                 if self._may_read_through(out, elements(node)):
                     self.through[node] = None
                     return out
+                if rule.kind == "map" and isinstance(out, Value) and self._joins(node, out):
+                    self.through[node] = None
+                    return self._stored(out)
             except Refusal:
                 pass
             finally:
@@ -118,7 +124,7 @@ class Reader(Reading):
         e = self.probe(out)
         nodes = list(walk(e))
         accesses = [n for n in nodes if isinstance(n, Access)]
-        if len(nodes) > 400 or any(a.tensor not in self.leaf_of for a in accesses):
+        if len(nodes) > 400 or any(a.tensor not in self.leaf_of and a.tensor not in self.small for a in accesses):
             return False
         costly = any(isinstance(n, Call) and n.op not in CHEAP for n in nodes)
         real = [a for a in accesses if self._leaf_real(a.tensor)]
@@ -127,6 +133,24 @@ class Reader(Reading):
                 return not costly
             return elements(self.leaf_of[real[0].tensor]) < size  # rows picked from a table smaller than they are
         return not real and len(accesses) <= 6 and not (costly and (accesses or out.is_real and not self.whole))
+
+    def _joins(self, node: fx.Node, out: Value) -> bool:
+        """Is it a costly map of small tensors that only the core reads: worth a statement, and no kernel of its own?"""
+        def inside(n: fx.Node) -> bool:
+            return all(u in self.core or (r := table.rule(u)) is not None and r.kind in ("view", "map") and inside(u)
+                       for u in n.users)
+
+        accesses = [n for n in walk(self.probe(out)) if isinstance(n, Access)]
+        size = elements(node)
+        known = all(a.tensor in {*self.leaf_of, *self.small} and all(map(_clean, a.index)) for a in accesses)
+        return (out.is_real and known and any(self._leaf_real(a.tensor) for a in accesses) and not mutates(node)
+                and 0 < size * SMALL <= max(map(elements, self.core), default=0) and inside(node))
+
+    def _stored(self, out: Value) -> Value:
+        before = len(self.statements)
+        stored = self.materialise(out)
+        self.small.update(n for s in self.statements[before:] for n in s.names)
+        return stored
 
     def reads_real_input(self, e: Expr) -> bool:
         """Does `e` read an in-tensor of real numbers (which may be infinite)?"""

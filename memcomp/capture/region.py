@@ -37,10 +37,9 @@ class Region:
 
 @dataclass(frozen=True)
 class Refused:
-    """A candidate that stays with torch: where (module path, file:line), why, and a lower bound where one is proved
-    (else "").  chain: no attention, where nothing was promised."""
+    """A candidate that stays with torch: where (module path, file:line) and why.
+    chain: no attention, where nothing was promised."""
 
     where: str
     why: str
-    bound: str = ""
     chain: bool = False

@@ -57,7 +57,7 @@ def _scores(r: Reader, v: Value, dims: Sequence[int], index: Index | None) -> Sc
     rows = layout(r, v, dims) if index is None else None
     e = r.simplify(v.at(rows.index if rows is not None else index or ()))
     if rows is None:
-        return Scores(v, None, None, True, e)
+        return Scores(v, None, None, r.tame(e), e)
     p: Parts = r.parts(e)
     live = r.live(p.guard, rows.over)
     masked = p.guard is not None and p.outside is not None and (

@@ -80,7 +80,7 @@ def _batch_hints(n: int) -> dict[str, str]:
     return {f"b{k}": h for k, h in enumerate(["B", "H", "G", "X", "Y", "Z"][:n] if n != 1 else ["B"])}
 
 
-def matmul(r: Reader, a: Value, b: Value, dtype: torch.dtype, name: str = "S") -> Value:
+def matmul(r: Reader, a: Value, b: Value, dtype: torch.dtype) -> Value:
     """torch.matmul with broadcast batch dimensions (at least one-dimensional operands)."""
     la = _batch(len(a.dims) - 2) if len(a.dims) > 2 else []
     lb = _batch(len(b.dims) - 2) if len(b.dims) > 2 else []
@@ -91,7 +91,7 @@ def matmul(r: Reader, a: Value, b: Value, dtype: torch.dtype, name: str = "S") -
     later = any(f.rank is not None for f in (*a.dims[-1], *b.dims[-2 if cols else -1]))
     hints = {**_batch_hints(n), "p": "P", "m": "F" if later else "M", "e": "E"}
     return contract(r, [(a, [*la, *rows, "e"]), (b, [*lb, "e", *cols])], [*_batch(n), *rows, *cols], dtype, hints,
-                    "O" if later else name)
+                    "O" if later else "S")
 
 
 def _matmul(r: Reader, node: fx.Node, a: Value, b: Value, **_: Any) -> Value:

@@ -109,6 +109,7 @@ def kept_shape(v: Value, rows: Rows, dims: Sequence[int], keepdim: bool, name: s
 def best(r: Reader, x: Value, monoid: str, dim: int, keepdim: bool) -> tuple[Value, Value]:
     """Value and place of the greatest (argmax) or least (argmin) element along `dim`; ties take the lowest place."""
     v = real(x) if x.is_real else whole(x)
+    inhabited(v, [dim], monoid)
     rows = layout(r, v, [dim])
     if len(rows.over) != 1:
         raise Refusal(f"{monoid} over a dimension that was merged from several")
@@ -116,6 +117,12 @@ def best(r: Reader, x: Value, monoid: str, dim: int, keepdim: bool) -> tuple[Val
     names = r.select("G", rows.kept, body, Reduce(monoid, rows.over), guard, not v.is_real)
     value, place = (kept_shape(v, rows, [dim], keepdim, n) for n in names)
     return value, Value(place.dims, torch.int64, place.at)
+
+
+def inhabited(v: Value, dims: Sequence[int], monoid: str) -> None:
+    """Raises Refusal where there is nothing to choose from, so that torch says so."""
+    if any(v.shape[d] == 0 for d in dims):
+        raise Refusal(f"{monoid} of no elements")
 
 
 def guarded(r: Reader, e: Expr, monoid: str, over: tuple[str, ...]) -> tuple[Expr, Expr | None]:
@@ -149,6 +156,7 @@ def _extreme(monoid: str, pair: bool) -> Callable[..., Any]:
             return apply(monoid, meta(node).dtype, *operands(r, node, x, dim))
         if pair and dim is not None and any(base_name(u) != "getitem" or u.args[1] == 1 for u in node.users):
             return best(r, x, f"arg{monoid}", dimensions(x, dim)[0], keepdim)
+        inhabited(x, dimensions(x, dim), monoid)
         out = reduced(r, real(x), monoid, dimensions(x, dim), keepdim, "G")
         if not pair or dim is None:
             return out

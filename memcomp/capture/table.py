@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from memcomp.capture.writes import IN_PLACE, mutates
 from memcomp.ir.errors import Refusal
 
 Kind = Literal["view", "source", "map", "index", "scan", "reduce", "contract"]
@@ -34,7 +35,6 @@ _OPERATORS = {
     "and_": "bitwise_and", "or_": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not", "inv": "bitwise_not",
     "truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "not_": "logical_not",
 }
-_IN_PLACE = {f for n, f in vars(operator).items() if n.startswith("i") and n[1:] in vars(operator)}
 _HOMES = (torch, torch.nn.functional, torch.Tensor, torch.special, torch.linalg, torch._C._nn, builtins)
 """Where torch's own functions live: a user's function that is only called like one has no rule."""
 _SPELLINGS = {
@@ -72,7 +72,7 @@ def base_name(node: fx.Node) -> str:
             return f"higher_order.{t.__name__}"
         else:
             name = getattr(t, "__name__", "")
-            if t in _IN_PLACE:
+            if t in IN_PLACE:
                 return f"operator.{name}"
             if getattr(operator, name, None) is t:
                 name = _OPERATORS.get(name, name)
@@ -150,35 +150,6 @@ def _owned(node: fx.Node) -> bool:
     if any(mutates(u) or not u < node for u in others):
         return False
     return all((r := rule(u)) is not None and r.kind != "view" and base_name(u) != "convert" for u in others)
-
-
-def mutates(node: fx.Node) -> bool:
-    """Does the node write into one of its arguments?"""
-    t: Any = node.target
-    if node.op == "call_method":
-        return str(t).endswith("_") and not str(t).endswith("__") or str(t) in ("__setitem__", "__iadd__")
-    if node.op != "call_function":
-        return False
-    if isinstance(t, torch._ops.OpOverload):
-        return bool(t._schema.is_mutable)
-    if isinstance(t, torch._ops.OpOverloadPacket):
-        return t.__name__.endswith("_") and not t.__name__.endswith("__")
-    if t is operator.setitem or t in _IN_PLACE or "out" in node.kwargs or node.kwargs.get("inplace") is True:
-        return True
-    name = getattr(t, "__name__", "")
-    return name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not t
-
-
-def written(node: fx.Node) -> list[fx.Node]:
-    """The tensors that a mutating node writes into."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        writes = [(k, a.name) for k, a in enumerate(node.target._schema.arguments)
-                  if a.alias_info is not None and a.alias_info.is_write]
-        found = [node.args[k] if k < len(node.args) else node.kwargs.get(n) for k, n in writes]
-    else:
-        found = [node.kwargs["out"] if "out" in node.kwargs else node.args[0] if node.args else None]
-    flat = [x for f in found for x in (f if isinstance(f, (list, tuple)) else (f,))]
-    return [x for x in flat if isinstance(x, fx.Node)]
 
 
 _FIRST = ("input", "self", "tensor", "tensors")

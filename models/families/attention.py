@@ -84,9 +84,10 @@ def temperature(q: Tensor, k: Tensor, v: Tensor, warmth: Tensor) -> Tensor:
     return attend(q @ k.transpose(-2, -1) / warmth[:, None, None], v)
 
 
-def cosine(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+def cosine(q: Tensor, k: Tensor, v: Tensor, log_scale: Tensor) -> Tensor:
     """A learned scale a head over cosines (Swin V2, Liu et al., arXiv 2111.09883)."""
-    return attend(normalize(q, dim=-1) @ normalize(k, dim=-1).transpose(-2, -1) * scale[:, None, None], v)
+    scale = log_scale.clamp(max=math.log(100.0)).exp()[:, None, None]
+    return attend(normalize(q, dim=-1) @ normalize(k, dim=-1).transpose(-2, -1) * scale, v)
 
 
 def rms_keys(q: Tensor, k: Tensor, v: Tensor, wq: Tensor, wk: Tensor) -> Tensor:
@@ -260,12 +261,12 @@ def flex(score: Callable[..., Tensor] | None = None, seen: Callable[..., Tensor]
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def made(*more: Callable[[int, int], Tensor], kv: int = HEADS, heads: int = HEADS, dim: int = DIM, dim_v: int = 0,
+def made(*more: Callable[[int, int], Tensor], kv: int = HEADS, heads: int = HEADS, dim_v: int = 0,
          value_heads: int = 0) -> Inputs:
     """q, k, v and what `more` makes of (rows, length)."""
 
     def inputs(rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        q, k, v = qkv(1, heads, kv, rows, length, dim, dim_v, dtype)
+        q, k, v = qkv(1, heads, kv, rows, length, DIM, dim_v, dtype)
         v = v[:, : value_heads or kv].clone(memory_format=torch.contiguous_format)
         others = (f(rows, length) for f in more)
         return (q, k, v, *(t.to(dtype) if t.is_floating_point() else t for t in others))
@@ -273,8 +274,8 @@ def made(*more: Callable[[int, int], Tensor], kv: int = HEADS, heads: int = HEAD
     return inputs
 
 
-def drawn(*shape: int, shift: float = 0.0, scale: float = 1.0) -> Callable[[int, int], Tensor]:
-    return lambda rows, length: normal(shape, seed=3)[0] * scale + shift
+def drawn(*shape: int, shift: float = 0.0) -> Callable[[int, int], Tensor]:
+    return lambda rows, length: normal(shape, seed=3)[0] + shift
 
 
 def document_ids(length: int) -> Tensor:
@@ -308,7 +309,8 @@ FAMILIES = (
            flex=flex(seen=lambda b, h, p, m, lengths: m < lengths[b])),
     family("boolean mask", masked,
            made(lambda p, m: torch.rand(p, m, generator=torch.Generator().manual_seed(4)) < 0.6),
-           (*KEYS, (3, 1)), (*QUERIES, (3, 0)), flex=flex(seen=lambda b, h, p, m, seen: seen[p, m])),
+           (*KEYS, (3, 1)), (*QUERIES, (3, 0)),
+           flex=flex(seen=lambda b, h, p, m, seen: seen[p + seen.shape[0] - seen.shape[1], m])),
     family("additive bias", biased, made(lambda p, m: normal((HEADS, p, m), seed=5)[0]),
            (*KEYS, (3, 2)), (*QUERIES, (3, 1))),
     family("ALiBi", alibi, made(lambda p, m: 2.0 ** (-2.0 * torch.arange(1, HEADS + 1))),
@@ -321,7 +323,7 @@ FAMILIES = (
         lambda s, b, h, p, m: torch.where(s > 0, torch.log1p(s.abs()), 0.5 * s) + 0.25 * torch.sin(s))),
     family("temperature a head", temperature, made(drawn(HEADS, shift=5.0)),
            flex=flex(lambda s, b, h, p, m, warmth: s / warmth[h], scale=1.0)),
-    family("cosine with a learned scale", cosine, made(drawn(HEADS, shift=8.0))),
+    family("cosine with a learned scale", cosine, made(drawn(HEADS, shift=2.0))),
     family("RMS of queries and keys", rms_keys, made(drawn(DIM, shift=1.0), drawn(DIM, shift=1.0))),
     family("L2 of queries and keys", l2_keys),
     family("sink logit", sink_logit, made(drawn(HEADS))),

@@ -120,6 +120,11 @@ def layer_norm_written_out(x: Tensor, gain: Tensor, bias: Tensor, w: Tensor) -> 
     return ((x - mean) / torch.sqrt(var + 1e-5) * gain + bias) @ w.T
 
 
+def group_norm(x: Tensor, gain: Tensor, bias: Tensor, w: Tensor) -> Tensor:
+    """Groups of features, a normalised one into a product of its own (a grouped linear layer)."""
+    return torch.einsum("rgl,gol->rgo", F.group_norm(x, x.shape[1], gain, bias, 1e-5), w)
+
+
 def l2_norm(x: Tensor, w: Tensor) -> Tensor:
     return F.normalize(x, dim=-1) @ w.T
 
@@ -217,6 +222,7 @@ FAMILIES: tuple[Family, ...] = (
     _family(rms_norm_function, shaped("R L", "L", "O L"), also=((1, 0), (2, 1))),
     _family(layer_norm, shaped("R L", "L", "L", "O L"), also=((1, 0), (2, 0), (3, 1))),
     _family(layer_norm_written_out, shaped("R L", "L", "L", "O L"), also=((1, 0), (2, 0), (3, 1))),
+    _family(group_norm, shaped("R H L", "H", "H", "H O L"), (0, 2), also=((3, 2),)),
     _family(l2_norm, shaped("R L", "O L"), also=((1, 1),)),
     _family(mean_variance, shifted(_row)),
     _family(skew, _row),

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from memcomp.ir.cascade import Einsum
-from memcomp.ir.expr import Access, Call, Const, Expr, Var, reads, substitute, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, conjunction, reads, substitute, variables, walk
 from memcomp.ir.ops import MONOIDS
+from memcomp.ir.simplify import simplify
 from memcomp.passes.derive.finals import Finals
 from memcomp.passes.derive.stage import Stage
 from memcomp.passes.derive.states import State, finite
@@ -38,7 +39,7 @@ class Closing:
         for t, cond in zip(done, conds, strict=True):
             part = self.finals.build(t if same or cond is None else replace(t, if_=(cond, *t.if_)))
             body = part if body is None else Call("add", (body, part))
-        plain = replace(s, body=Const(0.0) if body is None else body, reduce=None, guard=None)
+        plain = replace(s, body=Const(0.0) if body is None else body, reduce=None, guard=self._fits(s))
         one = done[0] if len(done) == 1 else None
         if same and conds[0] is not None:
             self.finals.learn(plain, None, one, conds[0])
@@ -50,7 +51,7 @@ class Closing:
     def order(self, s: Einsum, value: Expr, guard: tuple[Expr, ...]) -> Einsum:
         """The finalise map of an accepted order reduction; nothing is cancelled, so that -inf - -inf stays NaN."""
         assert s.reduce is not None
-        plain = replace(s, body=value, reduce=None, guard=None)
+        plain = replace(s, body=value, reduce=None, guard=self._fits(s))
         if isinstance(value, Access):
             self.finals.learn(plain, value, self.finals.term(value))
             return plain
@@ -77,6 +78,19 @@ class Closing:
         plain = replace(s, body=self.finals.build(whole), reduce=None)
         self.finals.learn(plain, None, whole)
         return [replace(s, outs=(rest,), body=self.finals.build(inside)), plain]
+
+    def _fits(self, s: Einsum) -> Expr | None:
+        """Where a guarded reduction has an element to write: its guard may be what keeps an index in its tensor."""
+        assert s.reduce is not None
+        own = [c for c in s.guards() if not variables(c) & set(s.reduce.over)]
+        if any(reads(i) for i in s.out.index):
+            return conjunction(own)
+        parts: list[Expr] = []
+        for i, r in zip(s.out.index, self.stage.facts.cascade.tensor(s.out.tensor).ranks, strict=True):
+            if not isinstance(i, Var) and any(variables(i) & variables(c) for c in own):
+                parts += [Call("le", (Const(0), i)), Call("lt", (i, Size(r)))]
+        ranges = self.stage.facts.ranges()
+        return conjunction([c for p in parts if (c := simplify(p, ranges)) != Const(True)])
 
     def some(self, s: Einsum, guard: tuple[Expr, ...]) -> Expr | None:
         """The condition that a point takes part; None where one always does."""

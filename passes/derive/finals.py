@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from memcomp.ir.cascade import Einsum
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, substitute, walk
 from memcomp.passes.derive.facts import Facts
-from memcomp.passes.derive.linear import ONE, Linear, accumulate, added, flatten, number, scaled, to_expr
+from memcomp.passes.derive.linear import ONE, Linear, accumulate, added, flatten, number, scaled, times, to_expr
 from memcomp.passes.derive.terms import Term, exponential_base, logarithm_scale, product
 
 
@@ -112,7 +112,7 @@ class Finals:
         if len(lin) == 1:
             (e, k), = lin.items()
             return Term(coef=k) if e == ONE else Term(coef=k, c=((e, 1),))
-        return Term(c=((to_expr(lin.items()), 1),))
+        return Term(c=((to_expr(lin.items(), times), 1),))
 
     def exponential(self, lin: Linear) -> Term:
         """exp of a linear form; k * log(x) becomes x**k."""
@@ -170,7 +170,7 @@ class Finals:
         """The same value in terms of finished states, exponents merged."""
         if isinstance(e, Call):
             if e.op in ("add", "sub") or logarithm_scale(e.op) is not None:
-                return to_expr(self.linear(e).items())
+                return to_expr(self.linear(e).items(), times)
             if e.op in ("mul", "div", "recip", "neg", "square") or exponential_base(e.op) is not None:
                 return self.build(self.term(e))
             return Call(e.op, tuple(self.expr(a) for a in e.args))
@@ -181,7 +181,7 @@ class Finals:
         if t.ec:
             grows = to_expr(t.ec)
             factors.append((Call("exp", (grows,)), 1))
-        out = product(factors, t.coef)
+        out = product(factors, t.coef, times)
         for cond in reversed(t.if_):
             out = Call("where", (cond, out, Const(0.0)))
         return out

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
-from memcomp.ir.expr import Access, Call, Const, Expr, children, rebuild, walk
+from memcomp.ir.expr import Call, Const, Expr, children, rebuild
 from memcomp.ir.text import show_expr
 
 Linear: TypeAlias = dict[Expr, float]
@@ -81,16 +82,31 @@ def added(*forms: Mapping[Expr, float]) -> Linear:
     return out
 
 
-def to_expr(lin: Iterable[tuple[Expr, float]]) -> Expr:
-    """The linear form as an expression; positive addends first, so that `b - a` and not `-a + b` is written."""
-    items = sorted(lin, key=lambda i: i[1] < 0)
+def _product(e: Expr, k: float) -> Expr:
+    return Call("mul", (e, Const(k)))
+
+
+def times(e: Expr, k: float) -> Expr:
+    """k * e, as a division where k is one over a whole number that binary fractions miss: rounded once, not twice."""
+    n = round(1 / k) if 0 < abs(k) < 1 else 0
+    if n and 1 / n == k and math.frexp(k)[0] not in (0.5, -0.5):
+        return Call("div", (e, Const(float(n))))
+    return _product(e, k)
+
+
+def to_expr(lin: Iterable[tuple[Expr, float]], scale: Callable[[Expr, float], Expr] = _product) -> Expr:
+    """The linear form as an expression, in its own order: `a - b + eps` is not `a + eps - b`, which loses a small eps.
+    Only the first positive addend leads, so that `b - a` and not `-a + b` is written."""
+    items = list(lin)
+    lead = next((k for k, (_, c) in enumerate(items) if not c < 0), 0)
+    items = [*items[lead:lead + 1], *items[:lead], *items[lead + 1:]]
     out: Expr | None = None
     for e, c in items:
         if e == ONE:
             piece: Expr = Const(abs(c)) if out is not None else Const(c)
         else:
             size = abs(c) if out is not None else c
-            piece = e if size == 1 else Call("neg", (e,)) if size == -1 else Call("mul", (e, Const(size)))
+            piece = e if size == 1 else Call("neg", (e,)) if size == -1 else scale(e, size)
         out = piece if out is None else Call("sub" if c < 0 else "add", (out, piece))
     return Const(0.0) if out is None else out
 
@@ -114,7 +130,3 @@ def key(e: Expr) -> Expr:
 
 def keyed(lin: Mapping[Expr, float]) -> Linear:
     return {key(e): c for e, c in lin.items()}
-
-
-def has_access(e: Expr) -> bool:
-    return any(isinstance(n, Access) for n in walk(e))

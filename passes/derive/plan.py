@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
 from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, children, conjuncts, rebuild, substitute, variables, walk
@@ -106,24 +107,31 @@ class Inliner:
 
     cascade: Cascade
     look: View
+    known: dict[tuple[Access, tuple[Expr, ...]], Expr] = field(default_factory=dict)
 
     def expr(self, e: Expr, guard: tuple[Expr, ...]) -> Expr:
-        """`e` read at points where `guard` holds."""
+        """`e` read at points where `guard` holds.  A body that is read again is made once."""
         if isinstance(e, Access):
             s = self.look.writer.get(e.tensor)
             if s is not None and s.reduce is None:
-                table: dict[Expr, Expr] = dict(zip(s.out.index, e.index, strict=True))
-                body = self.expr(substitute(s.body, table), guard)
-                conds = [self.expr(substitute(c, table), guard) for c in s.guards()]
-                if sum(1 for _ in walk(body)) > _LARGEST_BODY and self.look.sides[e.tensor] == "carried":
-                    return e
-                declared = self.cascade.declared(e.tensor)
-                empty = Const(0.0 if declared is None else declared.empty)
-                for c in reversed(self.missing(conds, guard)):
-                    body = Call("where", (c, body, empty))
-                return body
+                if (e, guard) not in self.known:
+                    self.known[e, guard] = self._map(e, s, guard)
+                return self.known[e, guard]
         kids = children(e)
         return rebuild(e, tuple(self.expr(k, guard) for k in kids)) if kids else e
+
+    def _map(self, e: Access, s: Einsum, guard: tuple[Expr, ...]) -> Expr:
+        table: dict[Expr, Expr] = dict(zip(s.out.index, e.index, strict=True))
+        body = self.expr(substitute(s.body, table), guard)
+        size = sum(1 for _ in islice(walk(body), _LARGEST_BODY + 1))
+        if size > _LARGEST_BODY and self.look.sides[e.tensor] == "carried":
+            return e
+        conds = [self.expr(substitute(c, table), guard) for c in s.guards()]
+        declared = self.cascade.declared(e.tensor)
+        empty = Const(0.0 if declared is None else declared.empty)
+        for c in reversed(self.missing(conds, guard)):
+            body = Call("where", (c, body, empty))
+        return body
 
     def mixed(self, s: Einsum) -> bool:
         """Does what the statement reads, inlined, reduce another rank over a reduced value?"""

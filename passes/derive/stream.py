@@ -39,6 +39,8 @@ class Refused:
 
 
 _FITS = 256  # points of a fiber that a tile holds whole
+AGAIN = 20_000  # nodes of bodies that are looked at once more, stage after stage, before what still waits is left
+_LEFT = " (not tried again: too much waits on one another)"
 _REFUSED = re.compile(r"refused (\S+ over \S+): (.*)")
 
 
@@ -115,6 +117,7 @@ class _Stream:
     dtypes: dict[str, str] = field(default_factory=dict)
     ranks: list[Rank] = field(default_factory=list)
     ends: dict[str, Access] = field(default_factory=dict)
+    again: int = 0  # nodes of bodies that were refused before and looked at once more
 
     def run(self) -> Program:
         c = self.program.cascade
@@ -141,13 +144,14 @@ class _Stream:
             stage = Stage(v, extent, facts, look.late, self._end(cut), lambda g: self.ends["$rho:" + g], self._fresh,
                           self.frame, cut.outer is not None)
             stage.finished, stage.weighted = list(extremes), self.weighted
-            accepted, blocked = self._accept(rest, look, stage, refused)
-            extremes += self._extremes(rest, look, stage, accepted)
+            inline = Inliner(c, look)
+            accepted, blocked = self._accept(rest, inline, stage, refused)
+            extremes += self._extremes(rest, inline, stage, accepted)
             refused = {**blocked, **refused}
             if not accepted:
                 break
             stages += 1
-            finished = self._finish(rest, look, stage, finals, accepted)
+            finished = self._finish(rest, inline, stage, finals, accepted)
             early = [k for k, s in enumerate(rest) if k not in accepted
                      and self._side(look, s) in ("neutral", "carried")]
             carried.update({n: rest[k] for k in early for n in rest[k].names if look.sides.get(n) == "carried"})
@@ -155,7 +159,7 @@ class _Stream:
             rest = [x for k, s in enumerate(rest) if k not in early for x in finished.get(k, [s])]
             moving = scanned(stage, extent, self._fresh, _ranks.fresh_rank(c, "T", {r.name for r in self.ranks}))
             if moving is None or cut.outer is not None:
-                prefix += self._write(look, stage, cut)
+                prefix += self._write(inline, stage, cut)
                 least = max(least, places.least_tile(stage))
                 continue
             prefix += moving.statements
@@ -185,11 +189,7 @@ class _Stream:
     # -- names ----------------------------------------------------------------------------------------------------
 
     def _fresh(self, hint: str) -> str:
-        hint = hint.replace("'", "")
-        name, k = hint, 1
-        while name in self.taken:
-            k += 1
-            name = f"{hint}{k}"
+        name = _ranks.unused(hint.replace("'", ""), self.taken)
         self.taken.add(name)
         return name
 
@@ -224,12 +224,12 @@ class _Stream:
     def _side(self, look: View, s: Einsum) -> str:
         return look.sides[s.names[0]]
 
-    def _accept(self, rest: list[Einsum], look: View, stage: Stage,
+    def _accept(self, rest: list[Einsum], inline: Inliner, stage: Stage,
                 before: Mapping[str, str]) -> tuple[dict[int, Value], dict[str, str]]:
         """Position of a statement -> its value.  Order reductions first (they are the gauges of sums), then sums.
 
         before: what earlier stages refused; where that still waits it is not tried again."""
-        inline = Inliner(self.program.cascade, look)
+        look = inline.look
         accepted: dict[int, Value] = {}
         refused: dict[str, str] = {}
         todo = [(k, s) for k, s in enumerate(rest) if reduces(s, look.v)]
@@ -241,9 +241,14 @@ class _Stream:
                 name = s.names[0]
                 if name in before and inline.mixed(s):
                     continue
+                if name in before and self.again > AGAIN:
+                    refused[name] = before[name].removesuffix(_LEFT) + _LEFT
+                    continue
                 body, guard = inline.body(s)
+                if name in before:
+                    self.again += sum(1 for _ in walk(body))
                 try:
-                    self._check(s, look, body, guard)
+                    self._check(look, body, guard)
                     if sums:
                         terms, laws = stage.sum(s, body, guard)
                         accepted[k] = terms
@@ -260,10 +265,9 @@ class _Stream:
                     refused[name] = f"{why}{edge}"
         return accepted, refused
 
-    def _extremes(self, rest: list[Einsum], look: View, stage: Stage,
+    def _extremes(self, rest: list[Einsum], inline: Inliner, stage: Stage,
                   accepted: dict[int, Value]) -> list[tuple[Gauge, Access]]:
         """What is a greatest or least value of what: later stages measure from it."""
-        inline = Inliner(self.program.cascade, look)
         out = []
         for k in accepted:
             s = rest[k]
@@ -272,7 +276,7 @@ class _Stream:
                 out.append((stage.gauge(s.names[0], s.reduce.monoid, body, guard, s.reduce.over), s.out))
         return out
 
-    def _check(self, s: Einsum, look: View, body: Expr, guard: tuple[Expr, ...]) -> None:
+    def _check(self, look: View, body: Expr, guard: tuple[Expr, ...]) -> None:
         for e in guard:
             if any(look.late(t) for t in reads(e)):
                 op = e.op if isinstance(e, Call) else "where"
@@ -281,10 +285,10 @@ class _Stream:
             if look.sides.get(t) == "mixed":
                 raise NoLaw("reduce", body, f"{t} reduces another rank over a reduced value")
 
-    def _finish(self, rest: list[Einsum], look: View, stage: Stage, finals: Finals,
+    def _finish(self, rest: list[Einsum], inline: Inliner, stage: Stage, finals: Finals,
                 accepted: dict[int, Value]) -> dict[int, list[Einsum]]:
         """Finalise statements of accepted reductions, and of what is computed from them, by position."""
-        inline = Inliner(self.program.cascade, look)
+        look = inline.look
         close = Closing(stage, finals, self.ends)
         out: dict[int, list[Einsum]] = {}
         for k, s in enumerate(rest):
@@ -305,8 +309,8 @@ class _Stream:
                     out[k] = close.shared(s, self._fresh)
         return out
 
-    def _write(self, look: View, stage: Stage, cut: Cut) -> list[Einsum]:
-        inline = Inliner(self.program.cascade, look)
+    def _write(self, inline: Inliner, stage: Stage, cut: Cut) -> list[Einsum]:
+        look = inline.look
         tiled = {t: s for t, s in look.writer.items() if look.sides[t] == "carried"}
         bodies = {t: inline.expr(s.out, ()) for t, s in tiled.items() if s.reduce is None and s.guard is None}
         named = {e: t for t, e in bodies.items() if variables(e) == set(tiled[t].space())}

@@ -7,7 +7,7 @@ is read off the operator table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -174,8 +174,9 @@ def collect(terms: list[Term]) -> list[Term]:
     return out
 
 
-def product(factors: Iterable[tuple[Expr, float]], coef: float = 1.0) -> Expr:
-    """prod factor**power as an expression, divisors last."""
+def product(factors: Iterable[tuple[Expr, float]], coef: float = 1.0,
+            scale: Callable[[Expr, float], Expr] | None = None) -> Expr:
+    """prod factor**power as an expression, divisors last.  scale: how a coefficient is written."""
     above: Expr | None = None
     below: Expr | None = None
     for e, p in factors:
@@ -190,7 +191,7 @@ def product(factors: Iterable[tuple[Expr, float]], coef: float = 1.0) -> Expr:
         elif coef == -1:
             above = Call("neg", (above,))
         else:
-            above = Call("mul", (above, Const(coef)))
+            above = Call("mul", (above, Const(coef))) if scale is None else scale(above, coef)
     return above if below is None else Call("div", (above, below))
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from memcomp.ir.cascade import Cascade, Einsum, Rank, Reduce, Tensor, extent_of
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, conjunction, substitute, transform
 from memcomp.ir.simplify import NOTHING, Ranges, simplify
-from memcomp.passes._fit import affine, fit
 from memcomp.passes._ranks import ranges, rewritten
-from memcomp.passes._steps import Step, aliases, columns, filled
-from memcomp.passes._windows import Draft, fresh, joined, slid
+from memcomp.passes.unrolled.fit import affine, fit
+from memcomp.passes.unrolled.steps import Step, aliases, columns, filled
+from memcomp.passes.unrolled.windows import Draft, fresh, joined, slid
 
 
 @dataclass(frozen=True, slots=True)

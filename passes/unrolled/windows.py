@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from memcomp.ir.cascade import Cascade, Einsum, Rank, Reduce, extent_of
 from memcomp.ir.expr import Access, Call, Expr, Var, call, substitute, variables, walk
 from memcomp.ir.simplify import linear, simplify
-from memcomp.passes._fit import fit, value
 from memcomp.passes._ranks import rewritten
-from memcomp.passes._steps import Step
+from memcomp.passes.unrolled.fit import fit, value
+from memcomp.passes.unrolled.steps import Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, substitute, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Program
+from memcomp.passes._ranks import unused
 
 
-def places(program: Program) -> Program:
+def spell_places(program: Program) -> Program:
     """Reductions with places become reductions with one result.
 
     The place is the least index among those that hold the value, so ties take the lowest; a NaN is the greatest value
@@ -167,11 +168,8 @@ class _Spelling:
         self.tensors.append(Tensor(out.tensor, _ranks(out), dtype, "temp", 0.0))
         return out
 
-    def _fresh(self, name: str) -> str:
-        stem, k = name, 1
-        while name in self.taken:
-            k += 1
-            name = f"{stem}{k}"
+    def _fresh(self, stem: str) -> str:
+        name = unused(stem, self.taken)
         self.taken.add(name)
         return name
 

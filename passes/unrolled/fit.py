@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from memcomp.ir.expr import Call, Const, Expr, Var, call
-
-_OPS: Mapping[str, Callable[..., int]] = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "neg": lambda a: -a,
-    "max": max, "min": min, "floordiv": lambda a, b: a // b, "mod": lambda a, b: a % b,
-}
+from memcomp.ir.fold import INTEGER
 
 
 def fit(seq: Sequence[int], i: Var, slopes: Sequence[int] = ()) -> Expr | None:
@@ -33,7 +29,7 @@ def value(e: Expr, i: Var, k: int) -> int:
     if isinstance(e, Const):
         return int(e.value)
     if isinstance(e, Call):
-        return _OPS[e.op](*(value(a, i, k) for a in e.args))
+        return INTEGER[e.op](*(value(a, i, k) for a in e.args))
     assert e == i
     return k
 
