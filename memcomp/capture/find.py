@@ -6,8 +6,9 @@ Where reading through a node would see what is written later, the node becomes a
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -38,11 +39,13 @@ class Places:
 
     order: dict[fx.Node, int]
     writes: tuple[tuple[fx.Node, fx.Node], ...]
+    strided: tuple[tuple[fx.Node, Hashable], ...]  # operators that read by strides, and what memory
 
     @staticmethod
     def of(gm: fx.GraphModule) -> Places:
         order = {n: k for k, n in enumerate(gm.graph.nodes)}
-        return Places(order, tuple((n, x) for n in order if mutates(n) for x in written(n)))
+        return Places(order, tuple((n, x) for n in order if mutates(n) for x in written(n)),
+                      tuple((n, memory(n)) for n in order if _spelt(n) in BY_STRIDE))
 
 
 def find_regions(gm: fx.GraphModule, which: str = "gain") -> tuple[list[Region], list[Refused]]:
@@ -64,14 +67,21 @@ def find_regions(gm: fx.GraphModule, which: str = "gain") -> tuple[list[Region],
     found = groups(gm, looped)
     chained = chains(gm, [*looped, *(n for g in found for n in g.core)])
     todo = [*found, *chained][::-1]
+    gainless: dict[str, tuple[str, ...]] = {}  # the norms of equal layers are looked at once
     while todo:
         group = todo.pop()
+        alike = _alike(group, places) if group.chain and which != "all" else ""
+        if alike in gainless:
+            refused += [Refused(source(group.ends[-1]), why, chain=True) for why in gainless[alike]]
+            continue
         try:
             region = _region(gm, group, places, regions)
             gain, lacking = (True, ()) if not group.chain or which == "all" else gains(region.program)
             if gain:
                 regions.append(region)
-            refused += [Refused(region.source, why, chain=True) for why in lacking if not gain]
+            else:
+                gainless[alike] = lacking
+                refused += [Refused(region.source, why, chain=True) for why in lacking]
         except Refusal as why:
             if group.otherwise:
                 todo += group.otherwise[::-1]
@@ -84,6 +94,18 @@ def find_regions(gm: fx.GraphModule, which: str = "gain") -> tuple[list[Region],
         refused.append(Refused(source(node), reason))
     refused += [Refused(source(n), why, chain=True) for n, why in lawless(gm) if n not in taken]
     return regions, refused
+
+
+def _alike(group: Group, places: Places) -> str:
+    """The same text for groups that compute the same of tensors of equal shapes."""
+    nodes = sorted(group.core, key=places.order.__getitem__)
+    at = {n: k for k, n in enumerate(nodes)}
+
+    def shown(n: fx.Node) -> Any:
+        m = meta(n)
+        return at.get(n, (tuple(m.shape), m.dtype) if isinstance(m, torch.Tensor) else str(m))
+
+    return repr([(n.op, n.target, fx.map_arg((n.args, n.kwargs), shown)) for n in nodes])
 
 
 def _loops(gm: fx.GraphModule, places: Places, regions: list[Region], refused: list[Refused]) -> set[fx.Node]:
@@ -184,7 +206,7 @@ def _read(gm: fx.GraphModule, group: Group, places: Places, others: Sequence[Reg
     anchor = _place(order, nodes, ends, [*done.inputs, *sizes], set(r.through))
     _check_mutation(places, nodes, done.inputs, set(r.through), order[anchor])
     return Region(f"region{len(others)}", done.program, done.inputs, done.sizes, ends,
-                  tuple(sorted(nodes, key=order.__getitem__)), source(ends[-1]), tuple(_order(n) for n in ends), anchor)
+                  tuple(sorted(nodes, key=order.__getitem__)), source(ends[-1]), tuple(_order(n, places) for n in ends), anchor)
 
 
 def _inner(through: Iterable[fx.Node], core: frozenset[fx.Node]) -> set[fx.Node]:
@@ -260,6 +282,8 @@ def _check_convex(nodes: set[fx.Node], inputs: Sequence[fx.Node], through: set[f
 def _check_mutation(places: Places, nodes: set[fx.Node], inputs: Sequence[fx.Node], through: set[fx.Node],
                     place: int) -> None:
     """What is read through may not be written later, nor an input between where the graph and the region read it."""
+    if not places.writes:
+        return
     order, inside, given = places.order, nodes | through, {memory(leaf) for leaf in inputs}
     last = max(order[n] for n in nodes)
     later = {memory(w) for n, w in places.writes if order[n] < last and table.rule(n) is None} - given
@@ -278,11 +302,11 @@ def _check_mutation(places: Places, nodes: set[fx.Node], inputs: Sequence[fx.Nod
 BY_STRIDE = ("view", "view_as", "as_strided")
 
 
-def _order(node: fx.Node) -> tuple[int, ...]:
+def _order(node: fx.Node, places: Places) -> tuple[int, ...]:
     """Where users transpose heads and positions next, store so that what follows needs no copy; as torch does where
     somebody reads by strides."""
     shown = memory(node)
-    if any(memory(n) == shown and _spelt(n) in BY_STRIDE for n in node.graph.nodes if n is not node):
+    if any(m == shown for n, m in places.strided if n is not node):
         strides = [s if isinstance(s, int) else int(s.node.hint or 0) for s in meta(node).stride()]
         order = tuple(sorted(range(len(strides)), key=lambda d: -strides[d]))
         return () if order == tuple(range(len(order))) else order

@@ -59,10 +59,10 @@ def _maps(nodes: set[fx.Node], core: frozenset[fx.Node]) -> set[fx.Node]:
     out: set[fx.Node] = set()
     given = set(ends)
     for n in graph.nodes:
-        if n in nodes or _kind(n) not in ("view", "map") or mutates(n):
+        before = n.all_input_nodes
+        if n in nodes or not any(i in given for i in before) or _kind(n) not in ("view", "map") or mutates(n):
             continue
-        tensors = [i for i in n.all_input_nodes if isinstance(meta(i), torch.Tensor)]
-        if any(i in given for i in tensors) and all(i in given or _small(i, n) for i in tensors):
+        if all(i in given or _small(i, n) for i in before if isinstance(meta(i), torch.Tensor)):
             given.add(n)
             out.add(n)
     while True:
