@@ -206,7 +206,8 @@ def _read(gm: fx.GraphModule, group: Group, places: Places, others: Sequence[Reg
     anchor = _place(order, nodes, ends, [*done.inputs, *sizes], set(r.through))
     _check_mutation(places, nodes, done.inputs, set(r.through), order[anchor])
     return Region(f"region{len(others)}", done.program, done.inputs, done.sizes, ends,
-                  tuple(sorted(nodes, key=order.__getitem__)), source(ends[-1]), tuple(_order(n, places) for n in ends), anchor)
+                  tuple(sorted(nodes, key=order.__getitem__)), source(ends[-1]),
+                  tuple(_order(n, places) for n in ends), anchor)
 
 
 def _inner(through: Iterable[fx.Node], core: frozenset[fx.Node]) -> set[fx.Node]:
