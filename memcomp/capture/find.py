@@ -97,7 +97,7 @@ def find_regions(gm: fx.GraphModule, which: str = "gain") -> tuple[list[Region],
 
 
 def _alike(group: Group, places: Places) -> str:
-    """The same text for groups that compute the same of tensors of equal shapes."""
+    """The same text for groups that compute the same of tensors of equal shapes, and give the same of it away."""
     nodes = sorted(group.core, key=places.order.__getitem__)
     at = {n: k for k, n in enumerate(nodes)}
 
@@ -105,7 +105,8 @@ def _alike(group: Group, places: Places) -> str:
         m = meta(n)
         return at.get(n, (tuple(m.shape), m.dtype) if isinstance(m, torch.Tensor) else str(m))
 
-    return repr([(n.op, n.target, fx.map_arg((n.args, n.kwargs), shown)) for n in nodes])
+    return repr([(n.op, n.target, fx.map_arg((n.args, n.kwargs), shown), any(u not in at for u in n.users))
+                 for n in nodes])
 
 
 def _loops(gm: fx.GraphModule, places: Places, regions: list[Region], refused: list[Refused]) -> set[fx.Node]:
