@@ -8,14 +8,13 @@ which a busy machine disturbs less.  Errors are relative to float64.
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from measure import ratio, record, take_turns, terminal
-from rich.table import Table
+from measure import ratio, table_of, take_turns
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -77,24 +76,15 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         "error": ((outs[n].double() - exact).norm() / exact.norm()).item()} for n, call in calls.items()]}
 
 
+def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for n, r in enumerate(result["rows"]):
+        yield ("" if n else result["case"], r["form"], f"{r['median'] * 1e3:.3f}", f"{r['least'] * 1e3:.3f}",
+               f"{r['cpu'] * 1e3:.2f}", f"{r['error']:.2e}", r["ratio"])
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--only", default="", help="cases whose name holds this word")
-    args = parser.parse_args()
-    console, results = terminal(), []
-    table = Table("case", "form", "median ms", "least ms", "CPU ms, 1 thread", "error", "time over the last form's")
-    with torch.inference_mode():
-        for name in CASES:
-            if args.only not in name:
-                continue
-            results.append(measure(name, args.rounds))
-            for n, r in enumerate(results[-1]["rows"]):
-                table.add_row("" if n else name, r["form"], f"{r['median'] * 1e3:.3f}", f"{r['least'] * 1e3:.3f}",
-                              f"{r['cpu'] * 1e3:.2f}", f"{r['error']:.2e}", r["ratio"])
-    console.print(table)
-    if not args.only:
-        console.print(f"written: {record(__file__, results)}")
+    columns = ("case", "form", "median ms", "least ms", "CPU ms, 1 thread", "error", "time over the last form's")
+    table_of(__doc__ or "", __file__, {name: partial(measure, name) for name in CASES}, columns, rows)
     return 0
 
 

@@ -7,14 +7,13 @@ Prints a table and writes results/cpu.json.  Random data; every result is compar
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from measure import Ratio, ratio, record, take_turns, terminal
-from rich.table import Table
+from measure import Ratio, ratio, table_of, take_turns
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -94,29 +93,17 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             "bars": case.bars}
 
 
+def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for name, t in result["times"].items():
+        r, bar = result["ratios"].get(name), result["bars"].get(name)
+        yield (result["case"] if name == "memcomp" else "", name, f"{t['median'] * 1e3:.3f}",
+               f"{t['least'] * 1e3:.3f}", f"{t['spread']:.0%}", f"{result['errors'][name]:.1e}",
+               str(Ratio(**r)) if r else "", f"{bar:g}x" if bar else "")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--only", default="", help="cases whose name holds this word")
-    args = parser.parse_args()
-    console, results = terminal(), []
-    table = Table("case", "who", "median ms", "least ms", "spread", "error", "memcomp is faster", "asked")
-    with torch.inference_mode(), console.status("measuring"):
-        for case in cases():
-            if args.only not in case.name:
-                continue
-            result = measure(case, args.rounds)
-            results.append(result)
-            for name, t in result["times"].items():
-                r = result["ratios"].get(name)
-                table.add_row(case.name if name == "memcomp" else "", name, f"{t['median'] * 1e3:.3f}",
-                              f"{t['least'] * 1e3:.3f}", f"{t['spread']:.0%}", f"{result['errors'][name]:.1e}",
-                              str(Ratio(**r)) if r else "", f"{case.bars[name]:g}x" if name in case.bars else "")
-            if not console.is_terminal:
-                console.print(f"measured: {case.name}")
-    console.print(table)
-    if not args.only:
-        console.print(f"written: {record(__file__, results)}")
+    columns = ("case", "who", "median ms", "least ms", "spread", "error", "memcomp is faster", "asked")
+    console, results = table_of(__doc__ or "", __file__, {c.name: partial(measure, c) for c in cases()}, columns, rows)
     missed = [f"{r['case']}: {r['ratios'][n]['value']:.2f}x of {n}, asked {bar:g}x" for r in results
               for n, bar in r["bars"].items() if r["ratios"][n]["sure"] and r["ratios"][n]["value"] < bar]
     for line in missed:

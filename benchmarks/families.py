@@ -50,6 +50,10 @@ class Cost:
         return " / ".join(shown)
 
 
+class Written(BaseException):
+    """The code is there; it need not be built.  No `Exception`: torch puts those in others of its own."""
+
+
 def compulsory(args: tuple[torch.Tensor, ...], out: Any) -> int:
     """Bytes of every argument read once and every result written once."""
     outs = torch.utils._pytree.tree_leaves(out)
@@ -62,13 +66,10 @@ def inductor(fn: Callable[..., Any], args: tuple[torch.Tensor, ...], length: int
     seen: list[tuple[str, int]] = []
     codegen = GraphLowering.codegen
 
-    class Enough(Exception):
-        """The code is there; it need not be built."""
-
     def counted(graph: GraphLowering) -> Any:
         wrapper, _ = codegen(graph)
         seen.append((wrapper.value, int(graph.count_bytes()[0])))
-        raise Enough
+        raise Written
 
     torch._dynamo.reset()
     no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
@@ -76,9 +77,8 @@ def inductor(fn: Callable[..., Any], args: tuple[torch.Tensor, ...], length: int
     with no_graphs, no_cache, patch.object(GraphLowering, "codegen", counted):
         try:
             torch.compile(fn, dynamic=False, fullgraph=True)(*args)
-        except Exception:
-            if not seen:
-                raise
+        except Written:
+            pass
     ((source, moved),) = seen
     text = "\n".join(line for line in source.splitlines() if not line.lstrip().startswith("#"))
     begin = text.rindex("def call(")

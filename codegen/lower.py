@@ -9,20 +9,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
+from math import isfinite
 
 from memcomp.codegen.lower_emit import Emitter
+from memcomp.codegen.lower_exact import in_parts, references, small_sums, spread
 from memcomp.codegen.lower_fill import fills
-from memcomp.codegen.lower_fuse import buffers, compose, keep_old, kind, split_products
+from memcomp.codegen.lower_fuse import buffers, compose, keep_old, kind, split_deep, split_products
 from memcomp.codegen.lower_ops import OLD, GroupOps, group_ops
 from memcomp.codegen.lower_pieces import Sizes, kernels_of
 from memcomp.codegen.lower_tiles import tile_dtype
 from memcomp.ir.cascade import Cascade, Tensor
-from memcomp.ir.errors import VerifyError
-from memcomp.ir.expr import Access, Expr, Size, call, transform, walk
+from memcomp.ir.errors import Refusal, VerifyError
+from memcomp.ir.expr import Access, Const, Expr, Size, call, transform, walk
 from memcomp.ir.program import Program, knobs
 from memcomp.ir.register import expanded
+from memcomp.ir.show import show_einsum
 from memcomp.ir.tile import Param, TileKernel, TileProgram
 from memcomp.ir.tile_verify import verify_tile
+
+BEYOND_F32 = 2.0**128 - 2.0**103  # the least that rounds to infinity
 
 
 def lower(program: Program) -> TileProgram:
@@ -34,6 +39,7 @@ def lower(program: Program) -> TileProgram:
         raise VerifyError(f"knob {open_knobs[0].name} of {program.name} is open", hint="close the knobs first")
     program = expanded(program)
     c = program.cascade
+    _check_numbers(c)
     owner = {t: g.name for g in program.mapping.groups for t in g.tensors}
     for e in c.einsums:
         for name in e.names:
@@ -65,6 +71,16 @@ def lower(program: Program) -> TileProgram:
     tiles = TileProgram(program.name, params, symbols, tuple(kernels), program.target)
     verify_tile(tiles)
     return tiles
+
+
+def _check_numbers(c: Cascade) -> None:
+    """A real that f32 does not hold would be infinite in a kernel, and is not in the meaning."""
+    if any(t.dtype == "f64" for t in c.tensors):
+        return
+    for e in c.einsums:
+        for n in (n for root in (e.body, *e.guards()) for n in walk(root) if isinstance(n, Const)):
+            if isinstance(n.value, float) and abs(n.value) >= BEYOND_F32 and isfinite(n.value):
+                raise Refusal(f"{n.value} does not fit f32", show_einsum(e), "declare a tensor f64, or write inf")
 
 
 def _params(c: Cascade, sizes: Sizes, grouped: list[GroupOps]) -> tuple[Param, ...]:
@@ -109,12 +125,21 @@ def _kernel(
 ) -> TileKernel:
     _workspace_reads(g, dropped)
     dtype = _dtypes(c, g, params)
-    compose(g)
+    declared = {o.target for o in g.ops if c.declared(o.target.removesuffix("'")) is not None}
+    small = small_sums(g, dtype, declared)
+    dtype |= dict.fromkeys(small | references(g, small), "f64")
+    compose(g, small)
+    in_parts(g, dtype, declared)
     split_products(g)
+    split_deep(g)
     keep_old(g)
+    stored = {n: p.dtype for n, p in params.items()}
     for o in g.ops:
-        if o.target not in dtype:  # copies of carried tiles, factors of products
-            dtype[o.target] = dtype.get(o.target.removesuffix("_old")) or _real(params)
+        if o.target not in dtype:  # copies of carried tiles, factors of products, parts of what is deep
+            made = {"bool": "bool", "int": "i64"}.get(kind(o.body, {**stored, **dtype}), _real(params))
+            dtype[o.target] = dtype.get(o.target.removesuffix("_old")) or made
+    if _real(params) != "f64":
+        spread(g, dtype, declared)
     home = buffers(g, dtype)
     return Emitter(g, params, dtype, home, pieces).kernel(f"{program.name}_{g.group.name}")
 

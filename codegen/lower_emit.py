@@ -10,6 +10,8 @@ excluded points inside a loaded tile (never those in a tail) must hold finite va
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from memcomp.codegen.lower_fuse import factors
 from memcomp.codegen.lower_limits import Limits
 from memcomp.codegen.lower_ops import LOOP, POST, PRE, Op
@@ -34,6 +36,9 @@ class Emitter(Limits):
         o = self.g.ops[k]
         guards = self.effective(o)
         out = self.body[o.phase]
+        if o.when is not None:
+            self._sometimes(o, o.when, out)
+            return
         reduced = tuple(g for g in guards if o.monoid and (o.accumulate or self._mentions(g, o.over)))
         exact = tuple(g for g in guards if g not in reduced)
         again = any(u.target == o.target and not u.accumulate for u in self.g.ops[k + 1 :])
@@ -57,6 +62,15 @@ class Emitter(Limits):
             u.target == o.target and u.phase == o.phase for u in self.g.ops[k + 1 :]
         ):
             self._store(o)
+
+    def _sometimes(self, o: Op, when: Expr, out: list[Statement]) -> None:
+        self.fills.held.pop(o.target, None)
+        made = Map(self.tile(o.target, o.dims), self.read(o.body, o.phase))
+        before = out[-1] if out else made
+        if isinstance(before, When) and before.cond == when and not before.orelse:
+            out[-1] = replace(before, body=(*before.body, made))
+        else:
+            out.append(When(when, (made,)))
 
     def _mentions(self, guard: Expr, over: tuple[str, ...]) -> bool:
         return bool(variables(guard) & set(over))
@@ -250,7 +264,8 @@ class Emitter(Limits):
 
     def store_carried(self) -> None:
         for name in self.g.carried:
-            if name in self.g.stores and name not in self.g.each_step:
+            done = any(o.target == name and o.phase == POST for o in self.g.ops)
+            if name in self.g.stores and name not in self.g.each_step and not done:
                 target = self.g.stores[name]
                 held = {v for i in target.index for v in variables(i)}
                 last = next(o for o in reversed(self.g.ops) if o.target == name)

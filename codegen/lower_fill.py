@@ -75,7 +75,10 @@ def _counts_through(g: GroupOps, i: Expr, n: Expr) -> bool:
 
 
 def _whole(d: Dim, outer: Expr) -> Expr | None:
-    """The rank's extent N from the count `min(N - start, capacity)` and the number of tiles `ceil(N / capacity)`."""
+    """The rank's extent N from the count `min(N - start, capacity)` and the number of tiles `ceil(N / capacity)`; all
+    tiles are full where the count is the capacity."""
+    if d.count == Const(d.capacity):
+        return simplify(call("mul", outer, d.capacity), index=True)
     if not isinstance(d.count, Call) or d.count.op != "min":
         return None
     for part in d.count.args:

@@ -4,19 +4,25 @@ values kept only where they are read after the new one is written, and buffers r
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import combinations
 
 from memcomp.codegen.lower_ops import LOOP, OLD, POST, PRE, GroupOps, Op, lane_last
-from memcomp.ir.expr import Access, Call, Expr, Var, reads, substitute, variables
+from memcomp.ir.expr import Access, Call, Expr, Var, conjunction, depth, reads, rebuild, substitute, variables
 from memcomp.ir.ops import MONOIDS, OPS
 
+DEEPEST = 40  # of a body: the text of kernels is Python, whose parser takes 200 brackets around each other
 
-def compose(g: GroupOps) -> None:
-    """Inline maps that one operation reads once, at the same points, and merge joined reductions into accumulations."""
+
+def compose(g: GroupOps, exact: Collection[str] = ()) -> None:
+    """Inline maps that one operation reads once, at the same points, and merge joined reductions into accumulations.
+
+    exact: sums that are held finer than what a step adds to them; the sum over a step's tile stays one of its own.
+    """
     changed = True
     while changed:
-        changed = any(_inline(g, k) or _merge(g, k) for k in range(len(g.ops)))
+        changed = any(_inline(g, k) or (g.ops[k].target not in exact and _merge(g, k)) for k in range(len(g.ops)))
 
 
 def _uses(g: GroupOps) -> Counter[str]:
@@ -62,6 +68,7 @@ def _inline(g: GroupOps, k: int) -> bool:
             or user.accumulate
             or set(o.dims) != set(user.dims) | set(user.over)
             or (is_product(user) and not copy)
+            or depth(o.body) + depth(user.body) > DEEPEST
         ):
             return False
         read = next(a for a in user.accesses() if a.tensor == o.target)
@@ -149,6 +156,34 @@ def split_products(g: GroupOps) -> None:
         for p in (*made[1:], *rest):
             body = Call("mul", (body, p))
         g.ops[at] = replace(o, body=body)
+
+
+def split_deep(g: GroupOps) -> None:
+    """What is nested deeper than a kernel's text can say becomes tiles of its own, the innermost first."""
+    for o in list(g.ops):
+        if len(o.guards) <= DEEPEST and all(depth(e) <= DEEPEST for e in (o.body, *o.guards)):
+            continue
+        parts: list[Op] = []
+
+        def part(e: Expr, o: Op = o, parts: list[Op] = parts) -> Access:
+            own = lane_last(g.group, [d for d in (*o.dims, *o.over) if d in variables(e)])
+            parts.append(Op(f"{o.target}_part{len(parts)}", own, e, phase=o.phase))
+            return Access(parts[-1].target, tuple(Var(d) for d in own))
+
+        def cut(e: Expr, part: Callable[[Expr], Access] = part) -> tuple[Expr, int]:
+            """The expression over the parts, and its depth."""
+            if not isinstance(e, Call):
+                return e, 1
+            kids = [(part(k), 1) if deep >= DEEPEST // 2 else (k, deep) for k, deep in map(cut, e.args)]
+            return rebuild(e, tuple(k for k, _ in kids)), 1 + max((deep for _, deep in kids), default=0)
+
+        body, conds = cut(o.body)[0], [cut(c)[0] for c in o.guards]
+        while len(conds) > DEEPEST:
+            some = conjunction(conds[: DEEPEST // 2])
+            assert some is not None
+            conds[: DEEPEST // 2] = [part(some)]
+        at = next(k for k, x in enumerate(g.ops) if x is o)
+        g.ops[at : at + 1] = [*parts, replace(o, body=body, guards=tuple(conds))]
 
 
 def _moves(g: GroupOps, e: Expr) -> bool:

@@ -84,7 +84,7 @@ def idle(g: GroupOps, joins: list[Op]) -> bool:
     for trial in range(4):
         env = {n: choose() if trial or not isinstance(x := start.get(n), Const) else float(x.value) for n in g.carried}
         before = dict(env)
-        for o in (o for o in g.ops if o.phase == LOOP):
+        for o in (o for o in g.ops if o.phase == LOOP and o.when is None):  # the others move what was summed elsewhere
             if id(o) in joined:
                 if not o.accumulate:
                     env[o.target] = MONOIDS[o.monoid].identity

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from memcomp.codegen.lower_pieces import Sizes, normal, ragged_guards, stream
 from memcomp.ir.cascade import Cascade, Einsum
@@ -28,6 +29,7 @@ class Op:
 
     body: group tensors as `Access(name, (Var(dim), ...))`, params with their full index.  empty: what points that the
     guards exclude hold: the identity of a reduction, the old value of a state, what an earlier statement wrote there.
+    when: the steps of the loop in which a map runs; None = all.
     """
 
     target: str
@@ -39,12 +41,18 @@ class Op:
     accumulate: bool = False
     phase: int = PRE
     empty: Expr = Const(0.0)
+    when: Expr | None = None
 
     def accesses(self) -> list[Access]:
-        return [n for e in (self.body, *self.guards) for n in walk(e) if isinstance(n, Access)]
+        return [a for e in (self.body, *self.guards) for a in _accesses(e)]
 
     def reads(self) -> set[str]:
         return {a.tensor for a in self.accesses()}
+
+
+@lru_cache(maxsize=4096)
+def _accesses(e: Expr) -> tuple[Access, ...]:
+    return tuple(n for n in walk(e) if isinstance(n, Access))
 
 
 @dataclass(slots=True)
@@ -180,15 +188,16 @@ class _Grouping:
                     f"cutting rank {r} needs the names {outer} and {inner}, which the cascade has taken",
                     self.group.name,
                 )
-            start = call("mul", Var(outer.lower()), size)
-            extent = self.sizes.extent(r)
-            self.points[Var(r.lower())] = call("add", start, Var(inner.lower()))
-            self.dims[inner.lower()] = Dim(
-                inner.lower(),
-                size,
-                simplify(call("min", size, extent - start), index=True),
-                simplify(start),
-            )
+            start: Expr = call("mul", Var(outer.lower()), size)
+            extent = self.sizes.index(self.sizes.extent(r))
+            count = simplify(call("min", size, extent - start), index=True)
+            if isinstance(extent, Const) and isinstance(extent.value, int):
+                if size >= extent.value:  # one tile: the rank as it is
+                    start, size, count = Const(0), max(extent.value, 1), extent
+                elif extent.value % size == 0:
+                    count = Const(size)
+            self.points[Var(r.lower())] = simplify(call("add", start, Var(inner.lower())), index=True)
+            self.dims[inner.lower()] = Dim(inner.lower(), size, count, simplify(start))
         for r in self.group.space:
             base = r[:-1]
             if r.endswith("1") and base in self.cut:

@@ -1,6 +1,8 @@
 """What a program costs on a machine: operations, traffic and footprint per level, and a floor for its time.
 
 Operations: points that guards let take part, times the operations of the body, plus one per point for a reduction.
+What tasks read and no other task's result is, each makes itself: a statement that lacks a space rank runs once for each
+of its points where something that follows from it in the group has that rank.
 
 Compulsory traffic: what arguments must move once: every element of inputs that is read and of outputs and new states
 that is written, at its dtype (of a table that is gathered from at most as many elements as points read it).
@@ -66,7 +68,8 @@ class UnitCost:
 class Cost:
     """flops: additions, multiplications, maxima; special: exp, log, division and so on; the rest in bytes, seconds.
 
-    seconds: as mapped; floor: the roofline, with compulsory traffic and every unit busy.
+    seconds: as mapped; floor: the roofline, with compulsory traffic, every unit busy and nothing computed twice.
+    again: operations, of flops and special, that are made anew because several tasks need what they give.
     units, phases: on a target with arrays, else empty.
     """
 
@@ -78,6 +81,7 @@ class Cost:
     floor: float
     units: tuple[UnitCost, ...] = ()
     phases: tuple[PhaseCost, ...] = ()
+    again: float = 0.0
 
     @property
     def traffic(self) -> float:
@@ -91,6 +95,7 @@ class Cost:
 
     def __str__(self) -> str:
         rows = [("operations", f"{self.flops:.6g}"), ("exp, division and the like", f"{self.special:.6g}"),
+                *((("of them made again", f"{self.again:.6g}"),) if self.again else ()),
                 ("compulsory traffic", f"{self.compulsory:.6g} B"),
                 *((f"traffic to {x.name}", f"{x.traffic:.6g} B, holding {x.footprint:.6g} B") for x in self.levels),
                 ("time", f"{self.seconds:.6g} s, at least {self.floor:.6g} s"),
@@ -127,15 +132,23 @@ def cost(program: Program, sizes: Mapping[str, int], target: Target, moved: floa
     phases = tuple(schedule(x.group, x.points, target) for x in nests) if target.arrays else ((),) * len(nests)
     seconds = sum(_seconds(x, target, p, share) for x, p in zip(nests, phases, strict=True))
     least = compulsory(program, sizes)
-    floor = max(sum(f / target.peak(d) for x in nests for d, f in x.by_dtype.items()), special / target.special,
-                least / target.memory.bandwidth)
+    floor = max(sum(f / target.peak(d) for x in nests for d, f in x.once.items()),
+                sum(x.special_once for x in nests) / target.special, least / target.memory.bandwidth)
+    again = flops + special - sum(sum(x.once.values()) + x.special_once for x in nests)
     every = tuple(p for each in phases for p in each)
-    return Cost(flops, special, least, tuple(levels), seconds, floor, _units(every, target, seconds), every)
+    return Cost(flops, special, least, tuple(levels), seconds, floor, _units(every, target, seconds), every, again)
 
 
 def _units(phases: tuple[PhaseCost, ...], target: Target, seconds: float) -> tuple[UnitCost, ...]:
     busy = {u: sum(n for p in phases for unit, n in p.busy if unit == u) for u in target.arrays}
     return tuple(UnitCost(u, n, n / (seconds * target.clock) if seconds else 0.0) for u, n in busy.items())
+
+
+def tile_bytes(program: Program, group: Group, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Bytes of one tile of each tensor that only this group of the program knows."""
+    c = program.cascade
+    nest = _Nest(c, Sizes(c, sizes), group, tuple(e for e in c.einsums if e.names[0] in group.tensors))
+    return {name: nest.tile(name) for name in nest.inner}
 
 
 def compulsory(program: Program, sizes: Mapping[str, int]) -> float:
@@ -212,17 +225,41 @@ class _Nest:
         inside = {v for e in einsums for v in self._split(set(e.space()))}
         self.loops = [v for v in (r.lower() for r in (*g.space, *g.loop_order)) if v in inside]
         self.tasks = math.prod(self._extent(v) for v in self.loops if v.upper() in g.space)
-        self.flops = self.special = 0.0
+        self.again = self._again()
+        self.flops = self.special = self.special_once = 0.0
         self.by_dtype: dict[str, float] = {}
+        self.once: dict[str, float] = {}  # of by_dtype, without what is computed again
         for e in einsums:
             plain, special = operations(e.body)
-            live = n.live(e)
+            once = n.live(e)
+            live = once * self.again[e.names[0]]
             self.points.append((e, live))
             plain += e.reduce is not None
             self.flops += plain * live
             self.special += special * live
+            self.special_once += special * once
             dtype = self._dtype(e)
             self.by_dtype[dtype] = self.by_dtype.get(dtype, 0.0) + plain * live
+            self.once[dtype] = self.once.get(dtype, 0.0) + plain * once
+
+    def _again(self) -> dict[str, int]:
+        """How often each tensor of the group is made: the points of the space ranks that it lacks and a reader has."""
+        space = {v for v in self.loops if v.upper() in self.group.space}
+        own: dict[str, set[str]] = {}
+        for e in self.einsums:
+            for name in e.names:
+                own[name] = own.get(name, set()) | self._split(set(e.space())) & space
+        asked = {name: set(has) for name, has in own.items()}
+        grew = any(has != space for has in own.values())
+        edges = [(e.names, {*e.names, *(a.tensor for a in _reads(e))} & own.keys()) for e in reversed(self.einsums)]
+        while grew:  # once back to front, and once more for each loop
+            grew = False
+            for names, from_ in edges:
+                mine = set[str]().union(*(asked[name] for name in names))
+                for name in from_:
+                    grew |= not mine <= asked[name]
+                    asked[name] |= mine
+        return {name: math.prod(self._extent(v) for v in asked[name] - has) for name, has in own.items()}
 
     def _tile(self, size: object) -> int:
         if isinstance(size, Knob):
@@ -270,11 +307,15 @@ class _Nest:
             self.touched[key] = float(min(asked, elements)) * each
         return self.touched[key]
 
+    def tile(self, name: str) -> float:
+        """Bytes of a tile of a temporary."""
+        return self._bytes(name, self.inner[name], len(self.loops))
+
     def work(self, fixed: int, nearer: frozenset[str] = frozenset()) -> float:
         """Bytes in use while the first `fixed` loops stand still, without what is kept in `nearer` levels."""
         away = self._kept(nearer)
         arguments = (max(self._bytes(t, vs, fixed) for vs in ways) for t, ways in self.outer.items() if t not in away)
-        inner = (self._bytes(t, vs, len(self.loops)) for t, vs in self.inner.items() if t not in away)
+        inner = (self.tile(t) for t in self.inner if t not in away)
         return sum(arguments) + sum(inner)
 
     def _kept(self, levels: frozenset[str]) -> set[str]:
@@ -309,5 +350,5 @@ class _Nest:
         for name, vs in self.inner.items():
             if name in self._kept(nearer):
                 continue
-            total += over * (1 + self.readers[name]) * self._bytes(name, vs, 0)
+            total += over * (1 + self.readers[name]) * self._bytes(name, vs, 0) * self.again.get(name, 1)
         return total

@@ -171,6 +171,14 @@ def walk(e: Expr) -> Iterator[Expr]:
             todo += n.index[::-1]
 
 
+def depth(e: Expr) -> int:
+    """Nodes on the longest way from the root to a leaf.  Not recursive: asked of expressions that may be too deep."""
+    level, count = {id(e): e}, 0
+    while level:
+        level, count = {id(k): k for n in level.values() for k in children(n)}, count + 1
+    return count
+
+
 def transform(e: Expr, f: Callable[[Expr], Expr]) -> Expr:
     """Apply `f` to every node, children first."""
     kids = children(e)

@@ -163,6 +163,10 @@ class Walks:
             if len(ways) == 1 and len(names := next(iter(ways))) > 1:
                 for k, v in enumerate(names):
                     yield Fiber(name, v.upper(), (d,), k)
+                for whole, parts in self.families.items():  # a rank that is cut inside this one
+                    mine = [p.lower() for p in parts]
+                    if 1 < len(mine) < len(names) and set(mine) < set(names):
+                        yield Fiber(name, whole, (d,), names.index(mine[0]))
 
     @cached_property
     def parallel(self) -> frozenset[tuple[str, int]]:

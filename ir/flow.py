@@ -177,7 +177,10 @@ def _quotients(dims: list[Expr]) -> set[str]:
 
 
 def disjoint(s: Einsum, a: Access, t: Einsum, b: Access, f: Facts) -> bool:
-    """Do two statements write different elements of one tensor?  Indices that gather are taken at their word."""
+    """Do two statements write different elements of one tensor?  Indices that gather are taken at their word.
+
+    The guard of a reduction keeps no element apart: where it is false the reduction writes its identity.
+    """
     if any(isinstance(i, Const) and isinstance(j, Const) and i != j for i, j in zip(a.index, b.index, strict=True)):
         return True
     other = {v: v + "__b" for v in t.space()}
@@ -185,13 +188,15 @@ def disjoint(s: Einsum, a: Access, t: Einsum, b: Access, f: Facts) -> bool:
     def apart(e: Expr) -> Expr:
         return transform(e, lambda n: Var(other[n.name]) if isinstance(n, Var) and n.name in other else n)
 
-    for mine, theirs in zip(f.views(s), f.views(t), strict=True):
+    views = (f.views(e) if e.reduce is None else (f.views(e)[0],) * 2 for e in (s, t))
+    for mine, theirs in zip(*views, strict=True):
         ranges = mine | {other[v]: (low if isinstance(low, int) else apart(low), apart(high))
                          for v, (low, high) in theirs.items()}
         for i, j in zip(a.index, b.index, strict=True):
             if any(f.proves(call("lt", *pair), ranges) for pair in ((i, apart(j)), (apart(j), i))):
                 return True
-    if a.index == b.index and all(isinstance(i, (Var, Const)) for i in a.index) and _exclude(s, t, f):
+    same = a.index == b.index and all(isinstance(i, (Var, Const)) for i in a.index)
+    if same and s.reduce is None and t.reduce is None and _exclude(s, t, f):
         return True
     return any(reads(i) for i in (*a.index, *b.index))
 

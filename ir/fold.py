@@ -29,7 +29,8 @@ def folded(e: Call) -> Expr:
     if e.op in ("floordiv", "mod", "ceildiv") and values[1] == 0:
         return e
     if e.op in INTEGER and all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        return Const(INTEGER[e.op](*values))
+        value = INTEGER[e.op](*values)
+        return Const(value) if -(2**63) <= value < 2**63 else e
     if row.result == "real":
         values = [float(v) for v in values]
     with np.errstate(all="ignore"):

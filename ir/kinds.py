@@ -20,7 +20,8 @@ _INT_ARGS = ("floordiv", "mod", "ceildiv", "shr", "shl", "bitand", "bitor")
 
 
 class KindError(MemcompError):
-    """An expression of the wrong kind; `where` is its text.  `verify` adds the statement."""
+    """An expression of the wrong kind, or an operator at a number where it has no value; `where` is its text.
+    `verify` adds the statement."""
 
 
 def kind_of_dtype(dtype: str) -> Kind:
@@ -55,12 +56,22 @@ def _kind_of_call(e: Call, dtype: Callable[[str], str]) -> Kind:
         if e.op in _INT_ARGS and k == "real":
             raise KindError(f"{spelling!r} needs integers, and {show_expr(a)!r} is real", show_expr(a),
                             "convert it: int(x), or int(floor(x / y)) for a quotient")
+    _check_number(e, spelling)
     if row.result != "same":
         return row.result
     rest = kinds[1:] if e.op == "where" else kinds
     if "real" in rest:
         return "real"
     return "bool" if e.op == "where" and set(rest) == {"bool"} else "int"
+
+
+def _check_number(e: Call, spelling: str) -> None:
+    """What machines and numpy do with these differs."""
+    n = e.args[1].value if len(e.args) == 2 and isinstance(e.args[1], Const) else 1
+    if e.op in ("floordiv", "mod", "ceildiv") and n == 0:
+        raise KindError(f"{spelling!r} by 0 has no value", show_expr(e), "divide by another number")
+    if e.op in ("shl", "shr") and not 0 <= n < 64:
+        raise KindError(f"{spelling!r} by {n} has no value", show_expr(e), "an integer has 64 bits: shift by 0 to 63")
 
 
 _A: dict[Kind, str] = {"bool": "a condition", "int": "an integer", "real": "real"}

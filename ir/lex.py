@@ -85,7 +85,13 @@ class Line:
         if t.kind != "number" or not t.text.isdigit():
             self.fail(f"expected {what}, found {spelled(t)}", hint)
         self.at += 1
-        return int(t.text)
+        return self.number_of(t)
+
+    def number_of(self, t: Token, most: int = 2**63 - 1) -> int:
+        """The integer that a token of digits says; it must fit the 64 bits of every index."""
+        if len(t.text.lstrip("0")) > 19 or (value := int(t.text)) > most:
+            self.fail("an integer does not fit 64 bits", f"the largest is {2**63 - 1}", t)
+        return value
 
     def one_of(self, what: str, known: Iterable[str]) -> Token:
         """A name out of a known list; another spelling is an error that lists them."""

@@ -19,7 +19,7 @@ import re
 
 from memcomp.ir.cascade import DTYPES, Cascade, Einsum, Knob, Rank, Reduce, Tensor
 from memcomp.ir.errors import ParseError, nearest
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, depth
 from memcomp.ir.lex import Line, Token, picture, read_line, spelled
 from memcomp.ir.ops import MONOIDS, OPS
 from memcomp.ir.program import Group, Mapping, Phase, Program
@@ -32,7 +32,21 @@ HEADS = ("program", "rank", *ROLES, "group", "proof")
 PARTS = ("partition", "space", "loop-order", "lane", "keep", "phase", "drain")
 _HEADER = re.compile(r"\s*program\s+(?P<name>\S+)(?:\s+on\s+(?P<target>\S+))?\s*$")
 _FIRST = "the first line is program NAME, or program NAME on cpu"
+DEPTH = 200  # of an expression: rewrites walk it recursively
 _EXPRESSION = "an expression is built from numbers, variables (m), sizes (M), accesses X[m], calls exp(x) and operators"
+
+
+def _whole(line: Line, level: int = 0) -> Expr:
+    """An expression that is no part of another."""
+    first = line.next
+    try:
+        e: Expr | None = parse_expr(line, level)
+    except RecursionError:
+        e = None
+    if e is None or depth(e) > DEPTH:
+        line.fail("an expression is nested too deeply",
+                  f"at most {DEPTH} operations deep; write parts of it to tensors of their own", first)
+    return e
 
 
 def parse_expr(line: Line, level: int = 0) -> Expr:
@@ -56,12 +70,13 @@ def _unary(line: Line) -> Expr:
         return _primary(line)
     t = line.next
     if t.kind == "number" or (t.text in ("inf", "nan") and line.peek().text not in ("[", "(")):
-        value = _primary(line)
+        value = _primary(line, 2**63)
         return Const(-value.value) if isinstance(value, Const) else value
     return Call("neg", (_unary(line),))
 
 
-def _primary(line: Line) -> Expr:
+def _primary(line: Line, most: int = 2**63 - 1) -> Expr:
+    """most: the largest integer, if it is one."""
     t = line.next
     if line.take("("):
         e = parse_expr(line)
@@ -69,7 +84,7 @@ def _primary(line: Line) -> Expr:
         return e
     if t.kind == "number":
         line.at += 1
-        return Const(int(t.text) if t.text.isdigit() else float(t.text))
+        return Const(line.number_of(t, most) if t.text.isdigit() else float(t.text))
     if t.kind != "name":
         line.fail(f"expected an expression, found {spelled(t)}", _EXPRESSION)
     line.at += 1
@@ -114,7 +129,7 @@ def _apply(line: Line, name: Token) -> Expr:
 def _access(line: Line) -> Access:
     t = line.name("a tensor", "a statement starts with the tensor it writes: X[m] = ...")
     line.expect("[", f"write {t.text}[...] = ...")
-    return Access(t.text, tuple(line.listed(parse_expr, "]")))
+    return Access(t.text, tuple(line.listed(_whole, "]")))
 
 
 def _rank_name(line: Line) -> str:
@@ -129,7 +144,7 @@ def _rank_name(line: Line) -> str:
 
 def _knob(line: Line) -> Expr | Knob:
     if not line.take("?"):
-        return parse_expr(line, SUM)
+        return _whole(line, SUM)
     t = line.name("a knob", "write ?m0 in 32|64|128")
     line.expect("in", "write ?m0 in 32|64|128")
     choices = [line.integer("a choice", "write ?m0 in 32|64|128")]
@@ -174,8 +189,8 @@ def _einsum(line: Line) -> Einsum:
         line.expect("{", "")
         over = line.listed(lambda ln: ln.name("a variable", f"write {monoid}{{m}}").text, "}")
         reduce = Reduce(monoid, tuple(over))
-    body = parse_expr(line)
-    guard = parse_expr(line) if line.take("where") else None
+    body = _whole(line)
+    guard = _whole(line) if line.take("where") else None
     line.end("after the body only `where` and a condition may follow")
     return Einsum(outs, body, reduce, guard)
 

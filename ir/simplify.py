@@ -158,7 +158,7 @@ class _Context(Known):
         if op in ("and", "or"):
             return self._logic(op, e.args)
         if op in _NEGATION:
-            return self._compare(op, e.args[0], e.args[1])
+            return _in_64_bits(self._compare(op, e.args[0], e.args[1]), e)
         if op == "not":
             inner = e.args[0]
             if isinstance(inner, Call) and inner.op == "not":
@@ -174,7 +174,7 @@ class _Context(Known):
                 return a if c.value else b
             return a if a == b else e
         if self.kind(e) == "int":
-            return self._integer(e)
+            return _in_64_bits(self._integer(e), e)
         return reduced(e, self.kind)
 
     def _integer(self, e: Call) -> Expr:
@@ -308,6 +308,14 @@ class _Context(Known):
         if len(parts) == 1 and self.kind(out) != "bool":  # `x and true` is the truth of x, not x
             return Call(op, (out, Const(not absorbing)))
         return out
+
+
+def _in_64_bits(new: Expr, old: Expr) -> Expr:
+    """`new`, unless it needs a number that no machine's integer holds."""
+    for n in walk(new):
+        if type(n) is Const and not -(2**63) <= n.value < 2**63:
+            return old
+    return new
 
 
 def _balanced(op: str, d: Poly) -> Expr:

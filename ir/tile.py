@@ -28,7 +28,8 @@ class Dim:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A private buffer.  dims: names of `Dim`s (() = one scalar).  dtype: f32, i64 or bool (f64 where asked)."""
+    """A private buffer.  dims: names of `Dim`s (() = one scalar).  dtype: f32, i64, bool, or f64: where a param
+    is, and for sums that a loop carries."""
 
     name: str
     dims: tuple[str, ...]

@@ -68,7 +68,7 @@ def interpret_tile(
 ) -> dict[str, Array]:
     """Outputs and new states by name; `arrays` holds one array per `in` and `state` param and is not changed.
 
-    dtype: the arithmetic of float tiles.  Raises InputError for wrong shapes, VerifyError for a read outside a tensor
+    dtype: the arithmetic of f32 tiles.  Raises InputError for wrong shapes, VerifyError for a read outside a tensor
     or of a tile that was never written.
     """
     return measure_tile(tp, arrays, sizes, dtype=dtype)[0]
@@ -109,6 +109,8 @@ def measure_tile(
 def _numpy(dtype: str, real: np.dtype[Any]) -> np.dtype[Any]:
     if dtype == "bool":
         return np.dtype(bool)
+    if dtype == "f64":
+        return np.dtype(np.float64)
     return np.dtype(np.int64) if dtype[0] in "iu" else real
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from memcomp.ir.cascade import DTYPES
 from memcomp.ir.errors import VerifyError, nearest
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, children, reads, walk
 from memcomp.ir.inside import Facts
 from memcomp.ir.ops import MONOIDS, OPS
 from memcomp.ir.show import show_expr
@@ -208,10 +208,10 @@ class _Kernel:
                 )
         for i in a.index:
             _scope(i, self.tp, {*dims, *self.grid, *loops}, {*self.params, *self.tiles}, where)
-            for n in walk(i):
-                if isinstance(n, Access) and n.tensor in self.params:
+            for n in _outermost(i):
+                if n.tensor in self.params:
                     self.element(n, dims, written, loops, where)
-                elif isinstance(n, Access):
+                else:
                     self.value(n, dims, written, loops, where)
 
     def store(self, s: Store, written: set[str], loops: list[str], where: str) -> None:
@@ -226,6 +226,11 @@ class _Kernel:
         self.element(s.target, dims, written, loops, where, s.mask)
         if self.params[s.target.tensor].role == "in":
             raise VerifyError(f"input {s.target.tensor!r} is written", where)
+
+
+def _outermost(e: Expr) -> list[Access]:
+    """Accesses that stand in no index of another."""
+    return [e] if isinstance(e, Access) else [a for k in children(e) for a in _outermost(k)]
 
 
 def least(e: Expr) -> int:

@@ -18,7 +18,7 @@ from memcomp.ir.kinds import KindError, kind_of, kind_of_dtype
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Program
 from memcomp.ir.show import show_einsum, show_expr, show_rank, show_tensor
-from memcomp.ir.verify_declared import check_declared, check_indices, check_names, fail
+from memcomp.ir.verify_declared import MOST_RANKS, check_declared, check_indices, check_names, fail
 from memcomp.ir.verify_mapping import check_mapping
 
 
@@ -32,6 +32,9 @@ def verify(program: Program, since: Program | None = None) -> None:
         check_declared(program.cascade)
         _Statements(program.cascade).check()
     check_mapping(program)
+    if not program.cascade.outputs():
+        fail(f"{program.name!r} computes nothing: it has no out and no state", f"program {program.name}", program.name,
+             "declare what it computes: out O[M]: f32")
 
 
 class _Statements:
@@ -171,6 +174,8 @@ class _Statements:
     def check_space(self, s: Einsum) -> None:
         """Variables are known, and those of body and guard are iterated; sizes are known."""
         space = s.space()
+        if len(space) > MOST_RANKS:
+            self.fail(f"a statement over {len(space)} variables", "", f"at most {MOST_RANKS}, as arrays of numpy have")
         for v in space:
             if v.upper() not in self.ranks:
                 self.fail(f"unknown variable {v!r}", v, nearest(v, self.vars()))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import NoReturn
 
+import numpy as np
+
 from memcomp.ir.cascade import DTYPES, Cascade, Knob, Rank, Tensor
 from memcomp.ir.errors import VerifyError, nearest
-from memcomp.ir.expr import Access, Const, Expr, Size, Var, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, variables, walk
+from memcomp.ir.fold import INTEGER as FOLDED
 from memcomp.ir.kinds import KindError, kind_of, kind_of_dtype
 from memcomp.ir.parse import RESERVED, ROLES
 from memcomp.ir.program import Program
+from memcomp.ir.rounding import INTEGER
 from memcomp.ir.show import show_knob, show_rank, show_tensor
 
+MOST_RANKS = 64  # of a tensor and of an iteration space
 _RANK = re.compile(r"[A-Z_][A-Z0-9_]*")
 _TENSOR = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -78,6 +84,41 @@ def check_declared(c: Cascade) -> None:
         elif r.extent is not None:
             _check_extent(r, r.extent, text, ranks, tensors)
     _check_acyclic(ranks)
+    _check_fixed(c)
+
+
+def _check_fixed(c: Cascade) -> None:
+    """What is known of extents before run time: they are not negative, and elements can be counted in 64 bits."""
+    ranks = {r.name: r for r in c.ranks}
+    known: dict[str, int | None] = {}
+
+    def extent(name: str) -> int | None:
+        x = ranks[name].extent
+        if name not in known:
+            known[name] = None if x is None or isinstance(x, Knob) else value(x)
+        return known[name]
+
+    def value(e: Expr) -> int | None:
+        if isinstance(e, Const):
+            return int(e.value)
+        if isinstance(e, Size):
+            return extent(e.rank)
+        if not isinstance(e, Call) or e.op not in FOLDED:
+            return None
+        args = [n for n in map(value, e.args) if n is not None]
+        if len(args) < len(e.args) or (e.op in ("floordiv", "mod", "ceildiv") and not args[1]):
+            return None
+        return int(FOLDED[e.op](*args))
+
+    for r in c.ranks:
+        n = extent(r.name)
+        if n is not None and r.extent is not None and not 0 <= n < 2**63:
+            fail(f"the extent of rank {r.name!r} is {n}", show_rank(r), show_knob(r.extent),
+                 "an extent is 0 or more, and fits 64 bits")
+    for t in c.tensors:
+        if math.prod(n for r in t.ranks if (n := extent(r)) is not None) >= 2**60:
+            fail(f"{t.name!r} has more elements than any memory", show_tensor(t), t.name,
+                 "its fixed extents are too large")
 
 
 def check_knob(k: Knob, text: str, choices: dict[str, tuple[int, ...]]) -> None:
@@ -105,6 +146,11 @@ def _check_tensor(t: Tensor, ranks: Mapping[str, Rank]) -> None:
     if t.empty != t.empty or (kind_of_dtype(t.dtype) != "real" and not float(t.empty).is_integer()):
         fail(f"{t.dtype} cannot hold the empty value {t.empty}", text, f"empty {t.empty}",
              "an empty value is a number of the tensor's dtype")
+    if t.dtype in INTEGER and not np.iinfo(INTEGER[t.dtype]).min <= t.empty <= np.iinfo(INTEGER[t.dtype]).max:
+        fail(f"{t.dtype} cannot hold the empty value {int(t.empty)}", text, text[text.index("empty"):],
+             f"{t.dtype} holds {np.iinfo(INTEGER[t.dtype]).min} to {np.iinfo(INTEGER[t.dtype]).max}")
+    if len(t.ranks) > MOST_RANKS:
+        fail(f"{t.name!r} has {len(t.ranks)} ranks", text, t.name, f"at most {MOST_RANKS}, as arrays of numpy have")
 
 
 def _check_extent(r: Rank, e: Expr, text: str, ranks: Mapping[str, Rank], tensors: Mapping[str, Tensor]) -> None:

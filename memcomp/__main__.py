@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemcompError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (RecursionError, MemoryError) as error:  # a legal program may be larger than what runs it
+        print(f"error: {args.input} is too large for this machine\n{type(error).__name__}: {error}\n"
+              "hint: use smaller extents, and fewer operations in one statement", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written in part", file=sys.stderr)
         return 130
@@ -226,7 +230,7 @@ def _count(text: str) -> float:
 
 def _assignment(text: str) -> tuple[str, int]:
     name, _, value = text.partition("=")
-    if not name or not value.isdigit():
+    if not name or not (value.isascii() and value.isdigit() and len(value) < 19):
         raise OptionError(f"--size {text!r} is not RANK=N", hint="e.g. --size M=4096")
     return name, int(value)
 
@@ -254,12 +258,16 @@ def _write(args: argparse.Namespace, text: str) -> int:
 
 
 def _put(target: Path, text: str) -> int:
+    written = None
     try:
         with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False,
                                          encoding="utf-8") as f:
+            written = f.name
             f.write(text)
-        os.replace(f.name, target)
+        os.replace(written, target)
     except OSError as error:
+        if written is not None:
+            Path(written).unlink(missing_ok=True)
         raise InputError(f"cannot write {target}", str(error)) from error
     return 0
 

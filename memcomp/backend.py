@@ -18,13 +18,13 @@ import torch
 from torch import fx
 
 from memcomp import runtime
-from memcomp.binding import make_entry
+from memcomp.binding import function, make_entry
 from memcomp.config import Config, config
 from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
 from memcomp.passes.generalize import numbers
 from memcomp.pipeline import ABI, Compiled, compile_program
 from memcomp.sizes import input_shapes, solve, sources
-from memcomp.surgery import autocast_at, example, hint, original, replace_region
+from memcomp.surgery import autocast_at, checks, example, hint, original, replace_region
 
 if TYPE_CHECKING:
     from memcomp.capture.region import Refused, Region
@@ -94,6 +94,10 @@ def install(gm: fx.GraphModule, settings: Config) -> tuple[list[Installed], list
         regions, refused = find_regions(gm, settings.chains)
         if any([_settle(region) for region in regions]):
             regions, refused = find_regions(gm, settings.chains)
+        apart: set[frozenset[fx.Node]] = set()
+        while more := {r.optional for r in regions if r.optional and not _compiles(r, settings)} - apart:
+            apart |= more
+            regions, refused = find_regions(gm, settings.chains, apart)
         for r in (r for r in refused if not r.chain):
             with boundary(r.where, settings):
                 raise Refusal(r.why, r.where)
@@ -132,21 +136,32 @@ def boundary(where: str, settings: Config, failed: Callable[[str], None] = lambd
         runtime.fall_back(where, why)
 
 
+def _compiles(region: Region, settings: Config) -> bool:
+    try:
+        compile_program(region.program, config=settings, sizes=region_sizes(region))
+    except MemcompError:
+        return False  # the smaller regions say why, if they cannot be compiled either
+    return True
+
+
 def _install_region(gm: fx.GraphModule, region: Region,
                     settings: Config) -> tuple[Compiled, dict[fx.Node, fx.Node]]:
     symbols = [name for name, _ in region.sizes]
     compiled = compile_program(region.program, config=settings, sizes=region_sizes(region))
     kept = original(region) if _differentiated(region) else None
     recompute = runtime.Recompute(kept.module, autocast_at(gm, region.outputs[0])) if kept else None
+    checked, named = checks(region, kept)
     # all that a call's result depends on: Inductor keeps graphs on disk, and they hold only this key
     key = hashlib.sha256("\n".join((
         str(ABI), torch.__version__, compiled.kernel.source, region.program.digest, str(region.out_order), *symbols,
         f"{kept.text}\n{recompute.autocast}" if kept and recompute else "",
+        *(f"{at} {size} {x.wraps} {x.ignored}" for at, size, x in named),
     )).encode()).hexdigest()
     if not runtime.registered(key):
-        runtime.register(make_entry(key, region.program, compiled.tiles, compiled.entry, region.out_order, symbols,
-                                    recompute))
-    outs = replace_region(gm, region, key, kept)
+        entry = make_entry(key, region.program, compiled.tiles, compiled.entry, region.out_order, symbols, recompute)
+        tests = tuple(runtime.Check(at, function([size]), x.wraps, x.ignored) for at, size, x in named)
+        runtime.register(replace(entry, checks=tests, checked=len(checked)))
+    outs = replace_region(gm, region, key, kept, checked)
     runtime.count_region(compiled.digest)
     return compiled, outs
 

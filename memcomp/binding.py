@@ -43,10 +43,10 @@ def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[
         raise Refusal(f"the extent of rank {missing[0]} is in no input's shape", hint="pass a tensor that has it")
     return Entry(
         key, kernel, len(tiles.kernels), tuple(len(t.ranks) for t in ins),
-        tuple(_function([spell(extent(cascade, r), read) for r in t.ranks]) for t in outs),
+        tuple(function([spell(extent(cascade, r), read) for r in t.ranks]) for t in outs),
         tuple(DTYPES[t.dtype] for t in outs), tuple(order) or ((),) * len(outs),
-        _function([sizes[s] for s in tiles.sizes]),
-        tuple((_function([spell(x, sizes) for x in p.shape]), DTYPES[p.dtype])
+        function([sizes[s] for s in tiles.sizes]),
+        tuple((function([spell(x, sizes) for x in p.shape]), DTYPES[p.dtype])
               for p in tiles.params if p.role == "work"),
         recompute,
     )
@@ -57,6 +57,6 @@ def _spelt(shapes: Sequence[Sequence[Any]]) -> dict[str, str]:
             for name, (i, d, divisor) in sources(shapes).items()}
 
 
-def _function(parts: Sequence[str]) -> Extents:
+def function(parts: Sequence[str]) -> Extents:
     """`(t, s) -> (part, ...)` compiled once: this runs on every call of a region."""
     return eval(f"lambda t, s: ({''.join(p + ', ' for p in parts)})")  # type: ignore[no-any-return]

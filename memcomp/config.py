@@ -44,9 +44,9 @@ def config(options: Mapping[str, Any] | None = None) -> Config:
     explicit option wins.  Raises OptionError for an unknown name or an illegal value.
     """
     given = {**_environment(), **dict(options or {})}
-    known = {f.name for f in fields(Config)} - {"dump"}
+    known = {f.name for f in fields(Config)}
     for name in given:
-        if name not in known | {"dump"}:
+        if name not in known:
             raise OptionError(f"unknown option {name!r}", f"options = {dict(options or {})!r}", nearest(name, known))
     _choice(given, "rest", RESTS)
     _choice(given, "tune", TUNES)
@@ -63,8 +63,24 @@ def config(options: Mapping[str, Any] | None = None) -> Config:
         from memcomp.ir.target import target
 
         target(given["target"])  # raises OptionError listing what is known
-    given["dump"] = tuple(given.get("dump", ()))
+    given["dump"] = _stations(given.get("dump", ()))
     return Config(**given)
+
+
+def _stations(dump: Any) -> tuple[str, ...]:
+    """The stations of a text `a,b` or of several names."""
+    names = dump.split(",") if isinstance(dump, str) else dump
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise OptionError(f"option dump={dump!r} does not name stations", hint='e.g. ("capture", "reduce_passes")')
+    found = tuple(n.strip() for n in names if n.strip())
+    if found:
+        from memcomp.pipeline import STATIONS, backends
+
+        known = (*STATIONS, *backends())
+        for name in found:
+            if name not in known:
+                raise OptionError(f"unknown station {name!r}", f"dump = {dump!r}", nearest(name, known))
+    return found
 
 
 def _choice(given: Mapping[str, Any], name: str, legal: tuple[str, ...]) -> None:
@@ -82,5 +98,5 @@ def _environment() -> dict[str, Any]:
             raise OptionError(f"MEMCOMP_STRICT={value!r} is not 0 or 1", hint="unset it for the default (0)")
         env["strict"] = value == "1"
     if value := os.environ.get("MEMCOMP_DUMP"):
-        env["dump"] = tuple(s.strip() for s in value.split(",") if s.strip())
+        env["dump"] = value
     return env

@@ -31,16 +31,16 @@ def read(spec: str) -> Program | Function:
     A Hugging Face config gets random weights; a directory with weights is loaded from disk only.
     Raises InputError (or ParseError for a malformed .mc).
     """
-    if spec == "-":
-        return _program(sys.stdin.read())
     path = Path(spec)
-    if ":" in spec and not path.exists():
-        return _factory(spec)
-    if not path.exists():
-        raise InputError(f"no such file: {spec}", hint=f"an input is {FORMS}")
     try:
+        if spec == "-":
+            return _program(sys.stdin.read().removeprefix("\ufeff"))
+        if not path.exists():
+            if ":" in spec:
+                return _factory(spec)
+            raise InputError(f"no such file: {spec}", hint=f"an input is {FORMS}")
         if path.suffix == ".mc":
-            return _program(path.read_text(encoding="utf-8"))
+            return _program(path.read_text(encoding="utf-8-sig"))
         if path.suffix == ".pt2":
             return _exported(path)
         if path.is_dir() or path.suffix == ".json":
@@ -54,17 +54,15 @@ def _program(text: str) -> Program:
     from memcomp.ir.text import parse
     from memcomp.ir.verify import verify
 
-    try:
-        program = parse(text)
-        verify(program)
-    except RecursionError as error:
-        raise InputError("an expression is nested too deeply to be read",
-                         hint="write parts of it to tensors of their own") from error
+    program = parse(text)
+    verify(program)
     return program
 
 
 def _factory(spec: str) -> Function:
     module_name, _, name = spec.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise InputError(f"{module_name!r} is not the name of a module", hint=f"an input is {FORMS}")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -73,7 +71,11 @@ def _factory(spec: str) -> Function:
         raise InputError(f"cannot import {module_name}", str(error), "run where the module can be imported") from error
     if not hasattr(module, name):
         raise InputError(f"{module_name} has no {name!r}", hint=nearest(name, [n for n in vars(module) if n[0] != "_"]))
-    made = getattr(module, name)()
+    factory = getattr(module, name)
+    if not callable(factory):
+        raise InputError(f"{spec} is not a function", f"it is {type(factory).__name__}",
+                         "name a function that returns (callable, example inputs)")
+    made = factory()
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
         raise InputError(f"{spec} did not return (callable, example inputs)", f"it returned {type(made).__name__}",
                          "e.g. return model, (tokens,)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from memcomp.ir.cascade import Einsum
 from memcomp.ir.errors import InputError
-from memcomp.ir.expr import Call, Expr
+from memcomp.ir.expr import Call, Expr, depth
 from memcomp.ir.program import Program
 
 EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "e4m3": 2.0**-3, "e5m2": 2.0**-2}
@@ -181,6 +182,7 @@ def check_program(program: Program, **options: Any) -> Report:
 
     Symbolic ranks have their bound, or `pipeline.EXAMPLE_EXTENT`.  Real inputs are standard normal; integers lie below
     the smallest extent, so that they may index any rank.  Errors are relative to the sum of absolute terms.
+    Raises InputError where the tensors do not fit this machine's memory.
     """
     import torch
 
@@ -192,6 +194,7 @@ def check_program(program: Program, **options: Any) -> Report:
     from memcomp.sizes import evaluate, input_shapes
 
     known = {**fixed(program), **shape_sizes(program, program, {})}
+    _fits(program, known)
     compiled = compile_program(program, config=config(options), sizes=known)
     random = torch.Generator().manual_seed(0)
     tensors = []
@@ -208,14 +211,31 @@ def check_program(program: Program, **options: Any) -> Report:
     arrays = {t.name: x.double().numpy() if t.dtype in EPSILON else x.numpy()
               for t, x in zip(program.cascade.inputs(), tensors, strict=True)}
     exact, scale = interpret(program, arrays, known), absolute_terms(program, arrays, known)
-    length = math.prod([1, *(known.get(v.upper(), 1) for v in
-                             {v for e in program.cascade.einsums if e.reduce for v in e.reduce.over})])
-    rows = []
+    rows, length = [], _roundings(program, known)
     for t, out in zip(program.cascade.outputs(), outs, strict=True):
         bound = tolerance([i.dtype for i in program.cascade.inputs()], t.dtype, elements=out.numel(), length=length,
                           torch_error=None)
         rows.append(Row(t.name, measure(out.double().numpy(), exact[t.name], scale[t.name]), bound))
     return Report(tuple(rows))
+
+
+def _fits(program: Program, known: Mapping[str, int]) -> None:
+    """Every tensor in float64, as `interpret` holds it, and twice that for what a statement computes on the way."""
+    c = program.cascade
+    names = {t.name for t in c.tensors} | {n for e in c.einsums for n in e.names if not n.endswith("'")}
+    need = 24 * sum(math.prod(known.get(r, 1) for r in c.tensor(n).ranks) for n in names)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise InputError(f"{program.name} needs about {need / 2**30:.3g} GiB to be checked, and this machine has "
+                         f"{have / 2**30:.3g}", hint="give its ranks smaller extents or bounds")
+
+
+def _roundings(program: Program, known: Mapping[str, int]) -> int:
+    """How many roundings follow one another at most: the terms of reductions and of loops, the operations of bodies."""
+    c = program.cascade
+    over = {v for e in c.einsums if e.reduce for v in e.reduce.over}
+    over |= {r.var for r in c.ranks if r.iterative}
+    return math.prod([1, *(known.get(v.upper(), 1) for v in over)]) + sum(depth(e.body) - 1 for e in c.einsums)
 
 
 def _row(name: str, actual: Any, eager: Any, exact: Any) -> Row:

@@ -83,7 +83,7 @@ def _region(k: int, same: Sequence[RegionReport]) -> str:
         f'<section id="r{k}"><h2>{escape(r.source)}</h2>',
         f"<p>and {len(same) - 1} more like it, with the same kernel</p><ul>{more}</ul>" if more else "",
         _facts(t), f"<p>Figures are for {escape(at)}.</p>" if at else "",
-        _graphs(k, t), _derivation(t), _skipping(r), _traffic(t), _kernels(t, k), "</section>"])
+        _graphs(k, t), _derivation(t), _skipping(r), _traffic(t), _wide(r), _kernels(t, k), "</section>"])
 
 
 def _facts(t: _Story) -> str:
@@ -178,6 +178,11 @@ def _traffic(t: _Story) -> str:
             "<tr>"
             '<th scope="col">level</th><th scope="col">comes in</th><th scope="col">over compulsory</th>'
             '<th scope="col">holds</th><th></th></tr></thead><tbody>' + "".join(rows) + "</tbody></table></div>")
+
+
+def _wide(r: RegionReport) -> str:
+    said = "".join(f"<li>{escape(x.line(size_of))}</li>" for x in r.wide)
+    return f"<h3>Long rows of running states</h3><ul>{said}</ul>" if said else ""
 
 
 def _kernels(t: _Story, k: int) -> str:

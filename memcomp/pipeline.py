@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pkgutil import iter_modules
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from memcomp.config import Config
@@ -76,11 +77,15 @@ def text_of(value: object) -> str:
     return value.source if isinstance(value, Kernel) else str(value)
 
 
-def rewrite(program: Program, *, observe: Observer, names: tuple[str, ...] = PIPELINE) -> Program:
-    """Run the rewrites of `names` in order on a verified program, and verify what each makes."""
+def rewrite(program: Program, *, observe: Observer, names: tuple[str, ...] = PIPELINE,
+            options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> Program:
+    """Run the rewrites of `names` in order on a verified program, and verify what each makes.
+
+    options: of a rewrite, by its name.
+    """
     for name in names:
         step = getattr(import_module(f"memcomp.passes.{name}"), name)
-        rewritten = step(program)
+        rewritten = step(program, **options.get(name, {}))
         if rewritten is not program:
             verify(rewritten, since=program)
         program = rewritten
@@ -151,9 +156,7 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
         named = tuple(r.name for r in general.cascade.ranks if r.extent is None and r.name not in shown)
         key = (general.digest, named, config.target, backend, config.tune)
         if key not in _BUILT or observe is not None:
-            mapped = rewrite(general, observe=see, names=PIPELINE[GENERAL:])
-            closed = close_knobs(mapped, shape_sizes(read, mapped, sizes or {}), tune=config.tune)
-            see("tune", closed)
+            closed = closed_form(general, PIPELINE[GENERAL:], read, sizes or {}, config, see)
             tiles, kernel = emit(closed, config=config, observe=see, backend=backend)
             if key not in _BUILT:
                 _BUILT[key] = Compiled(general.digest, before, closed, tiles, kernel, build(kernel))
@@ -193,10 +196,59 @@ def map_program(read: Program, *, config: Config, sizes: Mapping[str, int] | Non
     see = observers(config)
     verify(read)
     see("capture", read)
-    mapped = read if read.mapping.groups else rewrite(read, observe=see)
-    closed = close_knobs(mapped, shape_sizes(read, mapped, sizes or {}), tune=config.tune)
-    see("tune", closed)
-    return closed
+    return closed_form(read, () if read.mapping.groups else PIPELINE, read, sizes or {}, config, see)
+
+
+def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: Mapping[str, int], config: Config,
+                observe: Observer) -> Program:
+    """`program` after the rewrites of `names`, with its knobs closed.
+
+    Where a frame at a weighted mean saves a pass, the form with another pass instead is made too, and the cost model
+    chooses; the last proof says so.  sizes: as for `compile_program`, of `read`.
+    """
+    def form(see: Observer, options: Mapping[str, Mapping[str, Any]]) -> Program:
+        mapped = rewrite(program, observe=see, names=names, options=options)
+        closed = close_knobs(mapped, shape_sizes(read, mapped, sizes), tune=config.tune)
+        see("tune", closed)
+        return closed
+
+    one = form(observe, {})
+    if "reduce_passes" not in names or not _weighted(one):
+        return one
+    made: list[tuple[str, object]] = []
+    more = form(lambda station, value: made.append((station, value)), {"reduce_passes": {"weighted": False}})
+    spent = [_seconds(p, shape_sizes(read, p, sizes)) for p in (one, more)]
+    chosen = more if spent[1] < spent[0] and _lowers(more) else one
+    told = [f"{what}, {s:.3g} s" for what, s in zip(("a weighted frame", "another pass"), spent, strict=True)]
+    at = ", ".join(f"{r}={n}" for r, n in shape_sizes(read, chosen, sizes).items())
+    line = f"by cost{' at ' * bool(at)}{at}: {told[chosen is more]}, not {told[chosen is one]}"
+    for station, value in made if chosen is more else ():
+        observe(station, value)
+    return replace(chosen, proofs=(*chosen.proofs, line))
+
+
+def _weighted(program: Program) -> bool:
+    from memcomp.passes.reduce_passes import weighted_frames
+
+    return weighted_frames(program)
+
+
+def _seconds(closed: Program, sizes: Mapping[str, int]) -> float:
+    from memcomp.ir.cost import cost
+    from memcomp.ir.target import target
+
+    return cost(closed, sizes, target(closed.target)).seconds
+
+
+def _lowers(closed: Program) -> bool:
+    """Has the program a tile form?"""
+    from memcomp.codegen.lower import lower
+
+    try:
+        lower(closed)
+    except Refusal:
+        return False
+    return True
 
 
 def fixed(program: Program) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from memcomp.analysis import Analysis, analyse
@@ -12,6 +12,7 @@ from memcomp.config import config
 from memcomp.ir.program import Program
 from memcomp.pipeline import Compiled, compile_program, shape_sizes
 from memcomp.rounds import Rounds, rounds
+from memcomp.wide import Wide, wide
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,7 +63,8 @@ class Traffic:
 class RegionReport:
     """One region: as read, as run, and what that costs at `sizes` (of `program`; `known` of them are `read`'s own).
 
-    analysis: of the form that was read, and of the form that runs."""
+    analysis: of the form that was read, and of the form that runs; wide: ranks of running states that are whole, or run
+    in tiles, by cost."""
 
     source: str
     read: Program
@@ -74,6 +76,7 @@ class RegionReport:
     known: Mapping[str, int] = field(default_factory=dict)
     rounds: tuple[Rounds, ...] = ()
     analysis: tuple[Analysis, ...] = ()
+    wide: tuple[Wide, ...] = ()
 
     @property
     def refusals(self) -> tuple[Refused, ...]:
@@ -112,6 +115,7 @@ class Explanation:
                 "derivation": list(r.program.proofs),
                 "rounds": [{"kernel": x.kernel, "loop": x.loop, "total": x.total, "run": x.run, "masked": x.masked,
                             "exact": x.exact} for x in r.rounds],
+                "wide": [asdict(x) for x in r.wide],
                 "sizes": dict(r.sizes), "refusals": [_refusal(x) for x in r.refusals],
             } for r in self.regions],
             "refusals": [_refusal(x) for x in self.refusals],
@@ -173,7 +177,8 @@ def describe(source: str, read: Program, compiled: Compiled, known: Mapping[str,
         source, read, compiled.program, (KernelText(compiled.kernel.name, compiled.kernel.source),),
         Passes(before.passes, after.passes),
         Traffic(spent.traffic, spent.compulsory, spent.levels), sizes, dict(known),
-        tuple(x for k in compiled.tiles.kernels for x in rounds(k, sizes, whole)), (before, after))
+        tuple(x for k in compiled.tiles.kernels for x in rounds(k, sizes, whole)), (before, after),
+        wide(compiled.program, sizes, machine))
 
 
 def _render(regions: Sequence[RegionReport], refusals: Sequence[Refused]) -> RenderableType:
@@ -204,6 +209,7 @@ def _render(regions: Sequence[RegionReport], refusals: Sequence[Refused]) -> Ren
         if first.traffic.levels and first.traffic.compulsory:
             parts.append(Text("over compulsory, by level: " + ", ".join(
                 f"{x.name} {x.traffic / first.traffic.compulsory:.2f}x" for x in first.traffic.levels)))
+        parts += [Text(f"tiles: {x.line(size_of)}") for x in first.wide]
         parts += [Text(f"rounds: {x.loop}: {x}") for x in first.rounds]
         parts += [Text(f"derived: {line}") for line in first.program.proofs]
         parts.append(Text(""))

@@ -106,14 +106,41 @@ class Recompute:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Input `at` names places of a dimension of `size` elements, from (inputs, sizes): 0 .. size - 1, from -size where
+    it wraps, or `ignored`."""
+
+    at: int
+    size: Extents
+    wraps: bool
+    ignored: int | None
+
+    def __call__(self, inputs: Tensors, sizes: Sequence[int]) -> None:
+        """Raises IndexError, as torch does, where a place does not exist."""
+        index = inputs[self.at]
+        if not index.numel():
+            return
+        (size,), (low, high) = self.size(inputs, sizes), torch.aminmax(index)
+        least = -size if self.wraps else 0
+        if low >= least and high < size:
+            return
+        bad = (index < least) | (index >= size)
+        if self.ignored is not None:
+            bad &= index != self.ignored
+        if bad.any():
+            raise IndexError(f"index {int(index[bad][0])} is out of bounds for a dimension of {size} elements")
+
+
+@dataclass(frozen=True)
 class Entry:
     """One registered region: how to allocate its outputs, which integers the kernel takes, and the kernel.
 
-    dims:    number of dimensions of each kernel input; inputs past these serve only the gradient.
+    dims:    number of dimensions of each kernel input; inputs past these serve only the gradient and the checks.
     shapes:  extents of each output, from (inputs, sizes); the fake and the real result both use it.
     order:   per output, its dims from slowest to fastest in memory; () = row-major.
     ints:    the integers that follow the tensors, from (inputs, sizes).
     work:    (extents, dtype) of each workspace tensor.
+    checks:  of index tensors, before every launch; checked: how many inputs, the last ones, are there for these only.
     """
 
     key: str
@@ -126,6 +153,8 @@ class Entry:
     ints: Extents
     work: tuple[tuple[Extents, torch.dtype], ...] = ()
     recompute: Recompute | None = field(default=None, compare=False)
+    checks: tuple[Check, ...] = ()
+    checked: int = 0
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -142,7 +171,7 @@ def registered(key: str) -> bool:
 
 def allocate(entry: Entry, inputs: Tensors, sizes: Sequence[Any]) -> list[torch.Tensor]:
     """Uninitialised outputs with exactly the strides of the real result; works on fake tensors too."""
-    like, outs = inputs[0], []
+    like, outs = inputs[0] if inputs else torch.empty(0), []
     for shape, dtype, order in zip(entry.shapes, entry.dtypes, entry.order, strict=True):
         extents = shape(inputs, sizes)
         if order:
@@ -161,10 +190,12 @@ def run(entry: Entry, inputs: Tensors, sizes: Sequence[int]) -> list[torch.Tenso
             break
     else:
         return outs
+    for check in entry.checks:
+        check(inputs, sizes)
     args = [t if n == 0 or t.stride(n - 1) == 1 else t.contiguous() for t, n in zip(inputs, entry.dims, strict=False)]
     args += outs
     for extents, dtype in entry.work:
-        args.append(inputs[0].new_empty(extents(inputs, sizes), dtype=dtype))
+        args.append(outs[0].new_empty(extents(inputs, sizes), dtype=dtype))
     entry.kernel(*args, *entry.ints(inputs, sizes))
     with _COUNTS.lock:
         _COUNTS.launches += entry.launches
@@ -182,14 +213,14 @@ def _call_fake(inputs: list[torch.Tensor], sizes: list[Any], key: str) -> list[t
 def _backward(grads: list[torch.Tensor], inputs: list[torch.Tensor], sizes: list[int], key: str,
               needs: list[bool]) -> list[torch.Tensor]:
     """Gradients for the inputs marked in `needs`, by recomputing the region through torch."""
-    recompute = _ENTRIES[key].recompute
+    recompute, given = _ENTRIES[key].recompute, len(inputs) - _ENTRIES[key].checked
     if recompute is None:
         raise Refusal("a region compiled without gradients was asked for them",
                       hint="compile under torch.enable_grad() with inputs that require grad")
     with _above_autograd(), torch.enable_grad():
         leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
         with _autocast(recompute.autocast):
-            outs = recompute.module(*leaves, *sizes)
+            outs = recompute.module(*leaves[:given], *sizes)
         pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
         found = torch.autograd.grad([o for o, _ in pairs], [t for t in leaves if t.requires_grad],
                                     [g.to(o.dtype) for o, g in pairs], allow_unused=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from memcomp.ir.cascade import Cascade, Knob
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Call, Const, Expr, Size
+from memcomp.ir.show import show_expr
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
 
@@ -65,7 +66,7 @@ def spell(x: Expr, found: Mapping[str, str]) -> str:
         return f"(-(-{a} // {b}))"
     if isinstance(x, Call) and x.op in ("max", "min"):
         return f"{x.op}({', '.join(spell(a, found) for a in x.args)})"
-    raise Refusal(f"an extent is not an expression over sizes: {x}")
+    raise Refusal(f"an extent is not an expression over sizes: {show_expr(x)}")
 
 
 def evaluate(x: Expr, sizes: Mapping[str, int]) -> int:

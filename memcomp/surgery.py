@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from memcomp.binding import DTYPES
+from memcomp.capture.lookups import Lookup, lookups
 from memcomp.capture.writes import memory, mutates, written
 from memcomp.ir.errors import Refusal
 
@@ -93,9 +94,32 @@ def _ancestors(region: Region) -> list[fx.Node]:
     return [n for n in region.outputs[0].graph.nodes if n in found]
 
 
-def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original | None) -> dict[fx.Node, fx.Node]:
+def checks(region: Region, extra: Original | None) -> tuple[tuple[fx.Node, ...], tuple[tuple[int, str, Lookup], ...]]:
+    """Index tensors that a call takes only to be looked at, after its other tensors; and for each lookup the position
+    of its index among them all and, as text over (t, s), the elements that it may name.
+
+    Raises Refusal where no tensor or size of the call shows how many they are.
+    """
+    found = lookups(_ancestors(region))
+    tensors = [*region.inputs, *(extra.extras if extra else ())]
+    more = tuple(dict.fromkeys(x.index for x in found if x.index not in tensors))
+    tensors += more
+    sizes = [*(n for _, n in region.sizes), *(extra.symbols if extra else ())]
+    shown = {str(n): f"t[{i}].shape[{d}]" for i, t in enumerate(tensors) for d, n in enumerate(example(t).shape)}
+    shown |= {str(example(n)): f"s[{k}]" for k, n in enumerate(sizes) if isinstance(n, fx.Node)}
+    out = []
+    for x in found:
+        size = example(x.read).shape[x.dim]
+        if not isinstance(size, int) and str(size) not in shown:
+            raise Refusal(f"{x.index} names one of {size} elements, which no input shows", region.source)
+        out.append((tensors.index(x.index), str(size) if isinstance(size, int) else shown[str(size)], x))
+    return more, tuple(out)
+
+
+def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original | None,
+                   checked: tuple[fx.Node, ...] = ()) -> dict[fx.Node, fx.Node]:
     """Call the kernel registered under `key` before the region's anchor, and drop the nodes that are dead then.
-    Returns what stands for each of the region's outputs now.
+    Returns what stands for each of the region's outputs now.  checked: of `checks`.
 
     Raises Refusal, with the graph unchanged, where the anchor is no such place: an input comes later, or something that
     the region reads is overwritten in between.
@@ -103,7 +127,7 @@ def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original
     graph = gm.graph
     extras = [*(extra.extras if extra else ())]
     sizes = [*(n for _, n in region.sizes), *(extra.symbols if extra else ())]
-    _check_place(region, [n for n in [*region.inputs, *extras, *sizes] if isinstance(n, fx.Node)])
+    _check_place(region, [n for n in [*region.inputs, *extras, *checked, *sizes] if isinstance(n, fx.Node)])
     made: dict[fx.Node, fx.Node] = {}
     dtypes = [DTYPES[t.dtype] for t in region.program.cascade.inputs()]
     results = [DTYPES[t.dtype] for t in region.program.cascade.outputs()]
@@ -112,6 +136,7 @@ def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original
         if extra is not None:
             tensors = [t if n in extra.flows or not _differentiable(n) else graph.call_method("detach", (t,))
                        for n, t in zip([*region.inputs, *extras], tensors, strict=True)]
+        tensors += checked
         call = graph.call_function(torch.ops.memcomp.call.default, (tensors, sizes, key))
         call.meta["example_value"] = [n.meta.get("example_value") for n in region.outputs]
         for i, (node, dtype) in enumerate(zip(region.outputs, results, strict=True)):

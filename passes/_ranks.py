@@ -7,10 +7,25 @@ from dataclasses import replace
 from itertools import count
 
 from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Reduce, Tensor
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, rebuild, transform, variables, walk
+from memcomp.ir.expr import (
+    Access,
+    Call,
+    Const,
+    Expr,
+    Size,
+    Var,
+    children,
+    rebuild,
+    substitute,
+    transform,
+    variables,
+    walk,
+)
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.simplify import Ranges, simplify
 from memcomp.passes._roles import product_operands
+
+_HERE = Var("here")  # stands for a variable in an index
 
 
 def ranges(c: Cascade) -> Ranges:
@@ -130,16 +145,16 @@ def join(c: Cascade) -> Cascade:
 
 
 def _share(c: Cascade, v: str, w: str) -> bool:
-    """Do two variables index one dimension of some tensor, and never appear together?"""
+    """Do two variables index one dimension of some tensor in the same way, and never appear together?"""
     spaces = [*(set(s.space()) for s in c.einsums), *({x.lower() for x in t.ranks} for t in c.tensors)]
     if any({v, w} <= space for space in spaces):
         return False
-    at: dict[str, set[tuple[str, int]]] = {v: set(), w: set()}
+    at: dict[str, set[tuple[str, int, Expr]]] = {v: set(), w: set()}
     for s in c.einsums:
         for a in (n for e in exprs(s) for n in walk(e) if isinstance(n, Access)):
             for d, i in enumerate(a.index):
-                if isinstance(i, Var) and i.name in at:
-                    at[i.name].add((a.tensor, d))
+                for x in variables(i) & at.keys():
+                    at[x].add((a.tensor, d, substitute(i, {Var(x): _HERE})))
     return bool(at[v] & at[w])
 
 
@@ -173,31 +188,66 @@ def split(c: Cascade) -> Cascade:
 
 def _divisor(c: Cascade, r: Rank) -> int | None:
     """The constant k of an index h//k, where it divides the extent and h%k is not read: elements are then shared by
-    groups of k.  (h//k together with h%k is unpacking, and a group inside a contraction is a scale: both stay.)"""
+    groups of k.  (h//k together with h%k is unpacking, and a group inside a contraction is a scale: both stay, but
+    where another reduction made the group's value or walks the same dimension, or a temporary is unpacked: then
+    statements can share ranks.)"""
     users = [s for s in c.einsums if r.var in s.space()]
     if r.iterative or r.extent is None or isinstance(r.extent, Knob) or any(indexed(s) for s in users):
         return None
     if any(r.var in variables(x.extent) for x in c.ranks if x.extent is not None and not isinstance(x.extent, Knob)):
         return None
-    found: set[int] = set()
-    for s in users:
-        for n in (n for e in exprs(s) for n in walk(e)):
-            if isinstance(n, Call) and n.op in ("floordiv", "mod") and n.args[0] == Var(r.var):
-                k = n.args[1]
-                if n.op == "mod" or (s.reduce is not None and r.var in s.reduce.over):
-                    return None
-                if isinstance(k, Const) and type(k.value) is int and k.value > 1:
-                    found.add(k.value)
+    parts = [(s, n) for s in users for e in exprs(s) for n in _parts(e, r.var)]
+    if not parts:
+        return None
+    summed = [s for s in users if s.reduce is not None and r.var in s.reduce.over]
+    again = users == summed and any(
+        _parts(i, r.var) and (_reduced(c, n.tensor) or _walked(c, n.tensor, d, i))
+        for s in summed for e in exprs(s) for n in walk(e) if isinstance(n, Access) for d, i in enumerate(n.index))
+    again = again or any(_unpacked(c, n, r.var) for s in users for n in s.accesses())
+    if not again and any(n.op == "mod" or s in summed for s, n in parts):
+        return None
+    found = {k.value for _, n in parts if isinstance(k := n.args[1], Const) and type(k.value) is int and k.value > 1}
     fits = [k for k in sorted(found) if simplify(Call("mod", (r.extent, Const(k)))) == Const(0)]
-    return fits[0] if fits else None
+    return fits[-1 if again else 0] if fits else None
+
+
+def _parts(e: Expr, var: str) -> list[Call]:
+    """`h//k` and `h%k` in an expression."""
+    return [n for n in walk(e) if isinstance(n, Call) and n.op in ("floordiv", "mod") and n.args[0] == Var(var)]
+
+
+def _unpacked(c: Cascade, a: Access, var: str) -> bool:
+    """Is a temporary read at `h//k` and `h%k`: are its own two ranks those of h?"""
+    parts = [i for i in a.index if isinstance(i, Call) and i.op in ("floordiv", "mod") and i.args[0] == Var(var)]
+    return c.temporary(a.tensor) and len({i.op for i in parts}) == 2 and len({i.args[1] for i in parts}) == 1
+
+
+def _walked(c: Cascade, tensor: str, d: int, part: Expr) -> bool:
+    """Is the part `h%k` of a variable what a reduction runs over in the same dimension elsewhere?"""
+    return isinstance(part, Call) and part.op == "mod" and any(
+        isinstance(i, Var) and i.name in s.reduce.over and c.rank(i.name.upper()).extent == part.args[1]
+        for s in c.einsums if s.reduce is not None
+        for i in (a.index[d] for a in s.accesses() if a.tensor == tensor))
+
+
+def _reduced(c: Cascade, tensor: str) -> bool:
+    """Is the tensor a temporary made by reductions or from what they made?"""
+    todo, seen = [tensor], set[str]()
+    while todo:
+        for s in c.writers(todo.pop()):
+            if s.reduce is not None:
+                return True
+            todo += s.reads() - seen
+            seen |= s.reads()
+    return False
 
 
 def _split(c: Cascade, r: Rank, k: int) -> Cascade:
     assert r.extent is not None and not isinstance(r.extent, Knob)
     many = simplify(Call("floordiv", (r.extent, Const(k))))
-    outer = _outer(c, r, k, many)
-    inner = fresh_rank(c, "G", {outer.name})
-    g = Rank(inner, Const(k))
+    outer = _known(c, r, Call("floordiv", (Var(r.var), Const(k))), many, "J", set())
+    g = _known(c, r, Call("mod", (Var(r.var), Const(k))), Const(k), "G", {outer.name})
+    inner = g.name
     dims = dimensions(c, r.var)
     dims = {n: at for n, at in dims.items() if _plainly_read(c, n, at, r.var)}
     pair = (Var(outer.var), Var(g.var))
@@ -224,7 +274,7 @@ def _split(c: Cascade, r: Rank, k: int) -> Cascade:
         statements.append(new)
     declared = (*c.tensors, *_kept(c, r, dims))
     tensors = tuple(_split_dims(t, dims.get(t.name, set()), outer.name, inner) for t in declared)
-    ranks = [x for x in c.ranks if x.name != outer.name]
+    ranks = [x for x in c.ranks if x.name not in (outer.name, inner)]
     at = ranks.index(r)
     ranks[at + 1:at + 1] = [outer, g]
     out = pruned(Cascade(tuple(ranks), tensors, tuple(statements)), {r.name})
@@ -250,10 +300,10 @@ def _plainly_read(c: Cascade, name: str, at: set[int], var: str) -> bool:
                if isinstance(n, Access) and n.tensor == name for d in at)
 
 
-def _outer(c: Cascade, r: Rank, k: int, many: Expr) -> Rank:
-    """The rank of the dimension that h//k indexes, where it has that extent and h's statements do not use it."""
+def _known(c: Cascade, r: Rank, part: Expr, extent: Expr, stem: str, taken: set[str]) -> Rank:
+    """The rank of the dimension that a part of h (`h//k`, `h%k`) indexes, where it has that extent and h's statements
+    do not use it; else a new one."""
     busy = {v for s in c.einsums if r.var in s.space() for v in s.space()}
-    part = Call("floordiv", (Var(r.var), Const(k)))
     for s in c.einsums:
         for e in exprs(s):
             for n in walk(e):
@@ -261,9 +311,10 @@ def _outer(c: Cascade, r: Rank, k: int, many: Expr) -> Rank:
                     continue
                 for i, name in zip(n.index, _dims(c, n.tensor), strict=False):
                     have = c.rank(name)
-                    if i == part and have.var not in busy and have.extent == many and not have.iterative:
+                    if (i == part and have.name not in taken and have.var not in busy and have.extent == extent
+                            and not have.iterative):
                         return have
-    return Rank(fresh_rank(c, "J", set()), many)
+    return Rank(fresh_rank(c, stem, taken), extent)
 
 
 def _dims(c: Cascade, tensor: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from memcomp.ir.cascade import Cascade, Einsum, Knob
@@ -93,13 +94,34 @@ def shared(c: Cascade, loop: list[Einsum], var: str) -> tuple[str, ...]:
     """Variables of which every task of a loop over `var` has its own values: those of all carried tensors, but for
     short ones that some product of the loop lacks (a task for each would compute that product again).
 
-    A carried temporary that lacks some of them is computed by every task anew, if it is small beside the others."""
+    A carried temporary that lacks some of them is computed by every task anew, if it is small beside the others.  What
+    is joined after the loop over a short one (groups of a sum) stays with one task where its tiles are no larger than
+    a row of features may be, and other variables are left to run in parallel."""
     mine = c.once(carried)
     states = [e for e in loop if any(n in mine and mine[n][1] is e and mine[n][0] == var for n in e.names)]
     products = [set(out_vars(e)) for e in loop if product_operands(e)]
     again = _repeatable(c, states, var)
     points = common([e for e in states if e not in again] or loop)
-    return tuple(v for v in points if v != var and (not whole(c, v) or all(v in p for p in products)))
+    own = tuple(v for v in points if v != var and (not whole(c, v) or all(v in p for p in products)))
+    joined = _joined(c, loop, var) if any(whole(c, v) for v in own) else set()
+    rest = tuple(v for v in own if v not in joined)
+    sizes = [math.prod(largest(c, v.upper()) or HELD for v in set(out_vars(e)) - {var, *rest}) for e in states]
+    return rest if rest and max(sizes, default=0) <= HELD else own
+
+
+def _joined(c: Cascade, loop: list[Einsum], var: str) -> set[str]:
+    """Short variables over which what a loop leaves is summed after it, but for shares of the loop's own rank."""
+    steps = c.rank(var.upper()).extent
+    shares = set[str]()
+    if steps is not None and not isinstance(steps, Knob):
+        shares = {n.rank.lower() for n in walk(steps) if isinstance(n, Size)}
+    mine, inside = {n for e in loop for n in e.names}, {id(e) for e in loop}
+    out: set[str] = set()
+    for e in c.einsums:
+        if id(e) not in inside and e.reads() & mine and not any(c.rank(v.upper()).iterative for v in e.space()):
+            mine |= set(e.names)
+            out |= {v for v in (e.reduce.over if e.reduce else ()) if whole(c, v) and v not in shares}
+    return out
 
 
 def _repeatable(c: Cascade, states: list[Einsum], var: str) -> list[Einsum]:

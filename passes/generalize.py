@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from memcomp.ir.cascade import Cascade, Einsum, extent_of
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, substitute, variables, walk
 from memcomp.ir.program import Program
 from memcomp.ir.simplify import linear, simplify
-from memcomp.passes._roles import HELD, accesses, out_vars, product_operands
+from memcomp.passes._roles import HELD, WHOLE, accesses, out_vars, product_operands
 
 SMALL = 8  # a group of at most so many rows stays a number: it is unrolled
 FEATURES = HELD  # a contraction of at most so many terms stays a number: it is a tile
@@ -18,8 +19,9 @@ FEATURES = HELD  # a contraction of at most so many terms stays a number: it is 
 def generalize(program: Program) -> Program:
     """Ranks that run in parallel or are streamed lose their number; what shapes the code keeps it.
 
-    Kept: contractions, features of a result that other statements lack, small groups, and every rank whose number an
-    index relies on.  Where an index ties ranks together (`j*3 + g`) the outer one is derived from the others.
+    Kept: contractions, features of a result that other statements lack, small groups, groups of one sum, what a chain
+    of reductions runs over beside a longer rank, and every rank whose number an index relies on.  Where an index ties
+    ranks together (`j*3 + g`) the outer one is derived from the others.
 
     before:
         program p
@@ -93,11 +95,16 @@ def _free(c: Cascade) -> set[str]:
     made = {v for e in c.einsums for v in out_vars(e)}
     reduced = {v for e in c.einsums for v in (e.reduce.over if e.reduce else ())}
     sums = [(e, set(e.reduce.over)) for e in c.einsums if e.reduce]
-    inner = {v for e, over in sums if set(out_vars(e)) & (reduced - over) for v in over}  # makes what others walk
+    kinds = {(frozenset(out_vars(e)), frozenset(over)) for e, over in sums}  # alike in every layer
+    inner = {v for outs, over in kinds for _, more in kinds if outs & (more - over) for v in over - more}
+    parts = _parts(kinds)
+    beside = _beside(c, sums)
+    # inner: of what makes what others walk
     products = inner | {v for e, over in sums if product_operands(e) for v in over}
     products -= {v for e, over in sums if not product_operands(e) for v in over - inner}  # a chain of reductions
     guarded = {v for e in c.einsums for g in e.guards() for v in variables(g)}
-    streamed = {v for v in reduced if v in made or v not in products or (extent_of(c, v.upper()) or 0) > FEATURES}
+    streamed = {v for v in reduced - parts
+                if v in made or v not in products or (extent_of(c, v.upper()) or 0) > FEATURES}
     core = [e for e in c.einsums if e.reduce and (set(e.reduce.over) & streamed or product_operands(e))] or list(
         c.einsums
     )
@@ -108,10 +115,34 @@ def _free(c: Cascade) -> set[str]:
     out = set()
     for r in sorted(fixed):
         v, n = r.lower(), extent_of(c, r) or 0
+        if v in parts and n <= WHOLE or v in beside and n <= HELD:
+            continue
         iterated = v in made | reduced
         if not iterated or v in streamed or (v in shared and not (v in rows and n <= SMALL and v not in guarded)):
             out.add(r)
     return out
+
+
+def _parts(kinds: Collection[tuple[frozenset[str], frozenset[str]]]) -> set[str]:
+    """Variables that are summed only together with what was reduced for each of them before: groups of one sum, each
+    of which is finished with its own values and then joined.  kinds: variables of results, and those reduced."""
+    found = {v for outs, over in kinds for _, more in kinds if over & more for v in outs & more}
+    return {v for v in found if all(v not in more or any(v in outs and over & more for outs, over in kinds)
+                                    for _, more in kinds)}
+
+
+def _beside(c: Cascade, sums: list[tuple[Einsum, set[str]]]) -> set[str]:
+    """Of ranks that a chain of reductions runs over together all but the longest, which is the one to be streamed."""
+    again: set[str] = set()
+    for v in {v for _, over in sums if len(over) > 1 for v in over}:
+        late: set[str] = set()
+        for e in c.einsums:
+            mine = e.reduce is not None and v in e.reduce.over
+            waits = bool(e.reads() & late)
+            again |= {v} if mine and waits else set()
+            late |= set(e.names) if mine or waits else set()
+    together = [sorted(over & again, key=lambda v: extent_of(c, v.upper()) or math.inf) for _, over in sums]
+    return {v for vs in together for v in vs[:-1]}
 
 
 def _rows(core: list[Einsum], streamed: set[str], shared: set[str]) -> set[str]:

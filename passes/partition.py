@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from memcomp.ir import flow
@@ -10,7 +11,8 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, substitute, variables
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Group, Program
-from memcomp.passes._roles import common, largest, out_vars, product_operands, shared, whole
+from memcomp.ir.target import BYTES, target
+from memcomp.passes._roles import WHOLE, carried, common, largest, out_vars, product_operands, shared, whole
 
 ROWS = 32  # row ranks of at most so many points together stay whole tile dims
 
@@ -23,6 +25,10 @@ def partition(program: Program, *, lanes: int = 16) -> Program:
     Row ranks are those that some streamed operand of a product lacks (queries: a key row serves all of them).  A long
     row rank is cut and laid across the lanes, so that elements of the streamed operands are broadcast; short ones stay
     in the tile, so that each streamed row is read once for all of them.  Other ranks run in parallel.
+
+    A long rank of a running state that the others lack (the features of a value) is a dim of the tile.  Where that is
+    more than the cache nearest to the registers holds, the rank gets a knob: whole, or in tiles that run in parallel,
+    each of which makes the other states (the scores) anew.  The cost model charges for that and chooses.
 
     before:
         program p
@@ -96,12 +102,28 @@ class _Mapper:
                 if points <= ROWS:
                     held.append(x)
         space = tuple(f"{x.upper()}1" if x == cut else x.upper() for x in own if x not in held)
-        if not cut:
-            return replace(g, space=space, loop_order=(v.upper(),))
-        size = Knob(f"{cut}0", (self.lanes, 2 * self.lanes, 4 * self.lanes))
-        return replace(
-            g, partition=((cut.upper(), size),), space=space, loop_order=(v.upper(),), lane=f"{cut.upper()}0"
-        )
+        parts: tuple[tuple[str, Expr | Knob], ...] = ()
+        if cut:
+            parts = ((cut.upper(), Knob(f"{cut}0", (self.lanes, 2 * self.lanes, 4 * self.lanes))),)
+        points = self.lanes if cut else math.prod(largest(c, x.upper()) or 1 for x in held)
+        if wide := self._wide(c, members, v, own, points):
+            parts = (*parts, (wide, Knob(f"{wide.lower()}0", tiles_of(largest(c, wide) or 1, self.lanes))))
+            space = (*space, f"{wide}1")  # the last: what its tiles share is read again while it is near
+        lane = f"{cut.upper()}0" if cut else None
+        return replace(g, partition=parts, space=space, loop_order=(v.upper(),), lane=lane)
+
+    def _wide(self, c: Cascade, members: list[Einsum], v: str, own: tuple[str, ...], points: int) -> str:
+        """The rank whose tiles may run in parallel: a tile of a state over it and `points` points of rows is large."""
+        if not self.program.target:
+            return ""  # nothing says how much fits
+        mine = c.once(carried)
+        states = [e for e in members if any(n in mine and mine[n][1] is e and mine[n][0] == v for n in e.names)]
+        fixed = {v, *own, *(x for e in members if e.reduce for x in e.reduce.over)}
+        extents = {x: largest(c, x.upper()) or 0 for e in states for x in out_vars(e) if x not in fixed}
+        levels = target(self.program.target).levels
+        room = levels[min(1, len(levels) - 1)].bytes
+        found = [x for x, n in extents.items() if points * n * BYTES["f32"] > room and self._free(c, x)]
+        return max(found, key=extents.__getitem__).upper() if found else ""
 
     def _free(self, c: Cascade, var: str) -> bool:
         """May the rank be cut: are the names of its parts free?"""
@@ -168,9 +190,10 @@ class _Mapper:
         """One long reduced rank whose parts have free names: several become one, a taken name gets a new one."""
         if len(long) == 1 and self._free(c, long[0]):
             return c, members
-        e = members[0]
-        if len(members) > 1 or e.reduce is None or not MONOIDS[e.reduce.monoid].join:
-            raise Refusal(f"{e.out.tensor} reduces over {_names(long)}", "", "a kernel streams one rank")
+        walks = [(e, e.reduce) for e in members if e.reduce is not None]
+        for e, reduce in walks:  # together, or not at all: statements of one kernel stay in step
+            if not MONOIDS[reduce.monoid].join or {*reduce.over} & {*long} not in ({*long}, set()):
+                raise Refusal(f"{e.out.tensor} reduces over {_names(long)}", "", "a kernel streams one rank")
         taken = {r.name for r in c.ranks}
         name = next(
             n
@@ -183,21 +206,33 @@ class _Mapper:
             part: Expr = flat if extent is None else call("floordiv", flat, extent)
             extent = Size(x.upper()) if extent is None else call("mul", extent, Size(x.upper()))
             table[Var(x)] = part if x == long[0] else call("mod", part, Size(x.upper()))
-        over = tuple(v for v in e.reduce.over if v not in long)
-        new = replace(
-            e,
-            body=substitute(e.body, table),
-            guard=None if e.guard is None else substitute(e.guard, table),
-            reduce=replace(e.reduce, over=(name.lower(), *over)),
-        )
-        rest = list(c.einsums)
-        rest[where[0]] = new
         bounds = [c.rank(x.upper()).extent for x in long]
         if any(isinstance(b, Call | Access) and reads(b) for b in bounds):
             raise Refusal(
-                f"{e.out.tensor} reduces over several ranks, one of them ragged", "", "a kernel streams one rank"
+                f"{walks[0][0].out.tensor} reduces over several ranks, one of them ragged",
+                "",
+                "a kernel streams one rank",
             )
-        return replace(c, ranks=(*c.ranks, Rank(name, extent)), einsums=tuple(rest)), [new]
+
+        def walked(e: Einsum) -> Einsum:
+            if e.reduce is None or not {*e.reduce.over} & {*long}:
+                return e
+            over = (name.lower(), *(v for v in e.reduce.over if v not in long))
+            guard = None if e.guard is None else substitute(e.guard, table)
+            return replace(e, body=substitute(e.body, table), guard=guard, reduce=replace(e.reduce, over=over))
+
+        rest, new = list(c.einsums), [walked(e) for e in members]
+        for k, e in zip(where, new, strict=True):
+            rest[k] = e
+        return replace(c, ranks=(*c.ranks, Rank(name, extent)), einsums=tuple(rest)), new
+
+
+def tiles_of(extent: int, lanes: int) -> tuple[int, ...]:
+    """Sizes that a wide rank may be cut into: halves of halves of it down to what is no wide rank, and the whole."""
+    found = [extent]
+    while found[-1] > WHOLE:
+        found.append(-(-found[-1] // (2 * lanes)) * lanes)
+    return tuple(sorted(found[:-1] if found[-1] < WHOLE else found))
 
 
 def _places(c: Cascade) -> dict[str, list[int]]:

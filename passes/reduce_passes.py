@@ -7,7 +7,7 @@ from memcomp.ir.errors import OptionError, nearest
 from memcomp.ir.program import Program
 from memcomp.passes.derive.stream import Refused, refusals, streamed
 
-__all__ = ["Refused", "reduce_passes", "refusals"]
+__all__ = ["Refused", "reduce_passes", "refusals", "weighted_frames"]
 FRAMES = ("first", "running")
 
 
@@ -64,6 +64,11 @@ def reduce_passes(program: Program, *, splits: int | Knob | None = None, tile: t
     if not tile or min(tile) < 1 or (isinstance(splits, int) and splits < 1):
         raise OptionError("tile sizes and splits are at least 1", hint=f"given: tile={tile}, splits={splits}")
     return streamed(program, splits, tile, frame, weighted, ranks)
+
+
+def weighted_frames(program: Program) -> bool:
+    """Do the program's proofs name a frame at a weighted mean, so that `weighted=False` gives it another form?"""
+    return any("weighted gauge" in p for p in program.proofs)
 
 
 _MOST = 1 << 15  # elements of a tile of rows (128 KiB of f32), two of which are alive

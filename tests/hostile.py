@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-EPS = 2.0**-23
+from tests.rows import EPS, bound
+
 SPACING = 2.0**-149  # of denormals
+SMALLEST = 2.0**-126  # normal number: below it a kernel may write 0
+COPIES = 7
 
 
 def leaves(x: Any) -> list[Tensor]:
@@ -56,41 +59,45 @@ def hostile(args: Sequence[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
             yield "one key or one document", changed(torch.ones_like(t))
 
 
-def wrong(fn: Callable[..., Any], args: Sequence[Tensor], got: Any) -> list[str]:
+def wrong(fn: Callable[..., Any], args: Sequence[Tensor], got: Any, copies: int = COPIES) -> list[str]:
     """What is wrong with `got` for fn(*args) in fp32: a NaN that the function as written has not, an infinity that
-    float64 has not, or a row further from float64 than twice the most of: the error of the function as written, what
-    two roundings of each input move, and four roundings of the sum of absolute terms (args[2] holds what is added)."""
-    def wide(t: Tensor) -> Tensor:
-        return t.double() if t.is_floating_point() else t
+    float64 has not, or a row further from float64 than `rows.bound` (the last dim of a matrix, and of what has as many
+    dims as the first argument, is a row; of others, such as a number a query, every element is one).
 
+    copies: how many times the data are moved by a last place or two to see what the function as written loses.
+    """
     random = torch.Generator().manual_seed(1)
 
-    def rounded(t: Tensor) -> Tensor:
+    def moved(t: Tensor) -> Tensor:
         if not t.is_floating_point():
             return t
         return t + (2 * EPS * t.abs() + SPACING) * torch.randn(t.shape, generator=random, dtype=t.dtype)
 
-    own, exact = leaves(fn(*args)), leaves(fn(*map(wide, args)))
-    terms = leaves(fn(*(wide(t).abs() if n == 2 and t.is_floating_point() else wide(t) for n, t in enumerate(args))))
-    moved = [leaves(fn(*(rounded(wide(t)) for t in args))) for _ in range(4)]
+    def wide(t: Tensor) -> Tensor:
+        return t.double() if t.is_floating_point() else t
+
+    draws = [list(args), *([moved(t) for t in args] for _ in range(copies))]
+    naive = [(leaves(fn(*a)), leaves(fn(*map(wide, a)))) for a in draws]
+    own, exact = naive[0]
     out = []
     for n, (a, b, x) in enumerate(zip(leaves(got), own, exact, strict=True)):
         if (bad := a.isnan() & ~b.isnan()).any():
             out.append(f"output {n}: {int(bad.sum())} NaNs where the function has none")
         if (bad := a.isinf() & x.isfinite() & b.isfinite()).any():
             out.append(f"output {n}: {int(bad.sum())} infinities")
-        width = x.shape[-1] if x.ndim == 4 else 1
+        width = x.shape[-1] if x.ndim in (2, args[0].ndim) else 1
 
-        def rows(t: Tensor, x: Tensor = x, a: Tensor = a, b: Tensor = b, width: int = width) -> Tensor:
-            sure = x.isfinite() & b.isfinite() & a.isfinite()
-            return torch.where(sure, (t.double() - x).abs(), 0.0).reshape(-1, width).amax(-1)
+        def rows(t: Tensor, x: Tensor, width: int = width) -> Tensor:
+            """The largest error of each row, where both are finite."""
+            off = torch.where(x.isfinite() & t.isfinite(), (t.double() - x).abs(), 0.0)
+            return off.reshape(-1, width).amax(-1)
 
-        size = torch.maximum(x.abs(), terms[n].abs())
-        scale = torch.where(size.isfinite(), size, 0.0).reshape(-1, width).amax(-1)
-        allowed = 2 * torch.stack([rows(b), *(rows(m[n]) for m in moved), 4 * EPS * scale]).amax(0)
-        least = float(scale.max()) * EPS + 1.2e-38
-        if (bad := rows(a) > allowed + least).any():
-            k = int((rows(a) / (allowed + least)).argmax())
-            out.append(f"output {n}: {int(bad.sum())} rows, the worst {rows(a)[k]:.1e} against {allowed[k]:.1e} "
-                       f"(as written {rows(b)[k]:.1e})")
+        largest = torch.where(x.isfinite(), x.abs(), 0.0).reshape(-1, width).amax(-1)
+        lost = torch.stack([rows(t[n], w[n]) for t, w in naive]).amax(0)
+        allowed = bound(lost, largest) + SMALLEST
+        off = rows(torch.where(b.isfinite(), a, float("nan")), x)
+        if (bad := off > allowed).any():
+            k = int((off / allowed).argmax())
+            out.append(f"output {n}: {int(bad.sum())} rows, the worst {off[k]:.1e} against {allowed[k]:.1e} "
+                       f"(as written {lost[k]:.1e}, largest {largest[k]:.1e})")
     return out

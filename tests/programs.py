@@ -159,7 +159,8 @@ def arrays(program: Program, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
 _LOWER = st.from_regex(r"[a-z][a-z0-9_]{0,3}", fullmatch=True).filter(lambda s: s not in RESERVED)
 _UPPER = _LOWER.map(str.upper)
 _TENSOR = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,3}'?", fullmatch=True)
-_CONST = st.one_of(st.booleans(), st.integers(), st.floats(), st.sampled_from([0.0, -0.0, 1e300, -1.5])).map(Const)
+_INTEGERS = st.integers(-(2**63), 2**63 - 1)
+_CONST = st.one_of(st.booleans(), _INTEGERS, st.floats(), st.sampled_from([0.0, -0.0, 1e300, -1.5])).map(Const)
 
 
 def _calls(e: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:

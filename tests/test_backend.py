@@ -362,7 +362,7 @@ def test_what_is_overwritten_in_between_is_not_moved_across() -> None:
 
 
 @pytest.mark.parametrize("options", [{"tarqet": "cpu"}, {"rest": "nothing"}, {"target": "z80"}, {"strict": "yes"},
-                                     {"tune": "please"}, {"rest_options": 3}])
+                                     {"tune": "please"}, {"rest_options": 3}, {"dump": "captur"}, {"dump": 3}])
 def test_wrong_options_are_three_lines(options: dict[str, Any]) -> None:
     with pytest.raises(memcomp.OptionError) as caught:
         memcomp.compile(causal, **options)
@@ -412,6 +412,26 @@ def test_gradients_through_regions_that_feed_each_other(fn: Callable[..., Tensor
     for got, want in zip(grads(compiled(fn, chains="all")), grads(fn), strict=True):
         torch.testing.assert_close(got, want)
     assert not memcomp.stats()["fallbacks"] and memcomp.stats()["regions"]
+
+
+@pytest.mark.parametrize("never", [float("inf"), float("nan")])
+def test_a_number_that_is_not_finite_counts_only_where_it_is_chosen(never: float) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = (q @ k.mT).softmax(-1)
+        return p @ v + torch.where(p < 0, never, p * 2).sum(-1, keepdim=True)
+
+    agrees(fn, *qkv())
+
+
+@pytest.mark.parametrize("over", [(0, 1, 2), (0, 2), (1, 2)])
+def test_a_side_result_that_no_kernel_gives_leaves_the_attention_its_kernel(over: tuple[int, ...]) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        p = (q @ k.mT).softmax(-1)
+        return p @ v, -(p * (p + 1e-9).log()).sum(-1).mean(over)
+
+    inputs = qkv(batch=2, queries=5)
+    torch.testing.assert_close(compiled(fn)(*inputs), fn(*inputs))
+    assert memcomp.stats()["regions"] == 1 and not memcomp.stats()["fallbacks"]
 
 
 def test_a_region_reads_what_another_made() -> None:

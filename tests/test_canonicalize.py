@@ -139,3 +139,41 @@ O[m] = T[m, 0]
     verify(made)
     c = np.random.default_rng(0).standard_normal((5, 2))
     assert np.array_equal(interpret(made, {"C": c})["O"], interpret(program, {"C": c})["O"])
+
+
+FLAT = """program p
+rank P
+rank C = 8
+rank M = 5
+rank H = 2
+rank K = 4
+rank L = 40
+rank F
+in X[P, C, M]: f32
+in W[F, L]: f32
+in Z[H]: f32
+out O[P, F]: f32
+out N[P]: f32
+T[p, h] = {group}
+O[p, f] = sum{{l}} (X[p, l//5, l%5] - T[p, l//20]) * W[f, l]
+"""
+
+
+def test_a_product_over_groups_that_were_reduced_shares_their_ranks() -> None:
+    """The features of a row, one after the other, and the mean of a group of them: one sum over groups, channels and
+    points, so that both walk the same ranks."""
+    summed = "sum{k, m} X[p, h*4 + k, m]\nN[p] = max{h} T[p, h]"
+    program = parse(FLAT.format(group=summed))
+    new = canonicalize(program)
+    product = next(s for s in new.cascade.einsums if s.names == ("O",))
+    mean = next(s for s in new.cascade.einsums if s.names == ("T",))
+    assert product.reduce is not None and mean.reduce is not None
+    assert len(product.reduce.over) == 3 and set(mean.reduce.over) < set(product.reduce.over)
+    assert not any(isinstance(n, Call) and n.op in ("floordiv", "mod") for n in walk(product.body))
+    rng = np.random.default_rng(0)
+    x = {"X": rng.standard_normal((3, 8, 5)), "W": rng.standard_normal((6, 40)), "Z": rng.standard_normal(2)}
+    for name, want in interpret(program, x).items():
+        np.testing.assert_allclose(interpret(new, x)[name], want, rtol=1e-12)
+    given = canonicalize(parse(FLAT.format(group="Z[h] * X[p, h, 0]\nN[p] = max{h} T[p, h]")))
+    product = next(s for s in given.cascade.einsums if s.names == ("O",))
+    assert product.reduce is not None and len(product.reduce.over) == 1, "a scale is no reduction: nothing to share"

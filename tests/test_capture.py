@@ -271,6 +271,22 @@ def lower_only(s: torch.Tensor) -> torch.Tensor:
     return s.masked_fill(torch.tril(torch.ones(P, P)) == 0, -INF)
 
 
+def by_method(s: torch.Tensor) -> torch.Tensor:
+    return s.where(causal(*s.shape[-2:]), -INF)
+
+
+def small_integers(s: torch.Tensor) -> torch.Tensor:
+    """Integers of 8 bits that wrap around, when converted and when computed with."""
+    n = torch.arange(s.shape[-1])
+    wrapped = (n * 100).to(torch.int8), n.to(torch.uint8) - 3, -((n - 128).to(torch.int8))
+    return s + sum(w.double() for w in wrapped) / 100
+
+
+def either(s: torch.Tensor) -> torch.Tensor:
+    n = torch.arange(s.shape[-1])
+    return s.masked_fill(torch.maximum(n > n[:, None], n == 0), -1e3)
+
+
 def bias_of(make: Callable[..., torch.Tensor], **kw: Any) -> Callable[..., torch.Tensor]:
     """`written` with a bias made inside the traced function (from the mask argument, if there is one)."""
     return lambda q, k, v, *mask: written(q, k, v, bias=make(*mask), **kw)
@@ -318,6 +334,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], str]] = {
     "written float mask": (bias_of(lambda m: m), (*data(), FLOAT), "bias"),
     "written softcap": (bias_of(lambda: lowest(causal(P, P)), change=softcap), data(), "tanh"),
     "written tril": (lambda q, k, v: written(q, k, v, change=lower_only), data(), "where m <= p"),
+    "written where method": (lambda q, k, v: written(q, k, v, change=by_method), data(), "where m <= p"),
+    "written small integers": (lambda q, k, v: written(q, k, v, change=small_integers), data(), "% 256"),
+    "written remainder": (lambda q, k, v: written(q, k, v, change=lambda s: s + s % 0.25 + s // 2), data(), "floor("),
+    "written greatest of truths": (lambda q, k, v: written(q, k, v, change=either), data(), "m == 0"),
     "written window": (bias_of(lambda: lowest(causal(P, P) & ~causal(P, P).tril(-3))), data(), "m <= p"),
     "written flat": (flat, data(), "K[b, h//3, m, e]"),
     "written pieces": (pieces, data(), "where m <= p"),
@@ -332,6 +352,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...], str]] = {
     "two score parts": (two_scores, HEADS, ""),
     "weights used too": (weights_too, HEADS, "out O0[B, H, P, M]"),
     "weights used twice": (weights_twice, HEADS, ""),
+    "weights used where not a number": (lambda q, k, v: (lambda p: p @ v + torch.xlogy(p, p).sum(-1, keepdim=True))(
+        (q @ k.mT).softmax(-1)), HEADS, "nan"),
     "log-sum-exp": (by_log_sum, HEADS, ""),
 }
 
@@ -443,6 +465,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "dropout in sdpa": (lambda q, k, v: SDPA(q, k, v, dropout_p=0.5), "dropout is active"),
     "scan between": (scan_between, "cumsum stands between"),
     "scan beside": (scan_beside, "cumsum stands between"),
+    "remainder": (lambda q, k, v: ((q @ k.mT) % 0.1).softmax(-1) @ v, "exact only by a power of two"),
+    "bits": (lambda q, k, v: (q @ k.mT).view(dtype=torch.int64).double().softmax(-1) @ v, "view as another dtype"),
     "input written inside": (written_inside, "is written while the region would read it"),
 }
 
@@ -458,6 +482,18 @@ def test_refused(name: str) -> None:
         return
     assert not regions and len(refused) == 1 and why in refused[0].why
     assert __file__.rpartition("/")[2] in refused[0].where
+
+
+def test_norms_of_matrices_and_the_greatest_of_long_integers_stay() -> None:
+    """A matrix's norm is not that of its elements, and a running maximum is a real number of 24 bits."""
+    x = torch.randn(5, 4)
+    for ord, many in ((None, 1), (2, 0), (1, 0), (INF, 0)):
+        found = capture(lambda x, p=ord: x / torch.linalg.norm(x, p), x, level="export")
+        assert len(find_regions(found, "all")[0]) == many
+    for dtype, many in ((torch.int64, 0), (torch.int32, 0), (torch.int16, 1), (torch.bool, 1)):
+        found, _ = dynamo(lambda n, x: (x * n.amax(-1, keepdim=True)).sum(-1), (x.to(dtype), x))
+        regions, _ = find_regions(found, "all")
+        assert sum("max" in str(r.program) or "or{" in str(r.program) for r in regions) == many
 
 
 def test_linear_layers_stay() -> None:

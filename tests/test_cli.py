@@ -116,7 +116,8 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("argv", [
     ["show", "missing.mc"], ["show", "no_such_module:f"], ["show", "users_code:missing"], ["show", "users_code:wrong"],
     ["show", "users_code:plain"], ["show", "bad.mc"], ["show", "bad.pt2"], ["show", "bad.json"], ["show", "bad.txt"],
-    ["show", "deep.mc"], ["show", "binary.mc"],
+    ["show", "deep.mc"], ["show", "binary.mc"], ["show", "x" * 5000], ["show", "users_code:PROGRAM"], ["show", ":f"],
+    ["show", "no module:f"], ["cost", "weigh.mc", "--size", "M=" + "9" * 30], ["cost", "weigh.mc", "--size", "M=²"],
     ["opt", "weigh.mc", "--dump-after", "nowhere"], ["cost", "weigh.mc", "--size", "M"],
     ["cost", "weigh.mc", "--size", "Z=3"], ["emit", "weigh.mc", "--target", "z80"],
     ["emit", "weigh.mc", "--backend", "fortran"], ["show", "weigh.mc", "-o", "no/such/folder/x.mc"],
@@ -135,6 +136,33 @@ def test_bad_input_is_an_error_and_two(capsys: pytest.CaptureFixture[str], tmp_p
     assert sorted(tmp_path.rglob("*.mc")) == before
 
 
+@pytest.mark.parametrize("error", [RecursionError("too deep"), MemoryError()])
+def test_a_machine_that_is_too_small_is_an_error(capsys: pytest.CaptureFixture[str], program: str, error: Exception,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("memcomp.__main__.read", fail)
+    code, out, err = run(capsys, "show", program)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 3
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(capsys: pytest.CaptureFixture[str], program: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path(program).read_text()
+    plain = run(capsys, "show", program)
+    Path(program).write_text(text, encoding="utf-8-sig")
+    assert run(capsys, "show", program) == plain
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff" + text))
+    assert run(capsys, "show", "-") == plain
+
+
+def test_stdin_that_is_no_text_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    code, out, err = run(capsys, "show", "-")
+    assert (code, out) == (2, "") and err.startswith("error: cannot read -")
+
+
 def test_an_interrupted_command_is_one_line(capsys: pytest.CaptureFixture[str], program: str, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
@@ -144,6 +172,14 @@ def test_an_interrupted_command_is_one_line(capsys: pytest.CaptureFixture[str], 
     code, out, err = run(capsys, "show", program, "-o", str(tmp_path / "out.mc"))
     assert (code, out) == (130, "") and err.startswith("interrupted") and err.count("\n") == 1
     assert not (tmp_path / "out.mc").exists()
+
+
+def test_output_that_cannot_be_put_in_place_leaves_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                                                           program: str) -> None:
+    (tmp_path / "taken.mc").mkdir()
+    before = sorted(tmp_path.iterdir())
+    code, out, err = run(capsys, "show", program, "-o", str(tmp_path / "taken.mc"))
+    assert (code, out) == (2, "") and err.startswith("error: cannot write") and sorted(tmp_path.iterdir()) == before
 
 
 def test_output_is_whole_or_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path, program: str) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from memcomp.ir.interpret import interpret
-from memcomp.ir.rounding import epsilon
 from memcomp.ir.traversal import passes
 from memcomp.passes.reduce_passes import reduce_passes, refusals
 from tests.chains import COUNTS, KINDS, NAMES, REFUSED, arrays, load
+from tests.rows import bound
 from tests.single import TILE, rounded, single
 
 ROWS, POINTS = 2, 38  # the tile divides neither
@@ -80,4 +80,4 @@ def test_numbers(name: str, kind: str) -> None:
         row = np.abs(np.nan_to_num(w, posinf=0, neginf=0)).reshape(len(w), -1).max(1)
         assert (error(exact[t], w) <= 1e-11 * np.maximum(row, 1)).all()
         naive = np.maximum.reduce([error(b[t], a[t]) for a, b in plain])
-        assert (error(got[t], w) <= 2 * naive + 8 * epsilon("f32") * row).all(), (t, error(got[t], w), naive, row)
+        assert (error(got[t], w) <= bound(naive, row)).all(), (t, error(got[t], w), naive, row)

@@ -15,18 +15,13 @@ import memcomp
 from memcomp.models.families import Family
 from memcomp.models.families._refused import REFUSED, Refused
 from memcomp.models.families.reductions import FAMILIES
-from tests.families import DTYPES, LENGTH, ROWS, passes
+from tests.families import DTYPES, LENGTH, ROWS, passes, right
 from tests.hostile import leaves, wrong
 
-FAR = "the mean is rounded to fp32 before it is subtracted"
-LONG = "running sums add a thousand tiles in fp32, one after the other"
 KNOWN = {  # less exact than they should be (docs/derivation.md, known gaps)
-    ("group_norm", "far from zero"): FAR, ("skew", "rising"): FAR, ("skew", "far from zero"): FAR,
-    ("layer_norm_written", "far from zero"): FAR,
+    ("l2_norm", "denormals"): "the product with denormals is rounded before it is divided by the norm",
     ("softmax_of_z_scores", "denormals"): "squares of denormals are 0 in fp32",
 }
-KNOWN_LONG = {"layer_norm", "layer_norm_written_out", "l2_norm", "mean_variance", "skew", "masked_mean_variance",
-              "weighted_mean_variance", "layer_norm_written", "softmax_variance", "softmax_of_z_scores", "group_norm"}
 OPTIONS: dict[str, Any] = {"rest": "eager", "strict": True, "chains": "all"}
 
 
@@ -66,16 +61,7 @@ def test_passes_and_tolerance(family: Family) -> None:
     args = family.inputs(ROWS - 2, LENGTH - 4, dtype)
     (region,) = memcomp.explain(family.fn, *args, **OPTIONS).regions
     assert passes(region, LENGTH - 4) == family.passes
-    right(family, args)
-
-
-def right(family: Family, args: tuple[torch.Tensor, ...]) -> None:
-    """fp32 is judged row by row; others as the oracle does, against what torch's own rounding makes of it."""
-    if args[0].dtype == torch.float32:
-        assert not wrong(family.fn, args, torch.compile(family.fn, backend="memcomp", options=OPTIONS)(*args))
-    else:
-        report = memcomp.check(family.fn, *args, **OPTIONS)
-        assert report.ok, report
+    right(family, args, **OPTIONS)
 
 
 @pytest.mark.parametrize("refused", REFUSED, ids=by_name)
@@ -141,8 +127,5 @@ def test_hostile(family: Family) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows,length", [(1, 67), (70, 65), (2, 65536)])
 @pytest.mark.parametrize("family", FAMILIES, ids=by_name)
-def test_every_dtype_at_every_length(family: Family, rows: int, length: int, dtype: str,
-                                     request: pytest.FixtureRequest) -> None:
-    if (length, dtype) == (65536, "f32") and family.name in KNOWN_LONG:
-        request.applymarker(pytest.mark.xfail(reason=LONG))
-    right(family, family.inputs(rows, length, DTYPES[dtype]))
+def test_every_dtype_at_every_length(family: Family, rows: int, length: int, dtype: str) -> None:
+    right(family, family.inputs(rows, length, DTYPES[dtype]), **OPTIONS)

@@ -21,7 +21,7 @@ from torch import Tensor
 import memcomp
 from memcomp.codegen import python
 from memcomp.codegen.lower import lower
-from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, children, rebuild, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, children, reads, rebuild, substitute, variables, walk
 from memcomp.ir.program import Program, close, knobs
 from memcomp.ir.simplify import simplify
 from memcomp.ir.text import parse
@@ -152,11 +152,25 @@ def correction_skipped(s: Statement, inside: bool) -> Iterator[tuple[str, Body]]
         if any(isinstance(a, Access) and a.tensor == s.tile for a in s.body.args) and not any(
                 isinstance(a, Const) for a in s.body.args):
             yield s.tile, ()
+    for old, _, own in _joined(s, inside):
+        if isinstance(old, Call) and old.op == "mul" and own in old.args:
+            yield s.tile, (Map(s.tile, substitute(s.body, {old: own})),)
 
 
 def accumulation_dropped(s: Statement, inside: bool) -> Iterator[tuple[str, Body]]:
     if isinstance(s, Fold | Dot) and s.accumulate:
         yield f"{s.tile} ({s.monoid if isinstance(s, Fold) else 'dot'})", (replace(s, accumulate=False),)
+    for _, new, _ in _joined(s, inside):
+        yield f"{s.tile} (sum)", (Map(s.tile, new),)
+
+
+def _joined(s: Statement, inside: bool) -> Iterator[tuple[Expr, Expr, Access]]:
+    """What a carried tile is added to as a map says it: the old value, moved; the new part; the tile."""
+    if isinstance(s, Map) and inside and isinstance(s.body, Call) and s.body.op == "add":
+        for old, new in (s.body.args, s.body.args[::-1]):
+            own = next((n for n in walk(old) if isinstance(n, Access) and n.tensor == s.tile), None)
+            if own is not None and s.tile not in reads(new):
+                yield old, new, own
 
 
 def heads_swapped(tp: TileProgram) -> Iterator[tuple[str, TileProgram]]:

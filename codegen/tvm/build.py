@@ -106,8 +106,11 @@ def machine_code(kernel: Kernel) -> Any:
         with _compiling:
             tirx.compilation_pipeline.register_tir_pipeline("memcomp", _pipeline)
             return tirx.build(module, target=machine(form), pipeline="memcomp")
+    except (SyntaxError, RecursionError) as error:  # the text is legal: only Python's own limits are met
+        raise Refusal(f"{kernel.name} is nested too deeply for TVM's script", str(error)) from error
     except RuntimeError as error:  # every error of TVM's own derives from it
-        raise Refusal(f"TVM does not compile {kernel.name}", str(error).strip().splitlines()[-1]) from error
+        lines = [line for line in str(error).splitlines() if line.strip(" |^\n")]
+        raise Refusal(f"TVM does not compile {kernel.name}", lines[-1].strip() if lines else "") from error
 
 
 def machine(isa: Isa) -> Any:

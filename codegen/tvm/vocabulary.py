@@ -156,12 +156,18 @@ def clip(x: Value) -> Value:
 
 
 def floordiv(a: Value, b: Value) -> Value:
-    """Rounded down, for divisors that are not 0 (their lanes past a count may be: those are taken as 1)."""
+    """Rounded down; 0 where the divisor is 0."""
     a, b = _pair(a, b)
+    if isinstance(b, tirx.IntImm):
+        return _floordiv(a, b)
+    nothing = eq(b, like(b, 0))
+    return select(nothing, like(a, 0), _floordiv(a, select(nothing, like(b, 1), b)))
+
+
+def _floordiv(a: Value, b: Value) -> Value:
+    """Rounded down, for divisors that are not 0."""
     if isinstance(b, tirx.IntImm) and b.value > 0 and b.value & (b.value - 1) == 0:
         return a >> like(a, b.value.bit_length() - 1)
-    if not isinstance(b, tirx.IntImm):
-        b = select(eq(b, like(b, 0)), like(b, 1), b)
     q = T.truncdiv(a, b)
     r = a - q * b
     inexact = land(ne(r, like(r, 0)), (r ^ b) < like(r, 0))
@@ -169,9 +175,12 @@ def floordiv(a: Value, b: Value) -> Value:
 
 
 def floormod(a: Value, b: Value) -> Value:
-    """a - floordiv(a, b) * b: the sign of b."""
+    """a - floordiv(a, b) * b: the sign of b; 0 where b is 0."""
     a, b = _pair(a, b)
-    return a - floordiv(a, b) * b
+    if isinstance(b, tirx.IntImm):
+        return a - _floordiv(a, b) * b
+    some = select(eq(b, like(b, 0)), like(b, 1), b)
+    return a - _floordiv(a, some) * some
 
 
 def ceildiv(a: Value, b: Value) -> Value:
@@ -249,7 +258,7 @@ def store_turned(target: Value, index: Sequence[Value], k: int, element: str, co
     """Write a square to a param as `element`: columns[c][r] goes to position k plus r, last position plus c."""
     for r, row in enumerate(_turn(columns)):
         place = [*index[:k], index[k] + r, *index[k + 1:-1], at(len(columns), index[-1])]
-        T.buffer_store(target, to_bf16(row) if element == "bf16" else cast(element, row), place)
+        T.buffer_store(target, to_bf16(cast("float32", row)) if element == "bf16" else cast(element, row), place)
 
 
 def piece(x: Value, start: int, lanes: int) -> Value:

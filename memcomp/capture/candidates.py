@@ -113,8 +113,10 @@ def groups(gm: fx.GraphModule, taken: Collection[fx.Node] = ()) -> list[Group]:
 def _grown(g: Group, reach: Mapping[fx.Node, frozenset[fx.Node]], order: Mapping[fx.Node, int]) -> Group:
     """The group with what else can be computed on the way, else as it is."""
     makers = frozenset(a for n in g.core for a in reach[n] if a in g.core) - set(g.ends)
-    core = grown(g.core, makers, reach)
-    return g if core == g.core else Group(core, _ends(core, order), otherwise=(g,))
+    for scalars in (False, True):
+        core = grown(g.core, makers, reach, scalars)
+        g = g if core == g.core else Group(core, _ends(core, order), otherwise=(g,))
+    return g
 
 
 def _merged(groups: Sequence[Group], order: Mapping[fx.Node, int]) -> list[Group]:

@@ -48,10 +48,12 @@ class Places:
                       tuple((n, memory(n)) for n in order if _spelt(n) in BY_STRIDE))
 
 
-def find_regions(gm: fx.GraphModule, which: str = "gain") -> tuple[list[Region], list[Refused]]:
+def find_regions(gm: fx.GraphModule, which: str = "gain",
+                 apart: Collection[frozenset[fx.Node]] = ()) -> tuple[list[Region], list[Refused]]:
     """All regions of a graph, attention first, and the candidates that could not be read.
 
     which: chains of reductions without a product are taken where that "gain"s a pass, or "all".
+    apart: `optional` groups of an earlier call that nothing could be made of; the smaller ones are tried.
 
     Nodes need example values (`example_value` from Dynamo, `val` from export).  The graph keeps its meaning; users of a
     tensor that come after an operator that writes into it are only made to name that operator's result, and operators
@@ -70,12 +72,17 @@ def find_regions(gm: fx.GraphModule, which: str = "gain") -> tuple[list[Region],
     gainless: dict[str, tuple[str, ...]] = {}  # the norms of equal layers are looked at once
     while todo:
         group = todo.pop()
+        if group.otherwise and group.core in apart:
+            todo += group.otherwise[::-1]
+            continue
         alike = _alike(group, places) if group.chain and which != "all" else ""
         if alike in gainless:
             refused += [Refused(source(group.ends[-1]), why, chain=True) for why in gainless[alike]]
             continue
         try:
             region = _region(gm, group, places, regions)
+            if group.otherwise:
+                region = replace(region, optional=group.core)
             gain, lacking = (True, ()) if not group.chain or which == "all" else gains(region.program)
             if gain:
                 regions.append(region)

@@ -20,9 +20,12 @@ Reach = Mapping[fx.Node, frozenset[fx.Node]]
 _ALONG = ("dim", "normalized_shape")
 
 
-def grown(core: frozenset[fx.Node], makers: frozenset[fx.Node], reach: Reach) -> frozenset[fx.Node]:
-    """The core with side results, what is mapped from results, and normalised operands."""
-    out = set(core) | _reductions(core, makers, reach)
+def grown(core: frozenset[fx.Node], makers: frozenset[fx.Node], reach: Reach, scalars: bool) -> frozenset[fx.Node]:
+    """The core with side results, what is mapped from results, and normalised operands.
+
+    scalars: also side results that are one number (a mean over everything), which only few kernels can give.
+    """
+    out = set(core) | {n for n in _reductions(core, makers, reach) if scalars or meta(n).ndim}
     out |= _maps(out, core)
     for n in sorted(core, key=lambda n: n.name):
         if (r := table.rule(n)) is not None and r.kind == "contract":

@@ -22,6 +22,7 @@ class Region:
     source:    module path and file:line of the user's code.
     out_order: per output its dims from slowest to fastest in memory, () = row-major.
     anchor:    the replacement goes directly before this node; no user of an output stands before it.
+    optional:  the group that was read where smaller ones could be instead, for `find_regions` to take apart.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Region:
     source: str
     out_order: tuple[tuple[int, ...], ...]
     anchor: fx.Node
+    optional: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def nll_loss(r: Reader, node: fx.Node, x: Value, target: Value, weight: Value | 
     if kind == "sum":
         return total
     ones = pointwise(lambda c, _: make("where", c, Const(1.0), Const(0.0)), REAL, counts, rows)  # over the rows' ranks
-    n = reduced(r, ones, "sum", dims, False, "R")
+    n = reduced(r, ones, "sum", dims, False, "R") if dims else ones
     return apply("div", x.dtype, total, n)
 
 

@@ -13,9 +13,9 @@ from torch import fx
 from memcomp.capture.masks import make
 from memcomp.capture.reader import Reader, meta, real, whole
 from memcomp.capture.table import Rule
-from memcomp.capture.value import Index, Value, coarse, constant, pointwise
+from memcomp.capture.value import ZERO, Index, Value, coarse, constant, pointwise
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Call, Const, Expr
+from memcomp.ir.expr import Call, Const, Expr, reads
 
 Operand = Any
 
@@ -39,7 +39,23 @@ def operands(r: Reader, node: fx.Node, *xs: Operand) -> list[Value]:
 
 
 def apply(op: str, dtype: torch.dtype, *values: Value) -> Value:
-    return pointwise(lambda *es: make(op, *es), dtype, *values)
+    if dtype == torch.bool:
+        op = {"max": "or", "min": "and"}.get(op, op)
+    out = pointwise(lambda *es: make(op, *es), dtype, *values)
+    return wrapped(out) if op in GROWING else out
+
+
+GROWING = ("add", "sub", "mul", "neg", "abs", "square")
+NARROW = (torch.int8, torch.uint8, torch.int16)
+
+
+def wrapped(v: Value) -> Value:
+    """Integers of fewer than 32 bits as torch keeps them; wider ones are taken not to overflow."""
+    if v.dtype not in NARROW:
+        return v
+    held = torch.iinfo(v.dtype)
+    low, count = Const(held.min), Const(held.max - held.min + 1)
+    return pointwise(lambda e: make("add", make("mod", make("sub", e, low), count), low), v.dtype, v)
 
 
 def _binary(op: str) -> Callable[..., Value]:
@@ -134,15 +150,30 @@ def _rsub(r: Reader, node: fx.Node, a: Operand, b: Operand, alpha: Any = 1) -> V
 def _floor_divide(r: Reader, node: fx.Node, a: Operand, b: Operand) -> Value:
     x, y = operands(r, node, a, b)
     if x.is_real:
+        _power_of_two(b)
         return apply("floor", x.dtype, apply("div", x.dtype, x, y))
+    _check_divisor(y)
     return apply("floordiv", torch.int64, x, y)
+
+
+def _check_divisor(y: Value) -> None:
+    if reads(y.at((ZERO,) * len(y.factors))):
+        raise Refusal("an integer divided by data, for which torch raises an error where it is 0")
+
+
+def _power_of_two(divisor: Operand) -> None:
+    """Refused: what is rounded before the floor may be a whole step off."""
+    if not isinstance(divisor, (int, float)) or abs(math.frexp(divisor)[0]) != 0.5:
+        raise Refusal("a real number's remainder or whole quotient, which is exact only by a power of two")
 
 
 def _remainder(r: Reader, node: fx.Node, a: Operand, b: Operand) -> Value:
     x, y = operands(r, node, a, b)
     if x.is_real:
+        _power_of_two(b)
         times = apply("floor", x.dtype, apply("div", x.dtype, x, y))
         return apply("sub", dtype_of(node), x, apply("mul", x.dtype, y, times))
+    _check_divisor(y)
     return apply("mod", torch.int64, x, y)
 
 
@@ -189,8 +220,9 @@ def convert(x: Value, dtype: torch.dtype) -> Value:
     if dtype.is_complex:
         raise Refusal("complex numbers")
     if x.is_real:
-        return Value(x.dims, dtype, lambda ix: make("int", x.at(ix)))
-    return replace(whole(x), dtype=dtype)
+        return wrapped(Value(x.dims, dtype, lambda ix: make("int", x.at(ix))))
+    out = replace(whole(x), dtype=dtype)
+    return out if x.dtype in (dtype, torch.bool) else wrapped(out)
 
 
 def _convert(r: Reader, node: fx.Node, x: Operand, *_: Any, **__: Any) -> Value:
@@ -286,4 +318,4 @@ def _refuse(why: str) -> Value:
     raise Refusal(why)
 
 
-__all__ = ["RULES", "apply", "convert", "dtype_of", "operands", "truth"]
+__all__ = ["NARROW", "RULES", "apply", "convert", "dtype_of", "operands", "truth"]

@@ -134,6 +134,14 @@ def _norm(r: Reader, node: fx.Node, x: Value, p: Any = 2, dim: Any = None, keepd
     return length(r, x, p if ord == 2 else ord, dimensions(x, dim), keepdim)
 
 
+def _linalg_norm(r: Reader, node: fx.Node, x: Value, ord: Any = None, dim: Any = None, keepdim: bool = False, *,
+                 dtype: Any = None, out: Any = None) -> Value:
+    dims = dimensions(x, dim)
+    if len(dims) == 2 and ord not in (None, "fro"):
+        raise Refusal("a norm of matrices that is none of their elements")
+    return length(r, x, ord, dims, keepdim)
+
+
 def _normalize(r: Reader, node: fx.Node, x: Value, p: float = 2.0, dim: int = 1, eps: float = 1e-12,
                out: Any = None) -> Value:
     size = length(r, x, p, dimensions(x, dim), True)
@@ -145,6 +153,6 @@ RULES: dict[str, Rule] = {
     "var_mean": Rule("reduce", _variance(False, True)), "std_mean": Rule("reduce", _variance(True, True)),
     "layer_norm": Rule("reduce", _layer_norm), "rms_norm": Rule("reduce", _rms_norm),
     "group_norm": Rule("reduce", _group_norm), "normalize": Rule("reduce", _normalize),
-    "norm": Rule("reduce", _norm), "linalg_vector_norm": Rule("reduce", _norm), "linalg_norm": Rule("reduce", _norm),
-    "vector_norm": Rule("reduce", _norm),
+    "norm": Rule("reduce", _norm), "linalg_vector_norm": Rule("reduce", _norm), "vector_norm": Rule("reduce", _norm),
+    "linalg_norm": Rule("reduce", _linalg_norm),
 }

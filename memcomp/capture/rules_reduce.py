@@ -13,7 +13,7 @@ from torch import fx
 from memcomp.capture.extent import expression, same
 from memcomp.capture.masks import lowest, make
 from memcomp.capture.reader import Reader, meta, real, whole
-from memcomp.capture.rules_map import apply, operands, truth
+from memcomp.capture.rules_map import NARROW, apply, operands, truth
 from memcomp.capture.table import Rule, base_name
 from memcomp.capture.value import UNIT, Dim, Factor, Index, Value, reshape, wrap
 from memcomp.ir.cascade import Reduce
@@ -154,10 +154,16 @@ def _extreme(monoid: str, pair: bool) -> Callable[..., Any]:
     def read(r: Reader, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Any:
         if isinstance(dim, Value):
             return apply(monoid, meta(node).dtype, *operands(r, node, x, dim))
+        if not (x.is_real or x.dtype == torch.bool or x.dtype in NARROW):
+            raise Refusal(f"{monoid} of {x.dtype}", hint="a running maximum is held as f32: exact to 24 bits")
         if pair and dim is not None and any(base_name(u) != "getitem" or u.args[1] == 1 for u in node.users):
             return best(r, x, f"arg{monoid}", dimensions(x, dim)[0], keepdim)
-        inhabited(x, dimensions(x, dim), monoid)
-        out = reduced(r, real(x), monoid, dimensions(x, dim), keepdim, "G")
+        dims = dimensions(x, dim)
+        inhabited(x, dims, monoid)
+        if x.dtype == torch.bool:
+            out = reduced(r, x, {"max": "or", "min": "and"}[monoid], dims, keepdim, "L")
+        else:
+            out = reduced(r, x, monoid, dims, keepdim, "G")
         if not pair or dim is None:
             return out
         return out, Value(out.dims, torch.int64, out.at)  # nobody reads where it was found

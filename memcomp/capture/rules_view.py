@@ -33,8 +33,8 @@ def out_shape(node: fx.Node) -> tuple[Extent, ...]:
     return shape_of(meta(node))
 
 
-def _view(r: Reader, node: fx.Node, x: Value, *args: Any, **_: Any) -> Value:
-    if args and isinstance(args[0], torch.dtype):
+def _view(r: Reader, node: fx.Node, x: Value, *args: Any, **kw: Any) -> Value:
+    if any(isinstance(a, torch.dtype) for a in (*args, *kw.values())):
         raise Refusal("view as another dtype")
     return reshape(x, out_shape(node))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -161,6 +161,11 @@ def normal(r: Rule, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args, kwargs = list(node.args), dict(node.kwargs)
     if not args:
         args += [kwargs.pop(k) for k in _FIRST if k in kwargs]
+    if base_name(node) == "where":
+        if "condition" in kwargs:
+            args.insert(0, kwargs.pop("condition"))
+        elif len(args) > 1 and (node.op == "call_method" or node.target is torch.Tensor.where):
+            args[:2] = args[1::-1]  # `x.where(condition, other)`, but `where(condition, x, other)`
     if len(args) == 1 or base_name(node) == "where":
         args += [kwargs.pop(k) for k in (*_FIRST, *_SECOND) if k in kwargs]
     try:
@@ -168,6 +173,12 @@ def normal(r: Rule, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     except TypeError as why:
         raise Refusal(f"{base_name(node)} is called in a way that its rule does not know: {why}", str(node)) from why
     return tuple(args), kwargs
+
+
+def named(r: Rule, node: fx.Node) -> Mapping[str, Any]:
+    """Arguments by the names that the rule has for them.  Raises Refusal as `normal` does."""
+    args, kwargs = normal(r, node)
+    return _signature(r).bind(None, node, *args, **kwargs).arguments
 
 
 @cache

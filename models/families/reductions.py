@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,10 +16,10 @@ MODEL, HEADS = 32, 4
 
 
 def shaped(*shapes: str) -> Inputs:
-    """Standard normal inputs; a shape is spelled "R L": R rows, L the long rank, D features, O outputs."""
+    """Standard normal inputs; a shape is spelled "R L": R rows, L the long rank, D features, O outputs; HL is H * L."""
     def make(rows: int, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        size = {"R": rows, "L": length, "D": MODEL, "O": 24, "H": HEADS}
-        return normal(*(tuple(size[x] for x in s.split()) for s in shapes), dtype=dtype)
+        size = {"R": rows, "L": length, "D": MODEL, "O": 24, "H": HEADS, "C": 2 * HEADS}
+        return normal(*(tuple(math.prod(size[x] for x in word) for word in s.split()) for s in shapes), dtype=dtype)
 
     return make
 
@@ -125,6 +126,26 @@ def group_norm(x: Tensor, gain: Tensor, bias: Tensor, w: Tensor) -> Tensor:
     return torch.einsum("rgl,gol->rgo", F.group_norm(x, x.shape[1], gain, bias, 1e-5), w)
 
 
+def group_norm_joined(x: Tensor, gain: Tensor, bias: Tensor, w: Tensor) -> Tensor:
+    """One product over all groups: each of them is finished with its own mean and spread, then they are summed."""
+    return F.group_norm(x, HEADS, gain, bias, 1e-5) @ w.T
+
+
+def group_norm_written_out(x: Tensor, w: Tensor) -> Tensor:
+    y = x.reshape(x.shape[0], HEADS, -1)
+    y = (y - y.mean(-1, keepdim=True)) / torch.sqrt(y.var(-1, keepdim=True, unbiased=False) + 1e-5)
+    return y.reshape(x.shape) @ w.T
+
+
+def group_norm_of_channels(x: Tensor, w: Tensor) -> Tensor:
+    """Groups of channels, each of them long; the product sums over a channel alone."""
+    return F.group_norm(x, HEADS) @ w.T
+
+
+def group_norm_flattened(x: Tensor, w: Tensor) -> Tensor:
+    return F.group_norm(x, HEADS).flatten(1) @ w.T
+
+
 def l2_norm(x: Tensor, w: Tensor) -> Tensor:
     return F.normalize(x, dim=-1) @ w.T
 
@@ -223,6 +244,10 @@ FAMILIES: tuple[Family, ...] = (
     _family(layer_norm, shaped("R L", "L", "L", "O L"), also=((1, 0), (2, 0), (3, 1))),
     _family(layer_norm_written_out, shaped("R L", "L", "L", "O L"), also=((1, 0), (2, 0), (3, 1))),
     _family(group_norm, shaped("R H L", "H", "H", "H O L"), (0, 2), also=((3, 2),)),
+    _family(group_norm_joined, shaped("R HL", "HL", "HL", "O HL"), also=((1, 0), (2, 0), (3, 1))),
+    _family(group_norm_written_out, shaped("R HL", "O HL"), also=((1, 1),)),
+    _family(group_norm_of_channels, shaped("R C L", "O L"), (0, 2), also=((1, 1),)),
+    _family(group_norm_flattened, shaped("R C L", "O CL"), (0, 2), also=((1, 1),)),
     _family(l2_norm, shaped("R L", "O L"), also=((1, 1),)),
     _family(mean_variance, shifted(_row)),
     _family(skew, _row),

@@ -7,6 +7,7 @@ affine, else by a count of points.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -85,6 +86,8 @@ class Closing:
         own = [c for c in s.guards() if not variables(c) & set(s.reduce.over)]
         if any(reads(i) for i in s.out.index):
             return conjunction(own)
+        if all(isinstance(i, Var) for i in s.out.index):
+            return None
         parts: list[Expr] = []
         for i, r in zip(s.out.index, self.stage.facts.cascade.tensor(s.out.tensor).ranks, strict=True):
             if not isinstance(i, Var) and any(variables(i) & variables(c) for c in own):
@@ -147,6 +150,8 @@ class Closing:
 
 
 def _plain(e: Expr) -> bool:
-    """Built from sums and products of elements and numbers alone."""
+    """Built from sums and products of elements and finite numbers alone."""
+    if isinstance(e, Const):
+        return math.isfinite(e.value)
     return not isinstance(e, Call) or (e.op in ("add", "sub", "mul", "neg", "square", "real", "where")
                                        and all(_plain(a) for a in e.args))

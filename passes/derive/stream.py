@@ -69,11 +69,11 @@ def _with_serial(program: Program) -> Program:
 
 
 def _candidates(c: Cascade, ranks: tuple[str, ...] | None) -> list[str]:
-    """Ranks to stream: those whose fiber fits no tile first, then most passes first."""
+    """Ranks to stream: those whose fiber fits no tile first, then most passes first, then those of any length."""
     loops = iterative(c)
     written = {v for t in c.outputs() for s in (*c.writers(t.name), *c.writers(t.name + "'"))
                for o in s.outs for i in o.index for v in variables(i)}
-    out: list[tuple[bool, int, int, str]] = []
+    out: list[tuple[bool, int, bool, int, str]] = []
     for k, r in enumerate(c.ranks):
         mine = [s for s in c.einsums if r.var in s.space()]
         if r.var in loops or not any(reduces(s, r.var) for s in mine):
@@ -87,7 +87,7 @@ def _candidates(c: Cascade, ranks: tuple[str, ...] | None) -> list[str]:
             continue
         if passes >= 2 or any(_placed(s, r.var) or reduces(s, r.var) and _long(c, s, r.var) for s in mine):
             fixed = extent_of(c, r.name)
-            out.append((fixed is not None and fixed <= _FITS, -passes, k, r.name))
+            out.append((fixed is not None and fixed <= _FITS, -passes, fixed is not None, k, r.name))
     return [name for *_, name in sorted(out)]
 
 
@@ -101,6 +101,12 @@ def _long(c: Cascade, s: Einsum, v: str) -> bool:
     given = {t.name for t in c.tensors if t.role in ("in", "state")}
     return any(isinstance(n, Access) and n.tensor not in given and any(v in variables(i) for i in n.index)
                for n in walk(s.body))
+
+
+def _outer(s: Einsum, part: Einsum) -> tuple[str, ...]:
+    """Variables that the reduction runs over and its part does not."""
+    assert s.reduce is not None and part.reduce is not None
+    return tuple(x for x in s.reduce.over if x not in part.reduce.over)
 
 
 @dataclass(slots=True)
@@ -117,6 +123,7 @@ class _Stream:
     dtypes: dict[str, str] = field(default_factory=dict)
     ranks: list[Rank] = field(default_factory=list)
     ends: dict[str, Access] = field(default_factory=dict)
+    parts: dict[str, Einsum] = field(default_factory=dict)  # accepted reduction -> what of it is finished at each point
     again: int = 0  # nodes of bodies that were refused before and looked at once more
 
     def run(self) -> Program:
@@ -247,17 +254,22 @@ class _Stream:
                 body, guard = inline.body(s)
                 if name in before:
                     self.again += sum(1 for _ in walk(body))
+                part = self._part(look, s, body)
                 try:
                     self._check(look, body, guard)
                     if sums:
-                        terms, laws = stage.sum(s, body, guard)
+                        terms, laws = stage.sum(part, body, guard)
                         accepted[k] = terms
                     elif MONOIDS[s.reduce.monoid].outs == 2:
                         found = places.accept(stage, s, body, guard)
                         accepted[k], laws = found, found.laws
                     else:
-                        value, lifted = stage.order(s, body, guard)
+                        value, lifted = stage.order(part, body, guard)
                         accepted[k], laws = value, lifted.laws
+                    if part is not s:
+                        self.parts[name] = part
+                        each = ", ".join(_outer(s, part))
+                        laws = (*laws, f"finished for each {each}, then joined by {s.reduce.monoid}")
                     self.proofs.append(f"{name}: one pass over {self.rank}" + (": " + "; ".join(laws) if laws else ""))
                 except NoLaw as why:
                     waits = sorted(t for t in reads(why.expr) if look.late(t))
@@ -265,12 +277,30 @@ class _Stream:
                     refused[name] = f"{why}{edge}"
         return accepted, refused
 
+    def _part(self, look: View, s: Einsum, body: Expr) -> Einsum:
+        """The reduction without those of its other variables that late values depend on: each point of them is finished
+        on its own, and what they give is joined at the end.  `s` itself where there is no such variable."""
+        assert s.reduce is not None
+        outer = {x for n in walk(body) if isinstance(n, Access) and look.late(n.tensor) for x in variables(n)}
+        over = tuple(x for x in s.reduce.over if x == look.v or x not in outer)
+        if over == s.reduce.over or len(s.outs) > 1:
+            return s
+        index = dict.fromkeys(x for x in s.space() if x not in over)
+        part = Access(self._fresh(s.names[0] + "P"), tuple(Var(x) for x in index))
+        return replace(s, outs=(part,), reduce=replace(s.reduce, over=over))
+
+    def _join(self, s: Einsum, part: Einsum) -> Einsum:
+        """The whole reduction from its finished parts."""
+        assert s.reduce is not None
+        mine = [c for c in s.guards() if not variables(c) & set(s.reduce.over)]
+        return replace(s, body=part.out, reduce=replace(s.reduce, over=_outer(s, part)), guard=conjunction(mine))
+
     def _extremes(self, rest: list[Einsum], inline: Inliner, stage: Stage,
                   accepted: dict[int, Value]) -> list[tuple[Gauge, Access]]:
         """What is a greatest or least value of what: later stages measure from it."""
         out = []
         for k in accepted:
-            s = rest[k]
+            s = self.parts.get(rest[k].names[0], rest[k])
             if s.reduce is not None and s.reduce.monoid in ("max", "min"):
                 body, guard = inline.body(s)
                 out.append((stage.gauge(s.names[0], s.reduce.monoid, body, guard, s.reduce.over), s.out))
@@ -294,11 +324,13 @@ class _Stream:
         for k, s in enumerate(rest):
             if k in accepted:
                 value, guard = accepted[k], inline.guard(s)
+                part = self.parts.get(s.names[0], s)
                 if isinstance(value, places.Places):
                     out[k] = places.close(close, s, value, guard)
                     self.dtypes[s.names[1]] = "i64"
                 else:
-                    out[k] = [close.sum(s, value, guard) if isinstance(value, list) else close.order(s, value, guard)]
+                    done = close.sum(part, value, guard) if isinstance(value, list) else close.order(part, value, guard)
+                    out[k] = [done] if part is s else [done, self._join(s, part)]
             elif self._side(look, s) == "late" and not reduces(s, look.v) and len(s.outs) == 1:
                 if s.reduce is None:
                     where = conjunction([finals.expr(g) for g in s.guards()])
