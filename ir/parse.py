@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import accumulate, takewhile
 
 from memcomp.ir.cascade import DTYPES, Cascade, Einsum, Knob, Rank, Reduce, Tensor
 from memcomp.ir.errors import ParseError, nearest
@@ -40,13 +41,19 @@ def _whole(line: Line, level: int = 0) -> Expr:
     """An expression that is no part of another."""
     first = line.next
     try:
-        e: Expr | None = parse_expr(line, level)
+        e: Expr | None = parse_expr(line, level) if _nested(line) <= DEPTH else None
     except RecursionError:
         e = None
     if e is None or depth(e) > DEPTH:
         line.fail("an expression is nested too deeply",
                   f"at most {DEPTH} operations deep; write parts of it to tensors of their own", first)
     return e
+
+
+def _nested(line: Line) -> int:
+    """How many brackets of the next expression stand in each other, at most."""
+    opened = accumulate((t.text in ("(", "[")) - (t.text in (")", "]")) for t in line.tokens[line.at:])
+    return max(takewhile(lambda n: n >= 0, opened), default=0)  # a bracket that was open before closes behind it
 
 
 def parse_expr(line: Line, level: int = 0) -> Expr:

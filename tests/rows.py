@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 EPS = 2.0**-23  # of float32
 # Units in the last place of a row's largest result that any form may lose.  A naive error can be 0 by luck (scores that
 # tie, a single key, a sum that rounds exactly), so some floor there must be.  Eight: the scores' sum and scale, the
@@ -17,4 +19,5 @@ def bound(naive: Any, largest: Any) -> Any:
     naive: the naive form's error in the row, the most over the data as they are and over copies moved by a last place
     or two: what it loses there, not what one draw of roundings happens to lose.  largest: of the row's true results.
     """
-    return 2 * naive + FLOOR * EPS * largest
+    with np.errstate(over="ignore"):  # the naive form may be off by as much as there is
+        return 2 * naive + FLOOR * EPS * largest
