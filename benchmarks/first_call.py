@@ -3,6 +3,8 @@
     python benchmarks/first_call.py [--rounds N]
 
 Each measurement is a fresh process with an empty compile cache: a prefill of 512 tokens and two decode steps.
+Inductor takes two minutes, give or take half a minute on a shared machine; beside the difference of the two stands
+therefore what memcomp spent itself, on capture, rewrites, lowering and building its kernels.
 """
 
 from __future__ import annotations
@@ -32,14 +34,32 @@ def child(backend: str) -> None:
     lm = smollm.load()
     ids = prompt(lm)
     smollm.greedy(lm.model, lm.model.config, ids, 3)  # eager first: loading and page faults are not compiling
+    own = [0.0]
+    if backend == "memcomp":
+        _time_own(own)
     begin = time.perf_counter()
     found = smollm.greedy(torch.compile(lm.model, dynamic=True, backend=backend), lm.model.config, ids, 3)
     out: dict[str, Any] = {"total": time.perf_counter() - begin, "prefill": found.prefill, "decode": found.decode}
     if backend == "memcomp":
         import memcomp
 
-        out["stats"] = memcomp.stats()
+        out |= {"own": own[0], "stats": memcomp.stats()}
     print(json.dumps(out))
+
+
+def _time_own(seconds: list[float]) -> None:
+    """Add up in `seconds` what the backend takes before it hands the rest of a graph to Inductor."""
+    from memcomp import backend
+
+    install = backend.install
+
+    def timed(*args: Any) -> Any:
+        begin = time.perf_counter()
+        out = install(*args)
+        seconds[0] += time.perf_counter() - begin
+        return out
+
+    backend.install = timed
 
 
 def measured(backend: str) -> dict[str, Any]:
@@ -68,7 +88,8 @@ def main() -> int:
                           f"decode {results[-1]['decode']:.1f})")
     median = {b: statistics.median(r["total"] for r in results if r["backend"] == b) for b in BACKENDS}
     more = median["memcomp"] - median["inductor"]
-    console.print(f"memcomp needs {more:+.1f} s more than Inductor alone, at most {BAR:g} allowed")
+    own = statistics.median(r["own"] for r in results if r["backend"] == "memcomp")
+    console.print(f"memcomp needs {more:+.1f} s more than Inductor alone, at most {BAR:g} allowed; of it its own {own:.1f} s")
     console.print(f"written: {record(__file__, results)}")
     return 1 if more > BAR else 0
 
