@@ -89,7 +89,7 @@ def main() -> int:
     median = {b: statistics.median(r["total"] for r in results if r["backend"] == b) for b in BACKENDS}
     more = median["memcomp"] - median["inductor"]
     own = statistics.median(r["own"] for r in results if r["backend"] == "memcomp")
-    console.print(f"memcomp needs {more:+.1f} s more than Inductor alone, at most {BAR:g} allowed; of it its own {own:.1f} s")
+    console.print(f"memcomp needs {more:+.1f} s more than Inductor alone, at most {BAR:g} allowed; its own {own:.1f} s")
     console.print(f"written: {record(__file__, results)}")
     return 1 if more > BAR else 0
 
