@@ -153,7 +153,8 @@ def test_big_heads_are_one_kernel_within_the_caches(heads: int, rows: int, lengt
     (region,) = memcomp.explain(named("SDPA").fn, *args).regions
     (kernel,) = lower(region.program).kernels
     machine = target(region.program.target)
-    held = sum((8 if t.dtype == "i64" else 4) * math.prod(kernel.dim(d).capacity for d in t.dims) for t in kernel.tiles)
+    held = sum((8 if t.dtype in ("i64", "f64") else 4) * math.prod(kernel.dim(d).capacity for d in t.dims)
+               for t in kernel.tiles)
     fits = [x.name for x in region.traffic.levels[:-1]
             if x.footprint <= machine.level(x.name).bytes and held <= machine.level(x.name).bytes]
     assert fits and (dim > 4096 or fits[0] == "l2")
