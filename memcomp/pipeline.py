@@ -22,6 +22,7 @@ from memcomp.ir.register import definitions
 from memcomp.ir.tile import Kernel, TileProgram
 from memcomp.ir.verify import verify
 from memcomp.passes import PIPELINE
+from memcomp.recheck import recheck
 from memcomp.sizes import evaluate, input_shapes, solve, sources
 from memcomp.tune import close_knobs
 
@@ -159,6 +160,7 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
             closed = closed_form(general, PIPELINE[GENERAL:], read, sizes or {}, config, see)
             tiles, kernel = emit(closed, config=config, observe=see, backend=backend)
             if key not in _BUILT:
+                recheck(general, closed)
                 _BUILT[key] = Compiled(general.digest, before, closed, tiles, kernel, build(kernel))
         return _READ.setdefault(same, _BUILT[key])
 

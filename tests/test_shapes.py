@@ -293,10 +293,10 @@ def _rows_without_a_key(form: str, dtype: str, sizes: Sequence[tuple[int, int]])
     assert memcomp.stats()["fallbacks"] == {} and memcomp.stats()["launches"] >= len(sizes)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", DEAD)
 def test_rows_without_a_key(form: str, dtype: str) -> None:
-    _rows_without_a_key(form, dtype, [(40, 300)])
+    _rows_without_a_key(form, dtype, [(40, 300), (1, 3)])
 
 
 @pytest.mark.slow

@@ -168,6 +168,13 @@ class Reading:
         guard = conjunction([c for g in guards for c in conjuncts(g)])
         return Parts(guard, inside, outside[0])
 
+    def absorbed(self, e: Expr) -> Expr:
+        """`e`; where a mask adds the lowest number of a format, that number alone: in that format what it is added to
+        is lost, but not in a wider one."""
+        p = self.parts(e)
+        return e if p.guard is None or p.outside is None or not lowest(p.outside) else make(
+            "where", p.guard, p.inside, p.outside)
+
     def _choice(self, e: Call) -> Parts:
         c, a, b = e.args
         flip = isinstance(a, Const) and (not isinstance(b, Const) or _rank(a) < _rank(b))

@@ -308,7 +308,7 @@ class Reader(Reading):
         p = self.parts(e)
         kind = "" if v.is_real else DTYPE[v.dtype]
         if p.guard is None or p.outside is None or lowest(p.outside):
-            name = self.write(hint, axes, e, finite=self.tame(e), positive=self.positive(e), dtype=kind)
+            name = self.write(hint, axes, self.absorbed(e), finite=self.tame(e), positive=self.positive(e), dtype=kind)
         else:
             name = self.write(hint, axes, p.inside, guard=p.guard, empty=float(p.outside.value),
                               finite=self.tame(p.inside), positive=self.positive(p.inside), dtype=kind)

@@ -62,7 +62,7 @@ def _scores(r: Reader, v: Value, dims: Sequence[int], index: Index | None) -> Sc
     live = r.live(p.guard, rows.over)
     masked = p.guard is not None and p.outside is not None and (
         p.outside.value == -INF or lowest(p.outside) and live)
-    body = p.inside if masked else e
+    body = p.inside if masked else r.absorbed(e)
     if not isinstance(body, Access):
         body = Access(r.write("W", rows.axes, body, finite=r.tame(body)), rows.index)
     return Scores(v, rows, p.guard if masked else None, live or not masked, body)

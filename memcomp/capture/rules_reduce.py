@@ -65,7 +65,7 @@ def reduced(r: Reader, v: Value, monoid: str, dims: Sequence[int], keepdim: bool
     live = r.live(p.guard, rows.over)
     fits = p.guard is not None and p.outside is not None and (
         p.outside.value == identity or monoid == "max" and lowest(p.outside) and live)
-    body = p.inside if fits else e
+    body = p.inside if fits else r.absorbed(e)
     finite = r.tame(body) and (live or monoid not in ("max", "min"))
     made = r.write(name, rows.kept, body, reduce=Reduce(monoid, rows.over), guard=p.guard if fits else None,
                    dtype="bool" if v.dtype == torch.bool else "" if v.is_real else "i64",
@@ -131,9 +131,9 @@ def guarded(r: Reader, e: Expr, monoid: str, over: tuple[str, ...]) -> tuple[Exp
     p = r.parts(e)
     identity = INF if monoid == "argmin" else -INF
     if p.guard is None or p.outside is None or not r.live(p.guard, over):
-        return e, None
+        return r.absorbed(e), None
     fits = p.outside.value == identity or monoid != "argmin" and lowest(p.outside)
-    return (p.inside, p.guard) if fits else (e, None)
+    return (p.inside, p.guard) if fits else (r.absorbed(e), None)
 
 
 def _sum(r: Reader, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any) -> Value:
