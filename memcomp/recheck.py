@@ -14,7 +14,7 @@ import numpy as np
 from memcomp.ir.cascade import Tensor, extent_of
 from memcomp.ir.counts import Sizes
 from memcomp.ir.errors import InputError, Refusal
-from memcomp.ir.expr import Call, Const, Size
+from memcomp.ir.expr import Call, Size
 from memcomp.ir.interpret import interpret
 from memcomp.ir.kinds import kind_of_dtype
 from memcomp.ir.program import Program
