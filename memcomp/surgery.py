@@ -11,6 +11,7 @@ from torch import fx
 
 from memcomp.binding import DTYPES
 from memcomp.capture.lookups import Lookup, lookups
+from memcomp.capture.reader import meta
 from memcomp.capture.writes import memory, mutates, written
 from memcomp.ir.errors import Refusal
 
@@ -60,13 +61,13 @@ def original(region: Region) -> Original:
 
 
 def _differentiable(node: fx.Node) -> bool:
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = meta(node)
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _is_constant(node: fx.Node) -> bool:
     """Did torch make these real numbers without a gradient?"""
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = meta(node)
     return isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad
 
 
