@@ -168,7 +168,7 @@ class TileProgram:
 class Kernel:
     """Emitted text.  `entry` is called as entry(*tensors, *sizes) in the order of `program.params` and
     `program.sizes`; work params included.  Text until built.  isa: the instruction set the text is written for, where
-    the backend knows several."""
+    the backend knows several.  scratch: bytes that one thread holds in buffers of its own while it runs."""
 
     name: str
     backend: str
@@ -176,3 +176,4 @@ class Kernel:
     entry: str
     program: TileProgram = field(repr=False)
     isa: str = ""
+    scratch: int = 0

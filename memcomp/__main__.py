@@ -1,4 +1,4 @@
-"""The command line: `memcomp show | explain | opt | cost | emit | check | models | targets | demo`.
+"""The command line: `memcomp show | explain | opt | cost | emit | check | bench | models | targets | demo`.
 
 Results go to stdout (or, whole or not at all, to --output), all else to stderr.  Errors: three lines, exit code 2.
 """
@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     emit = command("emit", _emit, "Print the kernels' source.")
     emit.add_argument("--backend", default="", help="a folder of codegen; default: the target's own")
     command("check", _check, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.")
+    bench = command("bench", _bench, "Time kernels beside torch's, FlexAttention's and Inductor's on this machine.",
+                    takes_input=False, target=False)
+    bench.add_argument("only", nargs="*", metavar="WORD", help="cases whose name holds one of the words; default: all")
+    bench.add_argument("--list", action="store_true", help="list the cases and run none")
+    bench.add_argument("--rounds", type=int, default=31, help="turns of a case, at most (default 31)")
+    bench.add_argument("-o", "--output", type=Path, help="write the results here as JSON, after each case")
     command("models", _models, "List the workloads that come with memcomp.", takes_input=False, target=False)
     command("targets", _targets, "List the machines that can be compiled for.", takes_input=False, target=False)
     command("demo", _demo, "A real language model, compiled, run and explained.", takes_input=False, machine=False,
@@ -175,6 +181,30 @@ def _check(args: argparse.Namespace) -> int:
     else:
         _write(args, str(report))
     return 0 if report.ok else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of itself on stderr
+    if args.rounds < 2:
+        raise OptionError(f"--rounds {args.rounds} gives no spread", hint="at least 2")
+    from memcomp.bench import Result, run, written
+    from memcomp.models.bench import cases
+
+    if args.list:
+        print("\n".join(c.name for c in cases()))
+        return 0
+    found: list[Result] = []
+
+    def done(result: Result) -> None:
+        found.append(result)
+        print("\n".join(result.lines()), file=sys.stderr if args.json else sys.stdout, flush=True)
+        if args.output is not None:
+            _put(args.output, written(found))
+
+    run(args.only, args.rounds, done)
+    if args.json:
+        print(written(found))
+    return 0
 
 
 def _models(args: argparse.Namespace) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -11,7 +12,7 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.program import Program
 from memcomp.ir.tile import TileProgram
 from memcomp.pipeline import fixed
-from memcomp.runtime import Entry, Extents, Recompute
+from memcomp.runtime import Entry, Extents, Prepare, Recompute
 from memcomp.sizes import extent, input_shapes, sources, spell
 
 DTYPES = {
@@ -41,15 +42,12 @@ def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[
     missing = [s for s in tiles.sizes if s not in sizes]
     if missing:
         raise Refusal(f"the extent of rank {missing[0]} is in no input's shape", hint="pass a tensor that has it")
-    return Entry(
-        key, kernel, len(tiles.kernels), tuple(len(t.ranks) for t in ins),
-        tuple(function([spell(extent(cascade, r), read) for r in t.ranks]) for t in outs),
-        tuple(DTYPES[t.dtype] for t in outs), tuple(order) or ((),) * len(outs),
-        function([sizes[s] for s in tiles.sizes]),
-        tuple((function([spell(x, sizes) for x in p.shape]), DTYPES[p.dtype])
-              for p in tiles.params if p.role == "work"),
-        recompute,
-    )
+    shapes = [[spell(extent(cascade, r), read) for r in t.ranks] for t in outs]
+    dtypes, order = tuple(DTYPES[t.dtype] for t in outs), tuple(order) or ((),) * len(outs)
+    work = [([spell(x, sizes) for x in p.shape], DTYPES[p.dtype], ()) for p in tiles.params if p.role == "work"]
+    prepare = preparation([len(t.ranks) for t in ins], list(zip(shapes, dtypes, order, strict=True)), work,
+                          [sizes[s] for s in tiles.sizes])
+    return Entry(key, kernel, len(tiles.kernels), prepare, tuple(map(function, shapes)), dtypes, order, recompute)
 
 
 def _spelt(shapes: Sequence[Sequence[Any]]) -> dict[str, str]:
@@ -60,3 +58,49 @@ def _spelt(shapes: Sequence[Sequence[Any]]) -> dict[str, str]:
 def function(parts: Sequence[str]) -> Extents:
     """`(t, s) -> (part, ...)` compiled once: this runs on every call of a region."""
     return eval(f"lambda t, s: ({''.join(p + ', ' for p in parts)})")  # type: ignore[no-any-return]
+
+
+Fresh: TypeAlias = tuple[Sequence[str], torch.dtype, tuple[int, ...]]  # extents, dtype, order of a tensor
+
+
+def preparation(dims: Sequence[int], outs: Sequence[Fresh], work: Sequence[Fresh], ints: Sequence[str]) -> Prepare:
+    """What runs before every launch, as straight code: `(t, s) -> (outs, arguments)`, the arguments being the leading
+    tensors of `t` with last stride 1 (copied where it is another), new outs, new work, and the integers.
+
+    dims: number of dimensions of each of the leading tensors; extents and ints: texts over (t, s), each computed once.
+    """
+    known: dict[str, Any] = {"empty": torch._C._dynamo.guards._empty_strided_cpu}  # as Inductor's code allocates
+    shapes: dict[str, str] = {}
+    names: dict[str, str] = {}
+
+    def shape(tensor: re.Match[str]) -> str:
+        return shapes.setdefault(tensor[0], f"shape{tensor[1]}")
+
+    def value(text: str) -> str:
+        if not re.search(r"\b[ts]\[", text):
+            return str(eval(text))
+        return names.setdefault(re.sub(r"\bt\[(\d+)\]\.shape", shape, text), f"n{len(names)}")
+
+    def fresh(extents: Sequence[str], dtype: torch.dtype, order: tuple[int, ...]) -> str:
+        """A new tensor; strides are those of torch, where an extent of 0 counts as 1."""
+        size = [value(x) for x in extents]
+        strides, step, factors = [""] * len(size), 1, ""
+        for d in reversed(order or range(len(size))):
+            strides[d] = f"{step}{factors}"
+            if size[d].isdigit():
+                step *= max(1, int(size[d]))
+            else:
+                factors += f" * ({size[d]} or 1)"
+        kind = str(dtype).rpartition(".")[2]
+        known[kind] = dtype
+        return f"empty(({''.join(n + ', ' for n in size)}), ({''.join(n + ', ' for n in strides)}), {kind})"
+
+    made = [fresh(*x) for x in outs]
+    args = [f"(t[{i}] if t[{i}].stride()[-1] == 1 else t[{i}].contiguous())" if n else f"t[{i}]"
+            for i, n in enumerate(dims)]
+    args += [f"o{i}" for i in range(len(outs))] + [fresh(*x) for x in work] + [value(x) for x in ints]
+    lines = [f"{name} = {text}" for text, name in (*shapes.items(), *names.items())]
+    lines += [f"o{i} = {text}" for i, text in enumerate(made)]
+    lines += [f"return [{', '.join(f'o{i}' for i in range(len(outs)))}], [{', '.join(args)}]"]
+    exec("def prepare(t, s):\n    " + "\n    ".join(lines), known)
+    return known["prepare"]  # type: ignore[no-any-return]

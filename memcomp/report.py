@@ -35,10 +35,11 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class KernelText:
-    """One emitted kernel."""
+    """One emitted kernel; scratch: bytes that a thread holds in buffers of its own while it runs."""
 
     name: str
     source: str = field(repr=False)
+    scratch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class Explanation:
         return {
             "regions": [{
                 "source": r.source, "program": str(r.program), "digest": r.program.digest,
-                "kernels": [{"name": k.name, "source": k.source} for k in r.kernels],
+                "kernels": [asdict(k) for k in r.kernels],
                 "passes": {"before": _pairs(r.passes.before), "after": _pairs(r.passes.after)},
                 "analysis": dict(zip(("before", "after"), (a.json() for a in r.analysis), strict=False)),
                 "traffic": {"bytes": r.traffic.bytes, "compulsory": r.traffic.compulsory, "levels": [
@@ -174,7 +175,8 @@ def describe(source: str, read: Program, compiled: Compiled, known: Mapping[str,
     before = analyse(compiled.before, shape_sizes(read, compiled.before, known), machine)
     after = analyse(compiled.program, sizes, machine)
     return RegionReport(
-        source, read, compiled.program, (KernelText(compiled.kernel.name, compiled.kernel.source),),
+        source, read, compiled.program,
+        (KernelText(compiled.kernel.name, compiled.kernel.source, compiled.kernel.scratch),),
         Passes(before.passes, after.passes),
         Traffic(spent.traffic, spent.compulsory, spent.levels), sizes, dict(known),
         tuple(x for k in compiled.tiles.kernels for x in rounds(k, sizes, whole)), (before, after),

@@ -21,6 +21,7 @@ from memcomp.ir.errors import Refusal
 
 Tensors: TypeAlias = Sequence[torch.Tensor]
 Extents: TypeAlias = Callable[[Tensors, Sequence[Any]], Any]
+Prepare: TypeAlias = Callable[[Tensors, Sequence[int]], tuple[list[torch.Tensor], list[Any]]]
 
 
 class Fallback(UserWarning):
@@ -133,25 +134,21 @@ class Check:
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered region: how to allocate its outputs, which integers the kernel takes, and the kernel.
+    """One registered region: its outputs, the kernel and what the kernel takes.
 
-    dims:    number of dimensions of each kernel input; inputs past these serve only the gradient and the checks.
-    shapes:  extents of each output, from (inputs, sizes); the fake and the real result both use it.
+    prepare: from (inputs, sizes), the outputs, uninitialised, and all arguments of the kernel.
+    shapes:  extents of each output, from (inputs, sizes), of the fake result.
     order:   per output, its dims from slowest to fastest in memory; () = row-major.
-    ints:    the integers that follow the tensors, from (inputs, sizes).
-    work:    (extents, dtype) of each workspace tensor.
     checks:  of index tensors, before every launch; checked: how many inputs, the last ones, are there for these only.
     """
 
     key: str
     kernel: Callable[..., Any]
     launches: int
-    dims: tuple[int, ...]
+    prepare: Prepare
     shapes: tuple[Extents, ...]
     dtypes: tuple[torch.dtype, ...]
     order: tuple[tuple[int, ...], ...]
-    ints: Extents
-    work: tuple[tuple[Extents, torch.dtype], ...] = ()
     recompute: Recompute | None = field(default=None, compare=False)
     checks: tuple[Check, ...] = ()
     checked: int = 0
@@ -169,22 +166,9 @@ def registered(key: str) -> bool:
     return key in _ENTRIES
 
 
-def allocate(entry: Entry, inputs: Tensors, sizes: Sequence[Any]) -> list[torch.Tensor]:
-    """Uninitialised outputs with exactly the strides of the real result; works on fake tensors too."""
-    like, outs = inputs[0] if inputs else torch.empty(0), []
-    for shape, dtype, order in zip(entry.shapes, entry.dtypes, entry.order, strict=True):
-        extents = shape(inputs, sizes)
-        if order:
-            inverse = sorted(range(len(order)), key=order.__getitem__)
-            outs.append(like.new_empty([extents[d] for d in order], dtype=dtype).permute(inverse))
-        else:
-            outs.append(like.new_empty(extents, dtype=dtype))
-    return outs
-
-
 def run(entry: Entry, inputs: Tensors, sizes: Sequence[int]) -> list[torch.Tensor]:
     """Allocate the outputs and launch the kernel; without a launch where no output has an element."""
-    outs = allocate(entry, inputs, sizes)
+    outs, args = entry.prepare(inputs, sizes)
     for out in outs:
         if out.numel():
             break
@@ -192,11 +176,7 @@ def run(entry: Entry, inputs: Tensors, sizes: Sequence[int]) -> list[torch.Tenso
         return outs
     for check in entry.checks:
         check(inputs, sizes)
-    args = [t if n == 0 or t.stride(n - 1) == 1 else t.contiguous() for t, n in zip(inputs, entry.dims, strict=False)]
-    args += outs
-    for extents, dtype in entry.work:
-        args.append(outs[0].new_empty(extents(inputs, sizes), dtype=dtype))
-    entry.kernel(*args, *entry.ints(inputs, sizes))
+    entry.kernel(*args)
     with _COUNTS.lock:
         _COUNTS.launches += entry.launches
     return outs
@@ -207,7 +187,58 @@ def _call(inputs: list[torch.Tensor], sizes: list[int], key: str) -> list[torch.
 
 
 def _call_fake(inputs: list[torch.Tensor], sizes: list[Any], key: str) -> list[torch.Tensor]:
-    return allocate(_ENTRIES[key], inputs, sizes)
+    """Outputs with exactly the strides of the real result."""
+    entry, outs = _ENTRIES[key], []
+    like = inputs[0] if inputs else torch.empty(0)
+    for shape, dtype, order in zip(entry.shapes, entry.dtypes, entry.order, strict=True):
+        extents = shape(inputs, sizes)
+        dims = order or range(len(extents))
+        inverse = sorted(range(len(extents)), key=dims.__getitem__)
+        outs.append(like.new_empty([extents[d] for d in dims], dtype=dtype).permute(inverse))
+    return outs
+
+
+def _call_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes: list[int],
+                   key: str) -> list[torch.Tensor]:
+    """Straight to the kernel where no gradient is asked for and nothing but the CPU comes below autograd: the way there
+    through torch's dispatcher costs more than all the rest of a call."""
+    if torch.is_grad_enabled():
+        for t in inputs:
+            if t.requires_grad:
+                return list(_Differentiable.apply(keys, sizes, key, *inputs))  # type: ignore[no-untyped-call]
+    seen = keys.raw_repr()
+    direct = _DIRECT.get(seen)
+    if direct is None:
+        direct = _DIRECT[seen] = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() == torch._C.DispatchKey.CPU
+    return run(_ENTRIES[key], inputs, sizes) if direct else _below_autograd(keys, inputs, sizes, key)
+
+
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+_DIRECT: dict[int, bool] = {}  # set of dispatch keys -> is the kernel next below autograd?
+
+
+def _below_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes: list[int],
+                    key: str) -> list[torch.Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        made: list[torch.Tensor] = torch.ops.memcomp.call.default.redispatch(keys & _BELOW_AUTOGRAD, inputs, sizes, key)
+        return made
+
+
+class _Differentiable(torch.autograd.Function):
+    """A call whose gradients are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: torch.DispatchKeySet, sizes: list[int], key: str,
+                *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.sizes, ctx.key = sizes, key
+        ctx.save_for_backward(*inputs)
+        return tuple(_below_autograd(keys, list(inputs), sizes, key))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        needs = list(ctx.needs_input_grad[3:])
+        found = iter(torch.ops.memcomp.backward(list(grads), list(ctx.saved_tensors), ctx.sizes, ctx.key, needs))
+        return None, None, None, *(next(found) if need else None for need in needs)
 
 
 def _backward(grads: list[torch.Tensor], inputs: list[torch.Tensor], sizes: list[int], key: str,
@@ -249,18 +280,6 @@ def _autocast(states: tuple[tuple[Any, ...], ...]) -> Any:
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors, ctx.sizes, ctx.key = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
-    needs = list(ctx.needs_input_grad[0])
-    found = iter(torch.ops.memcomp.backward(list(grads), list(ctx.saved_tensors), ctx.sizes, ctx.key, needs))
-    # torch flattens an empty list of sizes as if it held tensors: the answer has to match
-    return [next(found) if need else None for need in needs], None if ctx.sizes else [], None
-
-
 def _differentiate_twice(ctx: Any, *grads: Any) -> Any:
     raise Refusal("second derivatives of a compiled region", hint="leave the function that needs them to torch")
 
@@ -269,8 +288,8 @@ _LIBRARY = torch.library.Library("memcomp", "DEF")  # type: ignore[no-untyped-ca
 _LIBRARY.define("call(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]")  # type: ignore[no-untyped-call]
 _LIBRARY.define("backward(Tensor[] grads, Tensor[] inputs, SymInt[] sizes, str key, bool[] needs) -> Tensor[]")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("call", _call, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("call", _call_autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 _LIBRARY.impl("backward", _backward, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("memcomp::call", _call_fake, lib=_LIBRARY)
 torch.library.register_fake("memcomp::backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("memcomp::call", _differentiate, setup_context=_remember, lib=_LIBRARY)
 torch.library.register_autograd("memcomp::backward", _differentiate_twice, lib=_LIBRARY)

@@ -129,6 +129,7 @@ def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original
     extras = [*(extra.extras if extra else ())]
     sizes = [*(n for _, n in region.sizes), *(extra.symbols if extra else ())]
     _check_place(region, [n for n in [*region.inputs, *extras, *checked, *sizes] if isinstance(n, fx.Node)])
+    before = set(_ancestors(region))  # masks and places too, which regions share: whoever is last takes them away
     made: dict[fx.Node, fx.Node] = {}
     dtypes = [DTYPES[t.dtype] for t in region.program.cascade.inputs()]
     results = [DTYPES[t.dtype] for t in region.program.cascade.outputs()]
@@ -150,8 +151,9 @@ def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original
     inside = set(region.nodes)
     nodes = list(graph.nodes)
     shared = {memory(n) for n in nodes if n not in inside} if any(map(mutates, inside)) else set()
-    for node in reversed([n for n in nodes if n in inside and n.op not in ("placeholder", "output")]):
-        if not node.users and not (mutates(node) and any(memory(w) in shared for w in written(node))):
+    for node in reversed([n for n in nodes if n in inside | before and n.op not in ("placeholder", "output")]):
+        writes = mutates(node) and (node not in inside or any(memory(w) in shared for w in written(node)))
+        if not node.users and not writes:
             graph.erase_node(node)
     return made
 

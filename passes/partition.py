@@ -14,6 +14,7 @@ from memcomp.ir.program import Group, Program
 from memcomp.ir.target import BYTES, target
 from memcomp.passes._roles import WHOLE, carried, common, largest, out_vars, product_operands, shared, whole
 
+PARTS = 64, 128, 256  # of a rank that is summed, or broadcast, beside a tile of sums
 ROWS = 32  # row ranks of at most so many points together stay whole tile dims
 
 
@@ -75,7 +76,7 @@ class _Mapper:
             )
         members = [c.einsums[k] for k in where]
         if loops:
-            return self._with(c, self._loop(c, g, members, loops.pop()))
+            return self._loop(c, g, members, loops.pop())
         return self._plain(c, g, members, where)
 
     def _with(self, c: Cascade, g: Group) -> Program:
@@ -87,12 +88,14 @@ class _Mapper:
 
     # -- a loop ------------------------------------------------------------------------------------------------------
 
-    def _loop(self, c: Cascade, g: Group, members: list[Einsum], v: str) -> Group:
+    def _loop(self, c: Cascade, g: Group, members: list[Einsum], v: str) -> Program:
         own = shared(c, [e for e in members if v in out_vars(e)], v)
         operands = [a for e in members for a in product_operands(e) if v in variables(a)]
         rows = [x for x in own if any(x not in variables(a) for a in operands)]
         long = [x for x in rows if not whole(c, x) or (largest(c, x.upper()) or 0) > ROWS]
         cut, held = "", list[str]()
+        if crossed := self._crossed(c, members, v, long):
+            return self._both(c, g, members, v, own, *crossed)
         if long:
             cut = next((x for x in reversed(long) if self._free(c, x)), "")
         else:
@@ -110,7 +113,39 @@ class _Mapper:
             parts = (*parts, (wide, Knob(f"{wide.lower()}0", tiles_of(largest(c, wide) or 1, self.lanes))))
             space = (*space, f"{wide}1")  # the last: what its tiles share is read again while it is near
         lane = f"{cut.upper()}0" if cut else None
-        return replace(g, partition=parts, space=space, loop_order=(v.upper(),), lane=lane)
+        return self._with(c, replace(g, partition=parts, space=space, loop_order=(v.upper(),), lane=lane))
+
+    def _crossed(self, c: Cascade, members: list[Einsum], v: str, long: list[str]) -> tuple[str, str] | None:
+        """Two long row ranks of a product, each of which one operand lacks; first the one to lay across the lanes.
+
+        It is that of an operand which the loop computes: its tile is written as it is wanted.  The other operand's
+        elements are broadcast from where they lie.
+        """
+        made = {n for e in members for n in e.names if v in out_vars(e)}
+        free = [x for x in long if self._free(c, x)]
+        for e in members:
+            operands = [a for a in product_operands(e) if v in variables(a)]
+            for x in sorted(free, key=lambda x: not any(x in variables(a) and reads(a) & made for a in operands)):
+                others = [b for b in operands if x not in variables(b)]
+                for y in free:
+                    if any(y in variables(b) for b in others) and \
+                            any(x in variables(a) and y not in variables(a) for a in operands):
+                        return x, y
+        return None
+
+    def _both(self, c: Cascade, g: Group, members: list[Einsum], v: str, own: tuple[str, ...], x: str, y: str,
+              ) -> Program:
+        """Tiles over two row ranks, x across the lanes, with parts of the summed rank that are worth a tile of sums."""
+        names = {x.upper(), y.upper()}
+        over = {d.upper() for e in members if v in out_vars(e) and e.reduce for d in e.reduce.over}
+        ranks = tuple(replace(r, extent=Knob(r.extent.name, PARTS)) if r.name in over and isinstance(r.extent, Knob)
+                      else r for r in c.ranks)
+        n = largest(c, y.upper())
+        parts = ((x.upper(), Knob(f"{x}0", (self.lanes, 2 * self.lanes, 4 * self.lanes))),
+                 (y.upper(), Knob(f"{y}0", PARTS if n is None else tiles_of(n, self.lanes))))
+        space = tuple(f"{z.upper()}1" if z.upper() in names else z.upper() for z in own)
+        mapped = replace(g, partition=parts, space=space, loop_order=(v.upper(),), lane=f"{x.upper()}0")
+        return self._with(replace(c, ranks=ranks), mapped)
 
     def _wide(self, c: Cascade, members: list[Einsum], v: str, own: tuple[str, ...], points: int) -> str:
         """The rank whose tiles may run in parallel: a tile of a state over it and `points` points of rows is large."""

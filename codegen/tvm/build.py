@@ -88,21 +88,20 @@ def compiled(kernel: Kernel) -> Callable[..., Any]:
 
 def machine_code(kernel: Kernel) -> Any:
     """The compiled module, which need not be able to run on this machine; `inspect_source("asm")` is its text."""
-    import tvm.script
     from tvm import tirx
-    from tvm.script import tirx as T
 
     from memcomp.codegen.tvm import bf16, launcher
+    from memcomp.codegen.tvm.script import read
 
     form = _ISA[kernel.isa]
     try:
         with machine(form):
-            function = tvm.script.from_source(kernel.source, extra_vars={**vocabulary(), "T": T})
+            function = read(kernel.source, vocabulary())["main"]
         instructions = bf16.text(form.attributes)
         if instructions:
             function = function.with_body(
                 tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", instructions, function.body))
-        module = launcher.with_launcher(tvm.IRModule({"main": function}))
+        module = launcher.with_launcher({"main": function})
         with _compiling:
             tirx.compilation_pipeline.register_tir_pipeline("memcomp", _pipeline)
             return tirx.build(module, target=machine(form), pipeline="memcomp")

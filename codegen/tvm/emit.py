@@ -5,6 +5,7 @@ Text only; nothing here imports tvm.  The words that TVMScript does not know are
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,11 +34,12 @@ def emit(tp: TileProgram, target: Target | Isa | str, layout: Layout | None = No
     """
     shape = target if isinstance(target, Isa) else isa(target)
     units = layout if layout is not None else tuple(len(p.shape) - 1 for p in tp.params)
-    source = _program(tp, shape, units)
-    return Kernel(tp.name, "tvm", source, "main", tp, shape.name)
+    source, scratch = _program(tp, shape, units)
+    return Kernel(tp.name, "tvm", source, "main", tp, shape.name, scratch)
 
 
-def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
+def _program(tp: TileProgram, shape: Isa, units: Layout) -> tuple[str, int]:
+    """The text, and the bytes of the buffers of its largest launch."""
     names = Names(set(WORDS))
     for p in tp.params:
         names[p.name]
@@ -50,14 +52,15 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> str:
     for p, u in zip(tp.params, units, strict=True):
         probe.units[p.name] = u
         lines += _view(probe, p, u)
+    scratch = 0
     for k in tp.kernels:
         w = Writer(tp, replace(k, body=_straight(k.body)), shape, names)
         w.units = {p.name: u for p, u in zip(tp.params, units, strict=True)}
         w.products = pairs.products(w)
-        _kernel(w)
+        scratch = max(scratch, _kernel(w))
         lines += w.lines
         names.forget({t.name for t in k.tiles} | {d.name for d in k.dims})
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n", scratch
 
 
 def _param(w: Writer, p: Param, unit: int) -> list[str]:
@@ -93,7 +96,8 @@ def _extents(w: Writer, p: Param, order: Sequence[int]) -> str:
     return f"({''.join(Expressions(w, Point({})).index(p.shape[k]) + ', ' for k in order)})"
 
 
-def _kernel(w: Writer) -> None:
+def _kernel(w: Writer) -> int:
+    """Write one launch; returns the bytes of its buffers."""
     k, names = w.kernel, w.names
     w.line(f"# {k.name}")
     total = names.fresh("points")
@@ -132,6 +136,7 @@ def _kernel(w: Writer) -> None:
             *(f"{name} = T.alloc_buffer({shape}, {kind!r})" for name, (shape, kind) in buffers.items()),
             *(["tile_start()"] if tiles else []))]
     names.forget({v for v, _ in k.grid})
+    return sum(math.prod(shape) * int(re.sub(r"\D", "", kind)) // 8 for shape, kind in buffers.values())
 
 
 def _bounded(d: Dim) -> bool:

@@ -16,6 +16,7 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,48 +109,44 @@ define i32 @memcomp_install_body(ptr %runtime) {
 }
 """.replace("CHUNKS", str(CHUNKS))
 
-# TVM force-inlines imported text, so the functions whose addresses are taken are written in TVMScript.
+# TVM force-inlines imported text, so the functions whose addresses are taken are functions of TVM's.
 _SCRIPT = '''
-@I.ir_module
-class Launcher:
-    @T.prim_func
-    def memcomp_worker(job: T.handle) -> T.int32:
-        T.func_attr({"global_symbol": "memcomp_worker", "calling_conv": 1})
-        T.evaluate(T.call_extern("int32", "memcomp_worker_body", job))
+@T.prim_func
+def memcomp_worker(job: T.handle) -> T.int32:
+    T.func_attr({"global_symbol": "memcomp_worker", "calling_conv": 1})
+    T.evaluate(T.call_extern("int32", "memcomp_worker_body", job))
 
-    @T.prim_func
-    def memcomp_launch(task: T.handle, data: T.handle, n: T.int32) -> T.int32:
-        T.func_attr({"global_symbol": "memcomp_launch", "calling_conv": 1})
-        assert T.call_extern("int32", "memcomp_launch_body", task, data) == 0, "a task of the kernel failed"
+@T.prim_func
+def memcomp_launch(task: T.handle, data: T.handle, n: T.int32) -> T.int32:
+    T.func_attr({"global_symbol": "memcomp_launch", "calling_conv": 1})
+    assert T.call_extern("int32", "memcomp_launch_body", task, data) == 0, "a task of the kernel failed"
 
-    @T.prim_func
-    def memcomp_install(runtime: T.handle):
-        T.func_attr({"global_symbol": "memcomp_install"})
-        T.evaluate(T.call_extern("int32", "memcomp_install_body", runtime))
+@T.prim_func
+def memcomp_install(runtime: T.handle):
+    T.func_attr({"global_symbol": "memcomp_install"})
+    T.evaluate(T.call_extern("int32", "memcomp_install_body", runtime))
 '''
 
 _lock = threading.Lock()
 _runtime: Any = None
-_parsed: Any = None
+_functions: dict[str, Any] = {}
 
 
-def with_launcher(module: Any) -> Any:
-    """The kernel module with the launcher's functions in it."""
-    global _parsed
-    import tvm.script
+def with_launcher(functions: Mapping[str, Any]) -> Any:
+    """A kernel's functions and the launcher's as one module."""
+    import tvm
     from tvm import tirx
-    from tvm.script import ir as I
-    from tvm.script import tirx as T
+
+    from memcomp.codegen.tvm.script import read
 
     with _lock:
-        if _parsed is None:
-            _parsed = tvm.script.from_source(_SCRIPT, extra_vars={"I": I, "T": T})
-    functions = dict(module.functions.items())
-    for var, f in _parsed.functions.items():
-        if var.name_hint == "memcomp_install":
-            f = f.with_body(tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", _LLVM, f.body))
-        functions[var] = f
-    return tvm.IRModule(functions)
+        if not _functions:
+            own = read(_SCRIPT, {})
+            f = own["memcomp_install"]
+            own["memcomp_install"] = f.with_body(
+                tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", _LLVM, f.body))
+            _functions.update(own)
+    return tvm.IRModule({**functions, **_functions})
 
 
 def install(module: Any) -> bool:

@@ -8,6 +8,7 @@ from itertools import islice
 
 from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, children, conjuncts, rebuild, substitute, variables, walk
+from memcomp.passes._roles import largest
 from memcomp.passes.derive.sides import Side
 
 _LARGEST_BODY = 400  # nodes; a larger inlined body is left to its own statement
@@ -35,6 +36,12 @@ def reduces(s: Einsum, v: str) -> bool:
 
 def carries(s: Einsum, v: str) -> bool:
     return any(v in variables(i) for o in s.outs for i in o.index)
+
+
+def long(c: Cascade, s: Einsum) -> frozenset[str]:
+    """Variables of the result whose ranks may be of any length: a kernel's tasks have points of them."""
+    return frozenset(x for o in s.outs for i in o.index for x in variables(i)
+                     if c.rank(x.upper()).bound is None and largest(c, x.upper()) is None)
 
 
 def view(cascade: Cascade, statements: Sequence[Einsum], v: str) -> View:
@@ -77,7 +84,8 @@ def _sides(statements: Sequence[Einsum], v: str, opaque: frozenset[str], sides: 
 @dataclass(frozen=True, slots=True)
 class Unaligned:
     """Tensors along v that no tile can hold: read at another index than v, written more than once or not over plain
-    variables, or by a reduction with several results."""
+    variables, by a reduction with several results, or by one over a long rank that what is reduced over v has points
+    of (each of those tasks would walk all of that rank in every step)."""
 
     v: str
 
@@ -95,6 +103,10 @@ class Unaligned:
                 if len(at) != 1 or not plain or again or len(s.outs) > 1:
                     out.add(o.tensor)
                 place[o.tensor] = at[0] if at else 0
+        points = {x for s in cascade.einsums if reduces(s, self.v) for x in long(cascade, s)}
+        for s in cascade.einsums:
+            if s.reduce is not None and carries(s, self.v) and points & set(s.reduce.over):
+                out.update(s.names)
         for name, k in place.items():
             if any(a.index[k] != along for s in cascade.readers(name) for a in s.accesses() if a.tensor == name):
                 out.add(name)

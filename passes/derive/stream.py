@@ -18,7 +18,7 @@ from memcomp.passes.derive.closing import Closing
 from memcomp.passes.derive.emit import Writer
 from memcomp.passes.derive.facts import Facts
 from memcomp.passes.derive.finals import Finals
-from memcomp.passes.derive.plan import Inliner, View, count, iterative, reduces, view
+from memcomp.passes.derive.plan import Inliner, View, count, iterative, long, reduces, view
 from memcomp.passes.derive.scan import scanned
 from memcomp.passes.derive.serial import serial
 from memcomp.passes.derive.sides import NoLaw
@@ -78,17 +78,34 @@ def _candidates(c: Cascade, ranks: tuple[str, ...] | None) -> list[str]:
         mine = [s for s in c.einsums if r.var in s.space()]
         if r.var in loops or not any(reduces(s, r.var) for s in mine):
             continue
-        if any(loops & set(s.space()) for s in mine):
-            continue
         if ranks is not None and r.name not in ranks:
             continue
-        passes = count(c, c.einsums, r.var)
+        looped = any(loops & set(s.space()) for s in mine)
+        passes = count(c, _apart(c, loops, r.var) if looped else c.einsums, r.var)
+        if looped and passes < 2:
+            continue
         if ranks is None and r.var in written and passes < 3:  # one pass must read what another writes
             continue
         if passes >= 2 or any(_placed(s, r.var) or reduces(s, r.var) and _long(c, s, r.var) for s in mine):
             fixed = extent_of(c, r.name)
             out.append((fixed is not None and fixed <= _FITS, -passes, fixed is not None, k, r.name))
     return [name for *_, name in sorted(out)]
+
+
+def _apart(c: Cascade, loops: set[str], v: str) -> list[Einsum]:
+    """The statements that need no loop; none where a loop reduces over v or waits for what does."""
+    out, made, waits = [], set[str](), set[str]()
+    for s in c.einsums:
+        inside, late = bool(loops & set(s.space())), reduces(s, v) or bool(s.reads() & waits)
+        if inside and late:
+            return []
+        if inside or s.reads() & made:
+            made |= set(s.names)
+        else:
+            out.append(s)
+        if late:
+            waits |= set(s.names)
+    return out
 
 
 def _placed(s: Einsum, v: str) -> bool:
@@ -124,6 +141,7 @@ class _Stream:
     ranks: list[Rank] = field(default_factory=list)
     ends: dict[str, Access] = field(default_factory=dict)
     parts: dict[str, Einsum] = field(default_factory=dict)  # accepted reduction -> what of it is finished at each point
+    alone: set[str] = field(default_factory=set)  # reductions whose tasks are not those of the stage
     again: int = 0  # nodes of bodies that were refused before and looked at once more
 
     def run(self) -> Program:
@@ -148,11 +166,17 @@ class _Stream:
         while True:
             look = view(c, rest, v)
             look = View(v, {**{t: "carried" for t in carried}, **look.sides}, {**carried, **look.writer})
-            stage = Stage(v, extent, facts, look.late, self._end(cut), lambda g: self.ends["$rho:" + g], self._fresh,
-                          self.frame, cut.outer is not None)
-            stage.finished, stage.weighted = list(extremes), self.weighted
             inline = Inliner(c, look)
-            accepted, blocked = self._accept(rest, inline, stage, refused)
+            while True:
+                stage = Stage(v, extent, facts, look.late, self._end(cut), lambda g: self.ends["$rho:" + g],
+                              self._fresh, self.frame, cut.outer is not None)
+                stage.finished, stage.weighted = list(extremes), self.weighted
+                said = len(self.proofs)
+                accepted, blocked = self._accept(rest, inline, stage, refused)
+                if not (alone := self._alone(c, [rest[k] for k in accepted])):
+                    break
+                self.alone |= alone
+                del self.proofs[said:]
             extremes += self._extremes(rest, inline, stage, accepted)
             refused = {**blocked, **refused}
             if not accepted:
@@ -246,7 +270,7 @@ class _Stream:
                 if (s.reduce.monoid == "sum") != sums:
                     continue
                 name = s.names[0]
-                if name in before and inline.mixed(s):
+                if name in self.alone or name in before and inline.mixed(s):
                     continue
                 if name in before and self.again > AGAIN:
                     refused[name] = before[name].removesuffix(_LEFT) + _LEFT
@@ -276,6 +300,22 @@ class _Stream:
                     edge = f" (edge {', '.join(waits)} -> {name})" if waits else ""
                     refused[name] = f"{why}{edge}"
         return accepted, refused
+
+    def _alone(self, c: Cascade, accepted: list[Einsum]) -> set[str]:
+        """Reductions that lack a long variable which others of the stage have, and that are read where it is lacking:
+        the tasks of the others would each make them, and none would have the whole result."""
+        every = frozenset[str]().union(*(long(c, s) for s in accepted))
+        out = set[str]()
+        for s in accepted:
+            lacking, todo, seen = every - long(c, s), list(s.names), set[str]()
+            while lacking and todo:
+                t = todo.pop()
+                if t not in seen:
+                    seen.add(t)
+                    if not c.temporary(t):
+                        out.add(s.names[0])
+                    todo += [n for r in c.readers(t) if not lacking <= long(c, r) for n in r.names]
+        return out
 
     def _part(self, look: View, s: Einsum, body: Expr) -> Einsum:
         """The reduction without those of its other variables that late values depend on: each point of them is finished
