@@ -25,8 +25,9 @@ A level that the program places its tensors in (`addressed`) holds one tile of e
 touched again in every round of the loops it lacks that stand outside the last loop it has.  `keep X @ level` says that
 X stays in that level, and takes no room in those behind it.
 
-Time: per group the largest of operations / peak (times the idle share of the last round of tasks), transcendentals /
-their peak, and traffic / bandwidth of each level behind the second; groups follow one another.  What moves between the
+Time: per group the largest of operations / peak, transcendentals / their peak, and traffic / bandwidth of each level
+behind the second; where the last round of tasks leaves cores idle it takes as long as a full one (what waits for a
+level, by the share of its bandwidth that so few cores draw).  Groups follow one another, each after its launch.  What moves between the
 nearest two (registers and cache) is counted but bounds nothing: an emitter cuts tiles into registers once more.
 On a target with arrays of processing elements `memcomp.ir.arrays` counts cycles instead of operations.
 """
@@ -151,6 +152,12 @@ def tile_bytes(program: Program, group: Group, sizes: Mapping[str, int]) -> dict
     return {name: nest.tile(name) for name in nest.inner}
 
 
+def tasks(program: Program, group: Group, sizes: Mapping[str, int]) -> int:
+    """How many tasks of the group may run at a time: the points of its space ranks."""
+    c = program.cascade
+    return _Nest(c, Sizes(c, sizes), group, tuple(e for e in c.einsums if e.names[0] in group.tensors)).tasks
+
+
 def compulsory(program: Program, sizes: Mapping[str, int]) -> float:
     """Bytes that the arguments must move at least once."""
     c, n = program.cascade, Sizes(program.cascade, sizes)
@@ -175,16 +182,26 @@ def _arguments(c: Cascade, n: Sizes, nests: list[_Nest]) -> float:
 
 
 def _seconds(x: _Nest, target: Target, phases: tuple[PhaseCost, ...], share: float) -> float:
-    rounds = -(-x.tasks // target.threads) * target.threads / x.tasks if x.tasks else 0.0
     if target.arrays:
         times = [sum(p.cycles for p in phases) / target.clock]
     else:
-        busy = sum(flops / target.peak(dtype) for dtype, flops in x.by_dtype.items()) * rounds
-        times = [busy, x.special / target.special * rounds]
+        idle = _idle(x.tasks, target.threads, 1.0 / target.threads)
+        busy = sum(n / target.peak(dtype) for dtype, n in x.by_dtype.items())
+        times = [busy * idle, x.special / target.special * idle]
     for at, level in enumerate(target.levels[2:], 1):
         known = share if level is target.memory else 1.0
-        times.append(x.traffic(target, at) * known / level.bandwidth)
-    return max(times)
+        waits = _idle(x.tasks, target.threads, level.alone)
+        times.append(x.traffic(target, at) * known / level.bandwidth * waits)
+    return max(times) + target.launch
+
+
+def _idle(tasks: int, threads: int, alone: float) -> float:
+    """How many times longer tasks take because cores idle in their last round; alone: the share of a resource that one
+    core draws."""
+    if not tasks:
+        return 0.0
+    last = tasks % threads
+    return (tasks - last + (last / min(1.0, alone * last) if last else 0.0)) / tasks
 
 
 def _reads(e: Einsum) -> list[Access]:

@@ -17,13 +17,15 @@ BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1, "i64": 8
 @dataclass(frozen=True, slots=True)
 class Level:
     """A level of memory.  bytes: of one instance (0 = unknown); bandwidth: bytes/s of all instances together;
-    count: instances; addressed: placed by the program (registers, shared memory), else a cache."""
+    count: instances; addressed: placed by the program (registers, shared memory), else a cache; alone: the share of the
+    bandwidth that one core draws while the others idle."""
 
     name: str
     bytes: int
     bandwidth: float
     count: int = 1
     addressed: bool = False
+    alone: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Unit:
 class Target:
     """A machine.  backend: the codegen folder that writes for it; levels: nearest first, memory last;
     threads: cores or multiprocessors; lanes: f32 values in a vector register; clock: Hz, where units are arrays;
-    source: where the figures come from."""
+    launch: seconds that a kernel takes to start; source: where the figures come from."""
 
     name: str
     backend: str
@@ -71,6 +73,7 @@ class Target:
     lanes: int = 32
     source: str = ""
     clock: float = 0.0
+    launch: float = 0.0
 
     def level(self, name: str) -> Level:
         for level in self.levels:
@@ -120,7 +123,7 @@ def target(name: str) -> Target:
 
 def _read(name: str, data: dict[str, Any]) -> Target:
     levels = tuple(Level(x["name"], int(x["bytes"]), float(x["bandwidth"]), int(x.get("count", 1)),
-                         bool(x.get("addressed", False))) for x in data["levels"])
+                         bool(x.get("addressed", False)), float(x.get("alone", 1.0))) for x in data["levels"])
     clock = float(data.get("clock", 0.0))
     units = [Unit(u["name"], tuple((d, float(p)) for d, p in u["peaks"].items())) for u in data.get("units", ())]
     for u in data.get("arrays", ()):
@@ -133,7 +136,8 @@ def _read(name: str, data: dict[str, Any]) -> Target:
         if "exp" in cost:
             units.append(Unit("special", (("f32", rate / cost["exp"]),)))
     return Target(name, data["backend"], levels, tuple(units), tuple(data.get("features", ())),
-                  int(data.get("threads", 1)), int(data.get("lanes", 32)), data.get("source", ""), clock)
+                  int(data.get("threads", 1)), int(data.get("lanes", 32)), data.get("source", ""), clock,
+                  float(data.get("launch", 0.0)))
 
 
 def _detected(name: str, data: dict[str, Any]) -> Target:
@@ -152,7 +156,7 @@ def _detected(name: str, data: dict[str, Any]) -> Target:
         elif x["name"] in ("l2", "l3") and found.caches and x["name"] not in found.caches:
             continue  # this machine has no such cache
         bandwidth = float(x["bandwidth"]) if "bandwidth" in x else x["rate"] * clock * count
-        levels.append(Level(x["name"], size, bandwidth, count, x["name"] == "reg"))
+        levels.append(Level(x["name"], size, bandwidth, count, x["name"] == "reg", float(x.get("alone", 1.0))))
     base = found.cores * clock * int(data["pipes"]) * 2 * lanes
     units = [Unit(u["name"], tuple((d, base * k) for d, k in u["peaks"].items())) for u in data.get("units", ())]
     if "amx_bf16" in found.features:  # 16 x 16 x 32 multiply-adds in 16 cycles
@@ -160,4 +164,4 @@ def _detected(name: str, data: dict[str, Any]) -> Target:
     elif "avx512_bf16" in found.features:
         units.append(Unit("dot", (("bf16", 2 * base),)))
     return Target(name, data["backend"], tuple(levels), tuple(units), found.features, found.cores, lanes,
-                  data["source"])
+                  data["source"], launch=float(data["launch"]))

@@ -14,6 +14,7 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from memcomp.choice import alternatives, seconds
 from memcomp.config import Config
 from memcomp.ir.cascade import extent_of
 from memcomp.ir.errors import OptionError, Refusal, nearest
@@ -205,41 +206,32 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
                 observe: Observer) -> Program:
     """`program` after the rewrites of `names`, with its knobs closed.
 
-    Where a frame at a weighted mean saves a pass, the form with another pass instead is made too, and the cost model
+    Where the algebra has other forms that may be faster (`memcomp.choice`) they are made too, and the cost model
     chooses; the last proof says so.  sizes: as for `compile_program`, of `read`.
     """
-    def form(see: Observer, options: Mapping[str, Mapping[str, Any]]) -> Program:
-        mapped = rewrite(program, observe=see, names=names, options=options)
+    def form(see: Observer, options: Mapping[str, Any]) -> Program:
+        mapped = rewrite(program, observe=see, names=names, options={"reduce_passes": options})
         closed = close_knobs(mapped, shape_sizes(read, mapped, sizes), tune=config.tune)
         see("tune", closed)
         return closed
 
-    one = form(observe, {})
-    if "reduce_passes" not in names or not _weighted(one):
-        return one
-    made: list[tuple[str, object]] = []
-    more = form(lambda station, value: made.append((station, value)), {"reduce_passes": {"weighted": False}})
-    spent = [_seconds(p, shape_sizes(read, p, sizes)) for p in (one, more)]
-    chosen = more if spent[1] < spent[0] and _lowers(more) else one
-    told = [f"{what}, {s:.3g} s" for what, s in zip(("a weighted frame", "another pass"), spent, strict=True)]
-    at = ", ".join(f"{r}={n}" for r, n in shape_sizes(read, chosen, sizes).items())
-    line = f"by cost{' at ' * bool(at)}{at}: {told[chosen is more]}, not {told[chosen is one]}"
-    for station, value in made if chosen is more else ():
+    first = form(observe, {})
+    words, others = alternatives(first, shape_sizes(read, first, sizes)) if "reduce_passes" in names else ("", {})
+    if not others:
+        return first
+    made: dict[str, list[tuple[str, object]]] = {words: []}
+    forms = {words: first}
+    for what, options in others.items():
+        seen = made[what] = []
+        forms[what] = form(lambda station, value, seen=seen: seen.append((station, value)), options)  # type: ignore[misc]
+    spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, p in forms.items()}
+    chosen = next(what for what in sorted(forms, key=spent.__getitem__) if what == words or _lowers(forms[what]))
+    told = ", not ".join(f"{what}, {spent[what]:.3g} s" for what in (chosen, *(x for x in forms if x != chosen)))
+    at = ", ".join(f"{r}={n}" for r, n in shape_sizes(read, forms[chosen], sizes).items())
+    for station, value in made[chosen]:
         observe(station, value)
-    return replace(chosen, proofs=(*chosen.proofs, line))
-
-
-def _weighted(program: Program) -> bool:
-    from memcomp.passes.reduce_passes import weighted_frames
-
-    return weighted_frames(program)
-
-
-def _seconds(closed: Program, sizes: Mapping[str, int]) -> float:
-    from memcomp.ir.cost import cost
-    from memcomp.ir.target import target
-
-    return cost(closed, sizes, target(closed.target)).seconds
+    line = f"by cost{' at ' * bool(at)}{at}: {told}"
+    return replace(forms[chosen], proofs=(*forms[chosen].proofs, line))
 
 
 def _lowers(closed: Program) -> bool:

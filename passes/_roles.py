@@ -102,7 +102,9 @@ def shared(c: Cascade, loop: list[Einsum], var: str) -> tuple[str, ...]:
     products = [set(out_vars(e)) for e in loop if product_operands(e)]
     again = _repeatable(c, states, var)
     points = common([e for e in states if e not in again] or loop)
-    own = tuple(v for v in points if v != var and (not whole(c, v) or all(v in p for p in products)))
+    within = {v for e in loop for v in (e.reduce.over if e.reduce else ()) if held(c, v)}  # every task has all of it
+    own = tuple(v for v in points
+                if v != var and v not in within and (not whole(c, v) or all(v in p for p in products)))
     joined = _joined(c, loop, var) if any(whole(c, v) for v in own) else set()
     rest = tuple(v for v in own if v not in joined)
     sizes = [math.prod(largest(c, v.upper()) or HELD for v in set(out_vars(e)) - {var, *rest}) for e in states]

@@ -20,9 +20,7 @@ from memcomp.models.families.attention import FAMILIES
 from tests.families import DTYPES, LENGTH, ROWS, passes, right
 from tests.hostile import hostile, wrong
 
-TIED = "equal weights are added one after the other within a tile: the roundings have one sign"
 KNOWN = {  # less exact than they should be (docs/derivation.md, known gaps)
-    ("ReLU, normalised", "ties"): TIED, ("squared ReLU, normalised", "ties"): TIED,
     ("differential", "an outlier among values"): "the two sums are subtracted, not the weights",
 }
 

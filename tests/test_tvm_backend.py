@@ -391,3 +391,23 @@ def test_a_call_costs_microseconds() -> None:
     x, y, z = torch.randn(1, 5), torch.empty(1, 5), torch.empty(1, 5)
     best = min(timeit.repeat(lambda: f(x, y, z, 1), number=50, repeat=20)) / 50
     assert best < 50e-6
+
+
+EQUAL = """
+program equal
+rank H
+rank P
+rank M
+in A[H, M, P]: f32
+out S[H, P]: f32
+S[h, p] = sum{m} abs(A[h, m, p])
+"""
+
+
+@pytest.mark.parametrize("m", [15, 64, 100, 301])
+def test_roundings_of_one_sign_do_not_add_up_within_a_tile(m: int) -> None:
+    """Equal terms, one after the other, round to the same side: a tile of them would lose a dozen last places."""
+    row = np.random.default_rng(0).random(200).astype(np.float32) + np.float32(0.5)
+    a = np.broadcast_to(row, (2, m, 200)).copy()
+    got = run(lower(mapped(parse(EQUAL))), {"A": a}, {})["S"]
+    assert np.abs(got / (m * row.astype(np.float64)) - 1).max() < 8 * 2.0**-24

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from memcomp.codegen.tvm import diagonal
 from memcomp.codegen.tvm.express import Expressions, linear, truth
 from memcomp.codegen.tvm.writer import ELEMENT, TILE_ELEMENT, Point, Writer, times
 from memcomp.ir.errors import Refusal
@@ -76,6 +77,30 @@ def place(w: Writer, a: Access, point: Point, lane: str = "", lanes: int = 1, ba
     return f"{name}[{', '.join(index) if index else '()'}]"
 
 
+def gathered(w: Writer, a: Access, point: Point, count: str) -> str:
+    """Text of an element per lane in its natural kind (a bool comes as int32), of lanes below `count` only.
+
+    Where they lie is computed for all lanes at once, then they are read one by one.
+    """
+    name, order = view(w, w.params[a.tensor])
+    index, k = [], w.names.fresh("k")
+    for i in (a.index[n] for n in order):
+        v = Expressions(w, point).value(i, "i64")
+        if v.vec:
+            places = w.names.fresh("places")
+            w.line(f"{places} = acc({v.text})")
+            index.append(f"{places}[{k}]")
+        else:
+            index.append(v.text)
+    p, got = w.params[a.tensor], w.names.fresh("gather")
+    element = {"bool": "int32", "f64": "float64"}.get(p.dtype, "int64" if p.dtype[0] in "iu" else "float32")
+    w.line(f"{got} = acc(splat(cast({element!r}, i64(0)), {point.width}))")
+    with w.block(f"for {k} in T.serial(T.max(T.min({count}, {point.width}), 0)):"):
+        where = ", ".join(index) or "()"
+        w.line(f"{got}[{k}] = {loaded(p, f'{name}[{where}]')}")
+    return f"{got}[at({point.width})]"
+
+
 def unit(w: Writer, p: Param) -> int:
     """The position whose stride is 1 in memory, or -1."""
     return w.units[p.name]
@@ -105,6 +130,10 @@ def load(w: Writer, s: Load, point: Point) -> None:
         over_points(w, t.dims[:-1], point, lambda q: strips(w, last, lambda b, n, m: strip(q, b, n, m)))
         return
 
+    if any(linear(i, last) is None for i in s.source.index) and not any(contiguous(w, s.source, d) for d in t.dims):
+        _load_gathered(w, s, point)
+        return
+
     def one(q: Point) -> None:
         w.line(f"{w.tile_at(t.name, q.scalars)} = cast({element!r}, {scalar_element(w, s.source, q)})")
 
@@ -118,6 +147,40 @@ def load(w: Writer, s: Load, point: Point) -> None:
 
     turned = _turned(w, s.source, t)
     _by_squares(w, t, turned, point, square, one, _memory_order(w, s.source, t.dims))
+
+
+def _load_gathered(w: Writer, s: Load, point: Point) -> None:
+    """Fill a tile whose elements lie anywhere; those that depend on the difference of two dims are read once each."""
+    t = w.tiles[s.tile]
+    element, a = TILE_ELEMENT[t.dtype], t.dims[-1]
+    lanes, number = w.vector(a), w.count(a)
+    b = next((d for d in t.dims[:-1] if d in variables(s.source) and w.dims[d].capacity >= diagonal.FEWEST
+              and diagonal.by_difference(w, s.source, a, d)), "")
+
+    def row(q: Point, put: Callable[[str], str], count: str) -> None:
+        j = w.names.fresh("j")
+        with w.block(f"for {j} in T.serial(T.truncdiv({count} + {lanes - 1}, {lanes})):"):
+            base = f"({j} * {lanes})"
+            here = Point(q.scalars, a, lanes, base, q.held)
+            w.line(f"{put(f'at({lanes}, {base})')} = cast({element!r}, {gathered(w, s.source, here, f'{count} - {base}')})")
+
+    if not b:
+        over_points(w, t.dims[:-1], point, lambda q: row(q, lambda at: w.tile_at(t.name, q.scalars, at), number))
+        return
+    name = w.names.fresh("diagonal")
+    w.buffers[name] = ((diagonal.length(w, a, b),), element)
+
+    def plane(q: Point) -> None:
+        other = w.count(b)
+        with w.block(f"if T.min({number}, {other}) > 0:"):  # where no point of the tile is, no element of the param is
+            row(q.at(**{b: f"({other} - 1)"}), lambda at: f"{name}[{at}]", f"({number} + {other} - 1)")
+            v, j = w.names.fresh(w.names[b]), w.names.fresh("j")
+            with w.block(f"for {v} in T.serial({other}):"), \
+                    w.block(f"for {j} in T.serial(T.truncdiv({number} + {lanes - 1}, {lanes})):"):
+                to = w.tile_at(t.name, q.scalars | {b: v}, f"at({lanes}, {j} * {lanes})")
+                w.line(f"{to} = {name}[at({lanes}, {j} * {lanes} + ({other} - 1 - {v}))]")
+
+    over_points(w, tuple(d for d in t.dims[:-1] if d != b), point, plane)
 
 
 def store(w: Writer, s: Store, point: Point) -> None:

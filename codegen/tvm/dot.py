@@ -191,14 +191,14 @@ def _added(total: str, lanes: int, a: Operand | Pairs, x: str, y: str) -> str:
     return f"{old} = dot_pairs({old}, {x}, {y})" if isinstance(a, Pairs) else f"{old} = {old} + {x} * {y}"
 
 
-def _pairs_then_last(w: Writer, b: Pairs, over: tuple[str, ...], point: Point,
+def _pairs_then_last(w: Writer, sides: tuple[Pairs, ...], over: tuple[str, ...], point: Point,
                      body: Callable[[Point, bool], None]) -> None:
     """All pairs of the contracted dims; in place, a last number without a partner has a step of its own."""
-    k = b.side.k
+    k = sides[0].side.k
 
     def along(q: Point) -> None:
         n, count = w.fixed(k), w.count(k)
-        whole = b.buffer == "" and (n is None or n % 2 > 0)
+        whole = any(x.buffer == "" for x in sides) and (n is None or n % 2 > 0)
         round_up = 0 if whole else 1
         stop = f"i64({(n + round_up) // 2})" if n is not None else f"T.truncdiv({plus(count, round_up)}, 2)"
         with w.repeat("i", stop) as i:
@@ -258,10 +258,11 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
                     ahead(w, b.access, q, lane, lanes, base)
                 w.let(x, b.vec(w, q, lane, lanes, base, mask))
             for r, total in zip(rows, totals, strict=True):
-                w.line(_added(total, lanes, a, a.one(w, r.at(**inside)), x))
+                at = r.at(**inside)
+                w.line(_added(total, lanes, a, a.one(w, at, whole) if isinstance(a, Pairs) else a.one(w, at), x))
 
-        if isinstance(b, Pairs):
-            _pairs_then_last(w, b, s.over, rows[0], step)
+        if isinstance(a, Pairs) and isinstance(b, Pairs):
+            _pairs_then_last(w, (a, b), s.over, rows[0], step)
         else:
             _in_parts(w, list(s.over), rows[0], step, totals, lanes)
         for r, total in zip(rows, totals, strict=True):

@@ -62,6 +62,8 @@ class Expressions:
             return constant(0) if text == "i64(0)" else Val(text, "i64")
         if e in self.memo:
             return self.memo[e]
+        if e in self.w.diagonals and (v := self._diagonal(e)) is not None:
+            return v
         if isinstance(e, Access):
             v = self.tile(e) if e.tensor in self.w.tiles else self.param(e)
             self.memo[e] = v
@@ -92,15 +94,14 @@ class Expressions:
 
     def param(self, e: Access) -> Val:
         """An element of a param, or one per lane."""
-        from memcomp.codegen.tvm.access import scalar_element
+        from memcomp.codegen.tvm.access import gathered, scalar_element
 
-        q = self.w.params[e.tensor]
+        q, p = self.w.params[e.tensor], self.point
         kind = q.dtype if q.dtype in ("bool", "f64") else "i64" if q.dtype[0] in "iu" else "f32"
-        if self.point.lane not in variables(e):
-            return Val(scalar_element(self.w, e, self.point), kind)
-        element = {"bool": "int32"}.get(kind, ELEMENT_OF.get(kind, ""))
-        got = self._one_by_one(lambda one: f"cast({element!r}, {scalar_element(self.w, e, one)})", element)
-        return Val(f"ne({got}, 0)" if kind == "bool" else got, kind, self.point.width > 1)
+        if p.lane not in variables(e):
+            return Val(scalar_element(self.w, e, p), kind)
+        got = gathered(self.w, e, p, f"{self.w.count(p.lane)} - {p.base}")
+        return Val(f"ne({got}, 0)" if kind == "bool" else got, kind, p.width > 1)
 
     def _one_by_one(self, text: Callable[[Point], str], element: str) -> str:
         """A vector gathered lane by lane; lanes past the dim's count are not read."""
@@ -111,6 +112,15 @@ class Expressions:
             one = Point(p.scalars | {p.lane: f"({p.base} + {k})"})
             w.line(f"{name}[{k}] = {text(one)}")
         return f"{name}[at({p.width})]"
+
+    def _diagonal(self, e: Expr) -> Val | None:
+        """What `diagonal` has computed; None where lanes would run against it."""
+        p, (name, a, b, kind) = self.point, self.w.diagonals[e]
+        if p.lane == b and p.width > 1:
+            return None
+        lanes, first = (p.width, p.base) if p.lane == a else (1, p.scalars[a])
+        second = p.base if p.lane == b else p.scalars[b]
+        return _loaded(f"{name}[at({lanes}, {first} + ({self.w.count(b)} - 1 - {second}))]", kind, lanes > 1)
 
     # -- operators ---------------------------------------------------------------------------------------------------
 

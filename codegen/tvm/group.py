@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from memcomp.codegen.tvm import diagonal
 from memcomp.codegen.tvm.express import Expressions, number
 from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, plus, read_tiles, statements, times
 from memcomp.ir.expr import Access, Call, Const, Var, call, walk
@@ -18,6 +19,7 @@ from memcomp.ir.ops import MONOIDS
 from memcomp.ir.tile import Fold, Map, Statement, Tile, When
 
 Work = Map | Fold
+PART = 16  # terms that are summed one after the other in f32: in longer sums roundings of one sign add up
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,10 @@ class Nest:
         self.w, self.g = w, replace(g, work=tuple(in_order(g.work, g.common, w.tiles)))
         self.everywhere = list(statements(w.kernel.body))
         self.local = self._local()
+        made = diagonal.prepare(w, ((s, g.lane or lane_of(s, w.tiles)) for s in self.g.work), point)
         self._open(point, tuple(d for d in g.common if d != g.lane))
+        for e in made:
+            del w.diagonals[e]
 
     def _local(self) -> set[str]:
         """Tiles that live in registers: written and read in this group only, first written."""
@@ -285,12 +290,8 @@ class Nest:
         """Accumulators, the loops that are reduced, and what comes of them."""
         w = self.w
         width = point.width if point.lane else w.wide(lane) if lane in inner else 1
-        sums: dict[int, str] = {}
-        for s in folds:
-            element = TILE_ELEMENT[w.tiles[s.tile].dtype]
-            name = w.names.fresh("total")
-            w.line(f"{name} = acc(splat({_identity(s.monoid, element)}, {width}))")
-            sums[id(s)] = name
+        sums = {id(s): self._total(s, width) for s in folds}
+        rounded = [s for s in folds if s.monoid == "sum" and w.tiles[s.tile].dtype == "f32"]
 
         def step(q: Point) -> None:
             now = dict(held)
@@ -313,7 +314,24 @@ class Nest:
                         self._put(t, name, v.kind, q)
                     now[t.name] = name
 
-        self._walk(inner, lane, point, step)
+        def parts(q: Point) -> None:
+            """Points of the long dim, `PART` at a time, each part summed and added to those before."""
+            n, whole = w.fixed(long), dict(sums)
+            with w.repeat("part", f"T.truncdiv({plus(w.count(long), PART - 1)}, {PART})" if n is None
+                          else f"i64({-(-n // PART)})") as part:
+                first = times(part, PART)
+                points = f"i64({PART})" if w.full(long, PART) else f"T.min(i64({PART}), {w.count(long)} - {first})"
+                sums.update({id(s): self._total(s, width) for s in rounded})
+                v = w.names.fresh(w.names[long])
+                with w.block(f"for {v} in T.serial({points}):"):
+                    self._walk(inner[inner.index(long) + 1:], lane, q.at(**{long: f"({first} + {v})"}), step)
+                for s in rounded:
+                    total = f"{whole[id(s)]}[at({width})]"
+                    w.line(f"{total} = {total} + {sums[id(s)]}[at({width})]")
+            sums.update(whole)
+
+        long = next((d for d in reversed(inner) if d != lane and w.dims[d].capacity > PART), "") if rounded else ""
+        self._walk(inner[:inner.index(long)] if long else inner, lane, point, parts if long else step)
         for s in folds:
             t = w.tiles[s.tile]
             text = f"{sums[id(s)]}[at({width})]"
@@ -326,6 +344,12 @@ class Nest:
                 text = f"ne({text}, 0)"
             held = self._finish(t, text, kind, replace(point, held=held), held, passing)
         return held
+
+    def _total(self, s: Fold, width: int) -> str:
+        """An accumulator that holds nothing yet."""
+        name = self.w.names.fresh("total")
+        self.w.line(f"{name} = acc(splat({_identity(s.monoid, TILE_ELEMENT[self.w.tiles[s.tile].dtype])}, {width}))")
+        return name
 
     def _only_here(self, tile: str, work: Sequence[Work]) -> bool:
         """Is a tile used in these loops only, first written?"""

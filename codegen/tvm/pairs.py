@@ -114,9 +114,16 @@ def _shared(w: Writer, result: Tile, operand: Tile) -> int:
 
 
 def in_place(w: Writer, load: Load, ways: list[Product]) -> bool:
-    """Should the products that read a loaded tile read the param itself?"""
-    return all(p.form != "tiles" and p.y.tile == load.tile and p.rows <= FEW
-               and contiguous(w, load.source, p.y.last or p.k) for p in ways)
+    """Should the products that read a loaded tile read the param itself?
+
+    Yes where a pair that serves all lanes lies there as a pair, and where few rows read what lies across the lanes.
+    """
+    def direct(p: Product) -> bool:
+        if p.x.tile == load.tile:
+            return p.form == "outer" and not p.x.last and contiguous(w, load.source, p.k)
+        return p.form != "tiles" and p.rows <= FEW and contiguous(w, load.source, p.y.last or p.k)
+
+    return all(map(direct, ways))
 
 
 def packed(load: Load, readers: list[Product]) -> Side | None:
@@ -184,8 +191,15 @@ class Pairs:
         values = q.scalars | {self.side.k: pair} | ({self.side.last: last} if self.side.last else {})
         return f"{self.buffer}[{', '.join(values[d] for d in dims)}]"
 
-    def one(self, w: Writer, q: Point) -> str:
-        return self.at(w, q, q.scalars[self.side.k], q.scalars.get(self.side.last, ""))
+    def one(self, w: Writer, q: Point, whole: bool = True) -> str:
+        """Text of one pair; not `whole`: without the second."""
+        k = self.side.k
+        if self.buffer:
+            return self.at(w, q, q.scalars[k], q.scalars.get(self.side.last, ""))
+        first = f"{q.scalars[k]} * 2"
+        if whole:
+            return f"in_pairs({place(w, self.raw.access, q, k, 2, first)})"
+        return f"pair_up({place(w, self.raw.access, q.at(**{k: first}))})"
 
     def vec(self, w: Writer, q: Point, lane: str, lanes: int, base: str, mask: str = "", whole: bool = True) -> str:
         """Pairs of neighbours: `lanes` / 2 along k from element `base` on, or `lanes` along another dim."""

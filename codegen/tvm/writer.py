@@ -72,6 +72,7 @@ class Writer:
         self.products: dict[int, Product] = {}  # contractions on bf16 pairs, by id of the statement
         self.packed: dict[str, str] = {}      # tiles that are filled as pairs only -> their buffer
         self.buffers: dict[str, tuple[tuple[int, ...], str]] = {}  # besides the tiles: name -> shape, element
+        self.diagonals: dict[Expr, tuple[str, str, str, str]] = {}  # by a - b: buffer, a, b, kind
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)

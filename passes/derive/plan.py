@@ -8,7 +8,7 @@ from itertools import islice
 
 from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, children, conjuncts, rebuild, substitute, variables, walk
-from memcomp.passes._roles import largest
+from memcomp.passes._roles import held
 from memcomp.passes.derive.sides import Side
 
 _LARGEST_BODY = 400  # nodes; a larger inlined body is left to its own statement
@@ -39,9 +39,9 @@ def carries(s: Einsum, v: str) -> bool:
 
 
 def long(c: Cascade, s: Einsum) -> frozenset[str]:
-    """Variables of the result whose ranks may be of any length: a kernel's tasks have points of them."""
+    """Variables of the result whose ranks are no dims of a tile: a kernel's tasks have points of them."""
     return frozenset(x for o in s.outs for i in o.index for x in variables(i)
-                     if c.rank(x.upper()).bound is None and largest(c, x.upper()) is None)
+                     if c.rank(x.upper()).bound is None and not held(c, x))
 
 
 def view(cascade: Cascade, statements: Sequence[Einsum], v: str) -> View:

@@ -1,0 +1,45 @@
+"""Forms of one program between which the algebra is indifferent and the machine is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+from memcomp.ir.program import Program
+
+IDLE = 0.05  # of the cores, on average, while tasks run: below it shares of a rank gain nothing
+
+
+def alternatives(closed: Program, sizes: Mapping[str, int]) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What a closed program is, in words, and other forms of it: words -> options of `reduce_passes`.
+
+    Powers under an exponential weight are measured from their weighted mean, or wait for another pass.  A loop of fewer
+    tasks than the machine has cores (one query over a long cache) runs as a whole, or in shares whose states are merged
+    by a kernel of their own.
+    """
+    from memcomp.ir.cost import tasks
+    from memcomp.ir.target import target
+    from memcomp.passes.reduce_passes import weighted_frames
+
+    threads = target(closed.target).threads
+    ways: list[dict[str, dict[str, Any]]] = []
+    if weighted_frames(closed):
+        ways.append({"a weighted frame": {}, "another pass": {"weighted": False}})
+    counts = [tasks(closed, g, sizes) for g in closed.mapping.groups if g.loop_order]
+    if any(n and (-n % threads) / (n + -n % threads) > IDLE for n in counts):
+        ways.append({"one share": {}, f"{threads} shares": {"splits": threads}})
+    forms: dict[str, dict[str, Any]] = {
+        " in ".join(words): {k: v for way, word in zip(ways, words, strict=True) for k, v in way[word].items()}
+        for words in product(*ways)
+    }
+    first, *others = forms
+    return first, {what: forms[what] for what in others}
+
+
+def seconds(closed: Program, sizes: Mapping[str, int]) -> float:
+    """Of a call, by the cost model."""
+    from memcomp.ir.cost import cost
+    from memcomp.ir.target import target
+
+    return cost(closed, sizes, target(closed.target)).seconds

@@ -1,0 +1,113 @@
+"""The op of a region: what it takes and gives is the same by every way through torch's dispatcher."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import memcomp
+from memcomp import runtime
+from memcomp.binding import preparation
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    memcomp.reset()
+    yield
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def call_of(inputs: Sequence[Tensor]) -> tuple[list[int], str]:
+    """(sizes, key) of the op's call in `attention` of such inputs."""
+    seen: list[tuple[list[int], str]] = []
+
+    def watched(entry: runtime.Entry, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        seen.append((list(sizes), entry.key))
+        return run(entry, tensors, sizes)
+
+    run = runtime.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "run", watched)
+        torch.compile(attention, backend="memcomp", dynamic=True, options={"rest": "eager", "strict": True})(*inputs)
+    return seen[-1]
+
+
+def test_the_ways_to_the_kernel_agree() -> None:
+    inputs = torch.randn(3, 1, 2, 5, 8).unbind()
+    sizes, key = call_of(inputs)
+    op, want = torch.ops.memcomp.call.default, attention(*inputs)
+    launched = memcomp.stats()["launches"]
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            got, = op(list(inputs), sizes, key)
+        torch.testing.assert_close(got, want)
+        assert not got.requires_grad and got.is_inference() == (mode is torch.inference_mode)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    with torch.no_grad():
+        assert not op(leaves, sizes, key)[0].requires_grad
+    got, = op(leaves, sizes, key)
+    torch.testing.assert_close(got, want)
+    assert got.requires_grad and memcomp.stats()["launches"] == launched + 5
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mode_sees_the_op_and_a_fake_tensor_never_reaches_the_kernel(inference: bool) -> None:
+    inputs = torch.randn(3, 1, 2, 5, 8).unbind()
+    sizes, key = call_of(inputs)
+    op, launched = torch.ops.memcomp.call.default, memcomp.stats()["launches"]
+
+    class Log(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[object] = []
+    with torch.inference_mode(inference):
+        op(list(inputs), sizes, key)  # the plain way first: what it left behind must not shortcut the others
+        with Log():
+            op(list(inputs), sizes, key)
+        assert seen == [op] and memcomp.stats()["launches"] == launched + 2
+        with FakeTensorMode() as fake:
+            out, = op([fake.from_tensor(t) for t in inputs], sizes, key)
+    assert type(out).__name__ == "FakeTensor" and memcomp.stats()["launches"] == launched + 2
+
+
+def test_inputs_that_are_negated_lazily() -> None:
+    """torch resolves them below autograd."""
+    inputs = torch.randn(3, 1, 2, 5, 8).unbind()
+    sizes, key = call_of(inputs)
+    lazy = torch.complex(torch.zeros_like(inputs[0]), -inputs[0]).conj().imag
+    assert lazy.is_neg()
+    got, = torch.ops.memcomp.call([lazy, *inputs[1:]], sizes, key)
+    torch.testing.assert_close(got, attention(*inputs))
+
+
+@pytest.mark.parametrize("order", [(), *itertools.permutations(range(3))])
+def test_new_tensors_are_laid_out_as_torch_does(order: tuple[int, ...]) -> None:
+    """Also where an extent is 0 or 1, fixed or not."""
+    texts = ["t[0].shape[0]", "(3)", "(t[0].shape[1] * s[0])"]
+    prepare = preparation([2], [(texts, torch.float16, order)], [(["(2)", texts[2]], torch.int64, ())],
+                          ["s[0]", texts[2]])
+    for rows, columns, n in itertools.product((0, 1, 5), (0, 2), (1, 4)):
+        x = torch.zeros(columns, rows).T
+        (out,), args = prepare([x], [n])
+        extents = (rows, 3, columns * n)
+        dims = order or range(3)
+        want = torch.empty([extents[d] for d in dims], dtype=torch.float16).permute(
+            sorted(range(3), key=dims.__getitem__))
+        assert (out.shape, out.stride(), out.dtype) == (want.shape, want.stride(), want.dtype)
+        first, second, work, *ints = args
+        assert second is out and ints == [n, columns * n]
+        assert work.shape == (2, columns * n) and work.dtype == torch.int64
+        assert torch.equal(first, x) and (first.stride()[-1] == 1 or not x.numel())
