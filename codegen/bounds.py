@@ -1,94 +1,76 @@
 """What a guard says about a tile: which loop steps it leaves empty, where it holds for the whole tile, and what a
-dim's count is.  Affine in the loop variable and in tile dims; everything else in it may be data (`m <= pos[p]`)."""
+dim's count is.  Comparisons of integers, by the least and the greatest value of their terms; everything in them may be
+data (`m <= pos[p]`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, variables, walk
 from memcomp.ir.simplify import linear, simplify
-from memcomp.ir.tile import Dim
 
 _FLIP = {"gt": "lt", "ge": "le"}
+_NEGATION = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
+End: TypeAlias = Callable[[Expr, bool], "Expr | None"]  # the least or greatest value of an expression in a tile
 
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """The condition `step * loop variable + sum(coefficient * dim) + plain + data < 0` over integers.
-
-    plain: free of dims and of the loop variable.  data: what is left, read from tiles over dims (`-pos[p0]`); free of
-    the loop variable.  The dims of `data` are those of its accesses.
-    """
+    """The condition `step * loop variable + rest < 0` over integers; rest: free of the loop variable."""
 
     step: int
-    dims: tuple[tuple[str, int], ...]
-    plain: Expr
-    data: Expr | None
-
-    def data_dims(self) -> tuple[str, ...]:
-        return tuple(sorted(variables(self.data))) if self.data is not None else ()
+    rest: Expr
 
 
-def half(
-    cond: Expr, loop: str, dims: Collection[str], integers: Collection[str], varying: Collection[str]
-) -> Half | None:
-    """`cond` as a `Half`, or None: not an inequality, not over integers, or data that change along the loop.
-
-    integers: names of tiles known to hold integers.  varying: tiles written inside the loop.
-    """
-    if not isinstance(cond, Call) or cond.op not in ("lt", "le", "gt", "ge"):
-        return None
-    a, b = cond.args
-    if cond.op in _FLIP:
-        a, b = b, a
-    strict = cond.op in ("lt", "gt")
-    terms = linear(a - b if strict else a - b - 1, integers=integers)
+def half(cond: Expr, loop: str, integers: Collection[str]) -> Half | None:
+    """`cond` as a `Half`, or None: not an inequality, not over integers, or the loop variable stands elsewhere."""
+    d = difference(cond)
+    terms = linear(call("sub", d, 1), integers=integers) if d is not None else None
     if terms is None:
         return None
-    step, along, plain, data = 0, dict[str, int](), list[Expr](), list[Expr]()
-    for term, c in terms.items():
-        if isinstance(term, Var) and term.name == loop:
-            step = c
-        elif isinstance(term, Var) and term.name in dims:
-            along[term.name] = c
-        else:
-            e: Expr = Const(c) if term is None else term if c == 1 else call("mul", term, c)
-            names = variables(e)
-            tiles = {n.tensor for n in walk(e) if isinstance(n, Access)}
-            if loop in names or tiles & set(varying):
-                return None
-            (data if names & set(dims) else plain).append(e)
-    return Half(step, tuple(sorted(along.items())), _total(plain) or Const(0), _total(data))
+    step = terms.pop(Var(loop), 0)
+    rest = total([scaled(term, c) for term, c in terms.items()])
+    return None if loop in variables(rest) else Half(step, rest)
 
 
-def _total(parts: list[Expr]) -> Expr | None:
-    out: Expr | None = None
+def difference(cond: Expr) -> Expr | None:
+    """An expression that is at most 0 exactly where an inequality of integers holds; None for other conditions."""
+    if not isinstance(cond, Call) or cond.op not in ("lt", "le", "gt", "ge"):
+        return None
+    a, b = cond.args[::-1] if cond.op in _FLIP else cond.args
+    return call("add", call("sub", a, b), 1) if cond.op in ("lt", "gt") else call("sub", a, b)
+
+
+def plainer(cond: Expr, integers: Collection[str]) -> Expr:
+    """The same condition without `not`, `eq` and `ne` of integers."""
+    if not isinstance(cond, Call):
+        return cond
+    if cond.op in ("and", "or"):
+        return Call(cond.op, tuple(plainer(a, integers) for a in cond.args))
+    inner = cond.args[0] if cond.op == "not" else None
+    if isinstance(inner, Call) and inner.op in ("and", "or"):
+        swapped = Call("or" if inner.op == "and" else "and", tuple(call("not", a) for a in inner.args))
+        return plainer(swapped, integers)
+    test = inner if isinstance(inner, Call) else cond
+    if test.op not in _NEGATION or linear(call("sub", *test.args), integers=integers) is None:
+        return cond
+    if test is inner:
+        return plainer(Call(_NEGATION[test.op], test.args), integers)
+    if cond.op == "eq":
+        return call("and", call("le", *cond.args), call("ge", *cond.args))
+    return call("or", call("lt", *cond.args), call("gt", *cond.args)) if cond.op == "ne" else cond
+
+
+def scaled(term: Expr | None, c: int) -> Expr:
+    return Const(c) if term is None else term if c == 1 else call("mul", term, c)
+
+
+def total(parts: list[Expr]) -> Expr:
+    out: Expr = Const(0)
     for p in parts:
-        out = p if out is None else call("add", out, p)
-    return None if out is None else simplify(out, index=True)
-
-
-def extreme(
-    h: Half,
-    greatest: bool,
-    dim: Callable[[str], Dim],
-    fixed: Collection[str],
-    fold: Callable[[Expr, tuple[str, ...], bool], Expr],
-) -> Expr:
-    """Least or greatest value of everything in `h` but the loop term, over the points of a tile.
-
-    Dims in `fixed` have a count that the loop does not change; the others count as full.  `fold` makes the least or
-    greatest value of data over dims available as an expression.
-    """
-    out = h.plain
-    for name, c in h.dims:
-        d = dim(name)
-        if (c > 0) == greatest:
-            last = call("sub", d.count, 1) if name in fixed else Const(d.capacity - 1)
-            out = call("add", out, call("mul", last, c))
-    if h.data is not None:
-        out = call("add", out, fold(h.data, h.data_dims(), greatest))
+        out = call("add", out, p)
     return simplify(out, index=True)
 
 
@@ -106,16 +88,15 @@ def last_step(step: int, least: Expr) -> Expr | None:
     return simplify(call("ceildiv", call("neg", least), step), index=True)
 
 
-def holds_everywhere(step: int, loop: str, greatest: Expr) -> Expr:
-    """Condition on the loop variable under which the guard is true at all points of the tile."""
-    return simplify(call("lt", call("add", call("mul", Var(loop), step), greatest), 0), index=True)
-
-
-def count_of(h: Half, name: str, loop: str, capacity: int) -> Expr | None:
-    """Count of dim `name` where the guard only cuts off its tail: `name < limit`, the limit free of dims and data."""
-    if h.data is not None or h.dims != ((name, 1),) or any(isinstance(n, Access) for n in walk(h.plain)):
+def count_of(h: Half, name: str, loop: str, capacity: int, end: End) -> Expr | None:
+    """Count of dim `name` behind which the guard holds nowhere in the tile: `name < limit`, the limit free of data."""
+    terms = linear(h.rest, integers={n.tensor for n in walk(h.rest) if isinstance(n, Access)})
+    if terms is None or terms.pop(Var(name), 0) != 1:
         return None
-    offset = call("add", call("mul", Var(loop), h.step), h.plain) if h.step else h.plain
+    rest = end(total([scaled(term, c) for term, c in terms.items()]), False)
+    if rest is None or name in variables(rest) or any(isinstance(n, Access) for n in walk(rest)):
+        return None
+    offset = call("add", call("mul", Var(loop), h.step), rest) if h.step else rest
     return simplify(call("min", capacity, call("neg", offset)), index=True)
 
 

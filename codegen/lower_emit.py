@@ -10,14 +10,17 @@ excluded points inside a loaded tile (never those in a tail) must hold finite va
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from math import isfinite
 
 from memcomp.codegen.lower_fuse import factors
-from memcomp.codegen.lower_limits import Limits
+from memcomp.codegen.lower_join import branches_joined, expressions, statements, touched
+from memcomp.codegen.lower_limits import TRUE, Limits
 from memcomp.codegen.lower_ops import LOOP, POST, PRE, Op
 from memcomp.codegen.lower_tiles import param_name
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Const, Expr, Var, call, conjunction, variables, walk
+from memcomp.ir.expr import Access, Const, Expr, Var, call, conjunction, reads, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.simplify import linear, simplify
 from memcomp.ir.tile import Dot, Fold, Loop, Map, Statement, Store, TileKernel, When
@@ -84,9 +87,8 @@ class Emitter(Limits):
             if plain != Access(name, tuple(Var(d) for d in o.dims)):  # a copy within one buffer is nothing
                 out.append(Map(name, plain))
             return
-        masked = Map(name, call("where", _all(tests), plain, self._typed(o.empty, o)))
-        full = self.full(tests)
-        out.append(When(full, (Map(name, plain),), (masked,)) if full is not None else masked)
+        empty = self._typed(o.empty, o)
+        out.extend(self.guarded(tests, Map(name, plain), lambda test: Map(name, call("where", test, plain, empty))))
 
     def _set_fill(self, o: Op, body: Expr, exact: tuple[Expr, ...], guards: tuple[Expr, ...]) -> None:
         self.fills.held.pop(o.target, None)
@@ -105,13 +107,26 @@ class Emitter(Limits):
             select = not self._mask_operand(k, o, guards, masks, identity, out)
         plain = self.read(body, o.phase)
         name = self.tile(o.target, o.dims)
+        whole = self._number(o, name, plain) or Fold(name, o.monoid, o.over, plain, o.accumulate)
         if select:
-            masked = Fold(name, o.monoid, o.over, call("where", _all(masks), plain, identity), o.accumulate)
-            full = self.full(masks)
-            fold = Fold(name, o.monoid, o.over, plain, o.accumulate)
-            out.append(masked if full is None else When(full, (fold,), (masked,)))
+            out.extend(self.guarded(masks, whole, lambda test: Fold(
+                name, o.monoid, o.over, call("where", test, plain, identity), o.accumulate)))
         else:
-            out.extend(self._product(o, name, plain) or [Fold(name, o.monoid, o.over, plain, o.accumulate)])
+            out.extend(self._product(o, name, plain) or [whole])
+
+    def _number(self, o: Op, name: str, body: Expr) -> Map | None:
+        """The sum of a constant: so many times the number of points."""
+        if o.monoid != "sum" or not isinstance(body, Const) or not isfinite(body.value):
+            return None
+        points: Expr = Const(1)
+        for d in o.over:
+            points = simplify(call("mul", points, self.g.dims[d].count), index=True)
+        if self.dtype[self.home[o.target]] != "i64":
+            points = call("real", points)
+        made = points if body.value == 1 else call("mul", points, body)
+        if o.accumulate:
+            made = call("add", Access(name, tuple(Var(d) for d in o.dims)), made)
+        return Map(name, made)
 
     def _product(self, o: Op, name: str, body: Expr) -> list[Statement] | None:
         """A sum of a product of two tiles as a `Dot`; factors free of the reduced dims are multiplied afterwards."""
@@ -165,26 +180,37 @@ class Emitter(Limits):
         """Put `value` at the points of a tile that the guards exclude; joined with the map that has just made it."""
         tests = tuple(self.read(c, o.phase) for c in guards)
         name = self.tile(o.target, o.dims)
-        full = self.full(tests)
-        last = next((i for i in reversed(range(len(out))) if _touches(out[i], name)), None)
+        last = next((i for i in reversed(range(len(out))) if name in touched(out[i])), None)
         made = out[last] if last is not None else None
         if (
             isinstance(made, Map)
             and made.tile == name
             and last is not None
-            and not any(_touches(later, n) for later in out[last + 1 :] for n in _tiles_of(made))
+            and not any(touched(later) & touched(made) for later in out[last + 1 :])
         ):
             del out[last]
             body = made.body
         else:
             made, body = None, Access(name, tuple(Var(d) for d in o.dims))
-        masked = Map(name, call("where", _all(tests), body, self._typed(value, o)))
-        if full is None:
-            out.append(masked)
-        elif made is not None:
-            out.append(When(full, (made,), (masked,)))
-        else:
-            out.append(When(call("not", full), (masked,)))
+        fill = self._typed(value, o)
+        out.extend(self.guarded(tests, made, lambda test: Map(name, call("where", test, body, fill))))
+
+    def guarded(
+        self, tests: tuple[Expr, ...], plain: Statement | None, masked: Callable[[Expr], Statement]
+    ) -> list[Statement]:
+        """`plain` on tiles where the tests hold everywhere (None: nothing to do there), else `masked` by those that may
+        fail: what holds of the data is asked of a tile at once, before the rest is asked of its points."""
+        whole = () if plain is None else (plain,)
+        by_data = tuple(t for t in tests if reads(t))
+        rest = tuple(t for t in tests if t not in by_data)
+        out: tuple[Statement, ...] = (masked(_all(tests)),)
+        if by_data and rest and (known := self.full(by_data)) is not None:
+            out = (When(known, (masked(_all(rest)),), out),)
+        if (full := self.full(tests)) is None:
+            return list(out)
+        if full == TRUE:
+            return list(whole)
+        return [When(full, whole, out)] if whole else [When(call("not", full), out)]
 
     def _typed(self, value: Expr, o: Op) -> Expr:
         """A constant as the tile's dtype holds it."""
@@ -283,42 +309,36 @@ class Emitter(Limits):
         self.store_carried()
         body = list(self.body[PRE])
         if self.g.loop:
-            body.append(Loop(self.g.loop, lo, hi, (*self.body[LOOP], *self.late_loop)))
+            step = branches_joined((*self.body[LOOP], *self.late_loop))
+            if self.live is not None:
+                step = (*self.head, When(self.live, step))
+            body.append(Loop(self.g.loop, lo, hi, step))
         body += [*self.body[POST], *self.late]
+        body = list(self._used(tuple(body)))
         used = {d for t in self.tiles.values() for d in t.dims}
-        for s in _statements(tuple(body)):
+        for s in statements(tuple(body)):
             used |= set(getattr(s, "over", ()))
         dims = tuple(d for d in self.g.dims.values() if d.name in used)
         return TileKernel(name, self.g.grid, dims, tuple(self.tiles.values()), tuple(body))
+
+    def _used(self, body: tuple[Statement, ...]) -> tuple[Statement, ...]:
+        """Without the folds of guards' data that nothing asks for."""
+        asked = {n.tensor for s in statements(body) for e in expressions(s) for n in walk(e) if isinstance(n, Access)}
+        spare = {k: t.name for k, t in self.tiles.items() if k.startswith("fold ") and t.name not in asked}
+        for k in spare:
+            del self.tiles[k]
+
+        def keep(part: tuple[Statement, ...]) -> tuple[Statement, ...]:
+            return tuple(
+                replace(s, body=keep(s.body)) if isinstance(s, Loop) else s
+                for s in part
+                if not (isinstance(s, Fold) and s.tile in spare.values())
+            )
+
+        return keep(body)
 
 
 def _all(tests: tuple[Expr, ...]) -> Expr:
     out = conjunction(tests)
     assert out is not None
-    return out
-
-
-def _tiles_of(s: Statement) -> set[str]:
-    """Names that a statement reads or writes."""
-    out = {getattr(s, "tile", "")}
-    for e in (getattr(s, n, None) for n in ("body", "source", "target", "a", "b", "cond")):
-        if e is not None and not isinstance(e, tuple):
-            out |= {n.tensor for n in walk(e) if isinstance(n, Access)}
-    for inner in (*getattr(s, "orelse", ()), *(s.body if isinstance(s, (When, Loop)) else ())):
-        out |= _tiles_of(inner)
-    return out
-
-
-def _touches(s: Statement, name: str) -> bool:
-    return name in _tiles_of(s)
-
-
-def _statements(body: tuple[Statement, ...]) -> list[Statement]:
-    out: list[Statement] = []
-    for s in body:
-        out.append(s)
-        if isinstance(s, Loop):
-            out += _statements(s.body)
-        elif isinstance(s, When):
-            out += _statements(s.body) + _statements(s.orelse)
     return out

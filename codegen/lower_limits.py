@@ -1,16 +1,20 @@
-"""Which part of the loop and of a tile is live: loop bounds, counts, and where a guard holds everywhere."""
+"""Which part of the loop and of a tile is live: loop bounds, steps in between, counts, and where a guard holds
+everywhere."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from memcomp.codegen import bounds
 from memcomp.codegen.lower_laws import idle
 from memcomp.codegen.lower_ops import LOOP, PRE, Op
 from memcomp.codegen.lower_tiles import Tiles, param_name
-from memcomp.ir.expr import Access, Call, Const, Expr, call, conjunction, variables, walk
-from memcomp.ir.simplify import proves, simplify
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, conjunction, variables, walk
+from memcomp.ir.simplify import linear, proves, simplify
 from memcomp.ir.tile import Dim, Fold, Load, Tile
+
+TRUE = Const(True)
 
 
 class Limits(Tiles):
@@ -19,54 +23,137 @@ class Limits(Tiles):
     def integers(self) -> set[str]:
         return {t.name for t in self.tiles.values() if t.dtype == "i64"}
 
-    def half(self, guard: Expr) -> bounds.Half | None:
-        """`guard` is over tiles already."""
-        inside = {t.name for k, t in self.tiles.items() if self._written_in_loop(k, t.name)}
-        return bounds.half(guard, self.g.loop, set(self.g.dims), self.integers(), inside)
+    # -- the least and the greatest of a tile ------------------------------------------------------------------------
 
-    def _written_in_loop(self, key: str, name: str) -> bool:
-        if key.startswith("load "):
-            return any(isinstance(s, Load) and s.tile == name for s in self.body[LOOP])
-        return any(o.phase == LOOP and self.home[o.target] == key for o in self.g.ops)
+    def end(self, e: Expr, greatest: bool, still: bool = False) -> Expr | None:
+        """A bound of an integer expression over tiles at the points of a tile, from above or from below; None: not
+        known, or not cheap.  still: it may not change along the loop.
 
-    def extreme(self, h: bounds.Half, greatest: bool) -> Expr:
-        fixed = {d.name for d in self.g.dims.values() if self.g.loop not in variables(d.count)}
-        return bounds.extreme(h, greatest, self.g.dims.__getitem__, fixed, self.scalar)
+        Exact for what is linear in dims and in data over different dims.  Dims whose count the loop changes count as
+        full; data are folded, before the loop or, over one dim, in every step.
+        """
+        terms = linear(e, integers=self.integers())
+        if terms is None or (still and self.g.loop in variables(e)):
+            return None
+        out: list[Expr] = []
+        data: dict[tuple[str, ...], list[Expr]] = {}
+        for term, c in terms.items():
+            dims = tuple(sorted(variables(term) & set(self.g.dims))) if term is not None else ()
+            if term is None or not dims:
+                if still and term is not None and self._changes(term):
+                    return None
+                out.append(bounds.scaled(term, c))
+            elif (known := self._monotone(term, greatest == (c > 0), still)) is not None:
+                out.append(bounds.scaled(known, c))
+            else:
+                data.setdefault(dims, []).append(bounds.scaled(term, c))
+        for dims, parts in data.items():
+            folded = self._extreme(bounds.total(parts), dims, "max" if greatest else "min", still)
+            if folded is None:
+                return None
+            out.append(folded)
+        return bounds.total(out)
 
-    def scalar(self, data: Expr, over: tuple[str, ...], greatest: bool) -> Expr:
-        """The greatest or least of data over a tile's points, computed once before the loop."""
+    def _monotone(self, e: Expr, greatest: bool, still: bool) -> Expr | None:
+        """The end of a dim, or of a growing function of what has ends."""
+        if isinstance(e, Var):
+            d = self.g.dims[e.name]
+            if not greatest:
+                return Const(0)
+            return Const(d.capacity - 1) if self.g.loop in variables(d.count) else call("sub", d.count, 1)
+        if not isinstance(e, Call):
+            return None
+        if e.op in ("floordiv", "ceildiv") and isinstance(k := e.args[1], Const) and k.value > 0:
+            x = self.end(e.args[0], greatest, still)
+            return None if x is None else call(e.op, x, k)
+        if e.op in ("max", "min"):
+            a, b = (self.end(x, greatest, still) for x in e.args)
+            return None if a is None or b is None else call(e.op, a, b)
+        return None
+
+    def _extreme(self, data: Expr, dims: tuple[str, ...], monoid: str, still: bool) -> Expr | None:
+        """All of the data's points joined to one number, where that is cheap."""
         if isinstance(data, Call) and data.op == "neg":
-            return call("neg", self.scalar(data.args[0], over, not greatest))
-        key = (data, greatest)
+            inner = self._extreme(data.args[0], dims, "min" if monoid == "max" else "max", still)
+            return None if inner is None else call("neg", inner)
+        phase = LOOP if self._changes(data) or any(self.moves(Var(d)) for d in dims) else PRE
+        if phase == LOOP and (still or len(dims) > 1 or any(self._computed(n) for n in walk(data))):
+            return None
+        key = (data, monoid)
         if key not in self.scalars:
-            name = self.fresh("greatest" if greatest else "least")
-            self.tiles[f"load {name}"] = Tile(name, (), "i64")
-            inside = tuple(d for d in over if d in self.g.dims)  # a grid variable is one number in a tile
-            self.body[PRE].append(Fold(name, "max" if greatest else "min", inside, data))
+            name = self.fresh({"max": "greatest", "min": "least", "and": "every", "or": "some"}[monoid])
+            self.tiles[f"fold {name}"] = Tile(name, (), "bool" if monoid in ("and", "or") else "i64")
+            self.body[phase].append(Fold(name, monoid, dims, data))
             self.scalars[key] = Access(name, ())
         return self.scalars[key]
 
-    def full(self, guards: tuple[Expr, ...]) -> Expr | None:
+    def _changes(self, e: Expr) -> bool:
+        """Does an expression over tiles change along the loop?"""
+        moved = {s.tile for s in (*self.head, *self.body[LOOP]) if isinstance(s, Load)}
+        return self.g.loop in variables(e) or any(
+            isinstance(n, Access) and (n.tensor in moved or self._computed(n)) for n in walk(e)
+        )
+
+    def _computed(self, n: Expr) -> bool:
+        """A tile that operations in the loop write?"""
+        return isinstance(n, Access) and any(
+            o.phase == LOOP and (t := self.tiles.get(self.home[o.target])) is not None and t.name == n.tensor
+            for o in self.g.ops
+        )
+
+    # -- whole tiles --------------------------------------------------------------------------------------------------
+
+    def full(self, guards: Iterable[Expr]) -> Expr | None:
         """A scalar condition under which all `guards` (over tiles) hold at every point of the tile; None: unknown, or
         never the case."""
-        parts = []
-        for guard in guards:
-            if not variables(guard) & set(self.g.dims):
-                parts.append(guard)
-                continue
-            h = self.half(guard)
-            if h is None:
+        parts = [self._everywhere(bounds.plainer(g, self.integers())) for g in guards]
+        known = [p for p in parts if p is not None]
+        return (conjunction([p for p in known if p != TRUE]) or TRUE) if len(known) == len(parts) else None
+
+    def _everywhere(self, g: Expr) -> Expr | None:
+        if isinstance(g, Const):
+            return g if g.value else None
+        if not variables(g) & set(self.g.dims):
+            return g
+        if isinstance(g, Call) and g.op in ("and", "or"):
+            parts = [self._everywhere(a) for a in g.args]
+            known = [p for p in parts if p is not None]
+            if not known or (g.op == "and" and len(known) < len(parts)):
                 return None
-            everywhere = bounds.holds_everywhere(h.step, self.g.loop, self.extreme(h, True))
-            if proves(call("not", everywhere), self.ranges()):
+            return simplify(Call(g.op, tuple(known)) if len(known) > 1 else known[0])
+        if (d := bounds.difference(g)) is not None and (top := self.end(d, True)) is not None:
+            everywhere = simplify(call("le", top, 0), index=True)
+            return None if proves(call("not", everywhere), self.ranges()) else everywhere
+        return self._truth(g, "and")
+
+    def _somewhere(self, g: Expr) -> Expr | None:
+        """A scalar condition without which the guard holds at no point of the tile; None: not known."""
+        if isinstance(g, Call) and g.op in ("and", "or"):
+            parts = [self._somewhere(a) for a in g.args]
+            known = [p for p in parts if p is not None]
+            if not known or (g.op == "or" and len(known) < len(parts)):
                 return None
-            parts.append(everywhere)
-        return conjunction(parts)
+            return simplify(Call(g.op, tuple(known)) if len(known) > 1 else known[0])
+        if any(isinstance(n, Access) and n.tensor in self.home for n in walk(g)):
+            return None  # not computed yet
+        g = self.read(g, LOOP)
+        if not variables(g) & set(self.g.dims):
+            return g
+        if (d := bounds.difference(g)) is not None and (least := self.end(d, False)) is not None:
+            return simplify(call("le", least, 0), index=True)
+        return self._truth(g, "or")
+
+    def _truth(self, g: Expr, monoid: str) -> Expr | None:
+        """Whether data say so at every point, or at some."""
+        dims = tuple(sorted(variables(g) & set(self.g.dims)))
+        return self._extreme(g, dims, monoid, False) if len(dims) == 1 else None
 
     def ranges(self) -> dict[str, tuple[Expr | int | None, Expr | int | None]]:
         """Of grid and loop variables."""
         out: dict[str, tuple[Expr | int | None, Expr | int | None]] = {v: (0, n) for v, n in self.g.grid}
         return out | ({self.g.loop: (0, self.g.steps)} if self.g.loop else {})
+
+    # -- counts -------------------------------------------------------------------------------------------------------
 
     def _counts(self) -> None:
         """Guards that cut off the tail of a dim in everything that reduces or stores it become the dim's count."""
@@ -78,8 +165,10 @@ class Limits(Tiles):
                     d.name in o.dims and o.target in self.g.stores and not self._keeps_inside(guard, o) for o in needing
                 ):
                     continue  # the excluded points exist, and are stored as empty
-                h = bounds.half(guard, self.g.loop, set(self.g.dims), set(), set())
-                count = bounds.count_of(h, d.name, self.g.loop, d.capacity) if h is not None else None
+                h = bounds.half(guard, self.g.loop, set())
+                if h is None or variables(h.rest) & set(self.g.dims) != {d.name}:
+                    continue
+                count = bounds.count_of(h, d.name, self.g.loop, d.capacity, self.end)
                 if count is None:
                     continue
                 old = self.g.dims[d.name].count
@@ -98,9 +187,22 @@ class Limits(Tiles):
             for i, n in zip(target.index, shape, strict=True)
         )
 
+    def _shorter(self, name: str, guard: Expr) -> Expr | None:
+        """How many points of a dim come before those where a guard holds nowhere in the tile: the rest of a step."""
+        if isinstance(guard, Call) and guard.op in ("and", "or"):
+            parts = [self._shorter(name, a) for a in guard.args]
+            known = [p for p in parts if p is not None]
+            if not known or (guard.op == "or" and len(known) < len(parts)):
+                return None
+            return joined("min" if guard.op == "and" else "max", known)
+        h = self._half(guard)
+        return None if h is None else bounds.count_of(h, name, self.g.loop, self.g.dims[name].capacity, self.end)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
     def _loop_bounds(self) -> tuple[Expr, Expr]:
         """The steps in which some reduction over the streamed dims has a live point; all steps where skipping is not
-        proved to leave the carried tiles as they are."""
+        proved to leave the carried tiles as they are.  What the ends of a loop cannot say becomes `self.live`."""
         lows: list[Expr] = [Const(0)]
         highs: list[Expr] = [self.g.steps]
         streamed = {
@@ -112,23 +214,72 @@ class Limits(Tiles):
         }
         joins = [o for o in self.g.ops if o.phase == LOOP and o.monoid and set(o.over) & streamed]
         nonneg = {d for d in streamed if not self._at_least_one(d)}
+        tests: list[Expr] = []
+        counts: dict[str, list[Expr]] = {}
         if joins and idle(self.g, joins):
-            common = set.intersection(*(set(o.guards) for o in joins))
-            for guard in sorted(common, key=repr):
-                test = self.read(guard, PRE) if not self._streams(guard) else None
-                h = self.half(test) if test is not None else None
-                if h is None:
-                    continue
-                least = self.extreme(h, False)
-                first, last = bounds.first_step(h.step, least), bounds.last_step(h.step, least)
+            for guard in sorted(set.intersection(*(set(o.guards) for o in joins)), key=repr):
+                plain = bounds.plainer(guard, self._integer_params())
+                first, last = self._steps(plain)
                 lows += [first] if first is not None else []
                 highs += [last] if last is not None else []
                 if guard in self.counted:
                     nonneg -= variables(guard)
-        for name in nonneg:
+                    continue
+                tests += [plain] if self._leaves_gaps(plain) else []
+                for name in sorted(streamed):
+                    if all(o.phase == LOOP for o in self.g.ops if name in (*o.dims, *o.over)):
+                        if (count := self._shorter(name, plain)) is not None:
+                            counts.setdefault(name, [self.g.dims[name].count]).append(count)
+        lo, hi = joined("max", lows), joined("min", highs)
+        for name, parts in counts.items():
+            self.g.dims[name] = replace(self.g.dims[name], count=joined("min", parts))
+        for name in sorted(streamed):
             d = self.g.dims[name]
-            self.g.dims[name] = replace(d, count=simplify(call("max", 0, d.count), index=True))
-        return joined("max", lows), joined("min", highs)
+            if name in nonneg or not self.facts().within(self.g.loop, 0, hi).proves(call("ge", d.count, 0)):
+                self.g.dims[name] = replace(d, count=simplify(call("max", 0, d.count), index=True))
+        self._live(tests)
+        return lo, hi
+
+    def _live(self, tests: list[Expr]) -> None:
+        """Steps between the first and the last in which a guard holds nowhere."""
+        parts = [self._somewhere(t) for t in tests]
+        self.live = conjunction([p for p in dict.fromkeys(parts) if p is not None and not proves(p, self.ranges())])
+        if self.live is not None:  # what it reads comes before it
+            self.head[:], self.body[LOOP][:] = self.body[LOOP], []
+
+    def _steps(self, guard: Expr) -> tuple[Expr | None, Expr | None]:
+        """The first step in which a guard has a live point, and the one after the last, where that is known before
+        the loop."""
+        if isinstance(guard, Call) and guard.op in ("and", "or"):
+            every = guard.op == "and"
+            ends: list[Expr | None] = []
+            for parts, op in zip(zip(*(self._steps(a) for a in guard.args), strict=True), ("max", "min"), strict=True):
+                known = [p for p in parts if p is not None]
+                known = known if every or len(known) == len(parts) else []
+                ends.append(joined(op if every else {"max": "min", "min": "max"}[op], known) if known else None)
+            return ends[0], ends[1]
+        h = self._half(guard)
+        least = self.end(h.rest, False, True) if h is not None else None
+        if h is None or least is None:
+            return None, None
+        return bounds.first_step(h.step, least), bounds.last_step(h.step, least)
+
+    def _leaves_gaps(self, guard: Expr) -> bool:
+        """May a guard be empty in a step that `_steps` leaves to the loop?"""
+        if isinstance(guard, Call) and guard.op in ("and", "or"):
+            sides = {(a is None, b is None) for a, b in map(self._steps, guard.args)}
+            split = guard.op == "or" and sides not in ({(True, False)}, {(False, True)})
+            return split or any(map(self._leaves_gaps, guard.args))
+        return self.g.loop in variables(guard) and self._steps(guard) == (None, None)
+
+    def _half(self, guard: Expr) -> bounds.Half | None:
+        """A guard that reads nothing that moves along the loop, over tiles."""
+        if self._streams(guard):
+            return None
+        return bounds.half(self.read(guard, PRE), self.g.loop, self.integers())
+
+    def _integer_params(self) -> set[str]:
+        return {n for n, p in self.params.items() if p.dtype[0] in "iu"}
 
     def _streams(self, guard: Expr) -> bool:
         """Does the guard read data that move along the loop?"""

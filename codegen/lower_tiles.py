@@ -36,6 +36,8 @@ class Tiles:
         self.g, self.params, self.dtype, self.home, self.pieces = g, params, dict(dtype), home, pieces
         self.tiles: dict[str, Tile] = {}
         self.body: dict[int, list[Statement]] = {PRE: [], LOOP: [], POST: []}
+        self.head: list[Statement] = []  # what decides whether a step of the loop runs
+        self.live: Expr | None = None
         self.late_loop: list[Statement] = []
         self.late: list[Statement] = []
         self.loaded: dict[tuple[Access, int], Access] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,14 +38,18 @@ def cpu(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> Cpu:
     if machine in ("arm64", "aarch64"):
         flags = {_ARM[f] for f in flags if f in _ARM} | {"neon"}  # every 64-bit ARM has it
     features = tuple(f for f in KNOWN if f in flags)
-    lanes = 16 if "avx512f" in features else 8 if "avx2" in features or "avx" in features else 4
     # the current frequency in cpuinfo wanders from call to call, and a target must not
     khz = _text(sys / "devices" / "system" / "cpu" / "cpu0" / "cpufreq" / "cpuinfo_max_freq").strip()
     memory = next((int(line.split()[1]) * 1024 for line in _text(proc / "meminfo").splitlines()
                    if line.startswith("MemTotal:")), 0)
     mine = _affinity()
-    return Cpu(len(mine), lanes, float(khz) * 1e3 if khz.isdigit() else 0.0, memory, features,
+    return Cpu(len(mine), lanes_of(features), float(khz) * 1e3 if khz.isdigit() else 0.0, memory, features,
                _caches(sys / "devices" / "system" / "cpu", mine))
+
+
+def lanes_of(features: Collection[str]) -> int:
+    """f32 values in a vector register."""
+    return 16 if "avx512f" in features else 8 if "avx2" in features or "avx" in features else 4
 
 
 def _affinity() -> set[int]:

@@ -117,8 +117,14 @@ def target(name: str) -> Target:
     """The machine of that name; OptionError lists what is known."""
     if name not in targets():
         raise OptionError(f"unknown target {name!r}", hint=nearest(name, targets()))
-    data = tomllib.loads((files("memcomp.ir") / "targets" / f"{name}.toml").read_text(encoding="utf-8"))
+    data = _table(name)
     return _detected(name, data) if data.get("detect") else _read(name, data)
+
+
+def _table(name: str) -> dict[str, Any]:
+    """A machine's file; one that is `like` another says only what differs."""
+    data = tomllib.loads((files("memcomp.ir") / "targets" / f"{name}.toml").read_text(encoding="utf-8"))
+    return {**_table(data.pop("like")), **data} if "like" in data else data
 
 
 def _read(name: str, data: dict[str, Any]) -> Target:
@@ -141,16 +147,17 @@ def _read(name: str, data: dict[str, Any]) -> Target:
 
 
 def _detected(name: str, data: dict[str, Any]) -> Target:
-    from memcomp.ir.detect import cpu
+    from memcomp.ir.detect import cpu, lanes_of
 
     found = cpu()
+    features = tuple(f for f in found.features if not f.startswith(tuple(data.get("without", ()))))
     clock = found.clock or float(data["clock"])
-    lanes = found.lanes
+    lanes = lanes_of(features)
     levels = []
     for x in data["levels"]:
         size, count = found.caches.get(x["name"], (int(x["bytes"]), 1 if x["name"] in ("l3", "dram") else found.cores))
         if x["name"] == "reg":
-            size = lanes * 4 * (32 if lanes >= 16 or "neon" in found.features else 16)
+            size = lanes * 4 * (32 if lanes >= 16 or "neon" in features else 16)
         elif x["name"] == "dram":
             size = found.memory
         elif x["name"] in ("l2", "l3") and found.caches and x["name"] not in found.caches:
@@ -159,9 +166,9 @@ def _detected(name: str, data: dict[str, Any]) -> Target:
         levels.append(Level(x["name"], size, bandwidth, count, x["name"] == "reg", float(x.get("alone", 1.0))))
     base = found.cores * clock * int(data["pipes"]) * 2 * lanes
     units = [Unit(u["name"], tuple((d, base * k) for d, k in u["peaks"].items())) for u in data.get("units", ())]
-    if "amx_bf16" in found.features:  # 16 x 16 x 32 multiply-adds in 16 cycles
+    if "amx_bf16" in features:  # 16 x 16 x 32 multiply-adds in 16 cycles
         units.append(Unit("tile", (("bf16", found.cores * clock * 1024.0),)))
-    elif "avx512_bf16" in found.features:
+    elif "avx512_bf16" in features:
         units.append(Unit("dot", (("bf16", 2 * base),)))
-    return Target(name, data["backend"], tuple(levels), tuple(units), found.features, found.cores, lanes,
+    return Target(name, data["backend"], tuple(levels), tuple(units), features, found.cores, lanes,
                   data["source"], launch=float(data["launch"]))

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     emit.add_argument("--backend", default="", help="a folder of codegen; default: the target's own")
     command("check", _check, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.")
     bench = command("bench", _bench, "Time kernels beside torch's, FlexAttention's and Inductor's on this machine.",
-                    takes_input=False, target=False)
+                    takes_input=False)
     bench.add_argument("only", nargs="*", metavar="WORD", help="cases whose name holds one of the words; default: all")
     bench.add_argument("--list", action="store_true", help="list the cases and run none")
     bench.add_argument("--rounds", type=int, default=31, help="turns of a case, at most (default 31)")
@@ -184,7 +184,11 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    from memcomp.pipeline import backend_of
+
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of itself on stderr
+    if backend_of(args.target) != backend_of("cpu"):
+        raise OptionError(f"target {args.target} is not this machine's CPU", hint="cpu, or avx2 for older instructions")
     if args.rounds < 2:
         raise OptionError(f"--rounds {args.rounds} gives no spread", hint="at least 2")
     from memcomp.bench import Result, run, written
@@ -201,7 +205,7 @@ def _bench(args: argparse.Namespace) -> int:
         if args.output is not None:
             _put(args.output, written(found))
 
-    run(args.only, args.rounds, done)
+    run(args.only, args.rounds, done, args.target)
     if args.json:
         print(written(found))
     return 0

@@ -24,7 +24,7 @@ from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
 from memcomp.passes.generalize import numbers
 from memcomp.pipeline import ABI, Compiled, compile_program
 from memcomp.sizes import input_shapes, solve, sources
-from memcomp.surgery import autocast_at, checks, example, hint, original, replace_region
+from memcomp.surgery import autocast_at, checks, computes, example, hint, original, replace_region
 
 if TYPE_CHECKING:
     from memcomp.capture.region import Refused, Region
@@ -198,13 +198,16 @@ def _count() -> None:
 
 
 def _rest(gm: fx.GraphModule, example_inputs: list[Any], settings: Config, mode: str | None) -> Callable[..., Any]:
-    """What memcomp does not compile: Inductor, or eager where it is asked for or Inductor cannot build."""
+    """What memcomp does not compile: Inductor, or eager where it is asked for, or nothing is left to compile, or
+    Inductor cannot build."""
     if settings.rest == "eager":
+        return gm.forward
+    patches = _patches(settings, mode)
+    if not computes(gm.graph):
         return gm.forward
     kept = fx.Graph()  # Inductor may rewrite the graph it is given
     kept.output(kept.graph_copy(gm.graph, {}))
     eager = fx.GraphModule(gm, kept)
-    patches = _patches(settings, mode)
     with boundary("everything but the compiled regions", settings):
         from torch._inductor.compile_fx import compile_fx
 

@@ -15,6 +15,8 @@ from memcomp.pipeline import fixed
 from memcomp.runtime import Entry, Extents, Prepare, Recompute
 from memcomp.sizes import extent, input_shapes, sources, spell
 
+Fresh: TypeAlias = tuple[Sequence[str], torch.dtype, tuple[int, ...]]  # extents, dtype, order of a tensor
+
 DTYPES = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
     "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "i64": torch.int64, "i32": torch.int32,
@@ -60,16 +62,14 @@ def function(parts: Sequence[str]) -> Extents:
     return eval(f"lambda t, s: ({''.join(p + ', ' for p in parts)})")  # type: ignore[no-any-return]
 
 
-Fresh: TypeAlias = tuple[Sequence[str], torch.dtype, tuple[int, ...]]  # extents, dtype, order of a tensor
-
-
 def preparation(dims: Sequence[int], outs: Sequence[Fresh], work: Sequence[Fresh], ints: Sequence[str]) -> Prepare:
     """What runs before every launch, as straight code: `(t, s) -> (outs, arguments)`, the arguments being the leading
     tensors of `t` with last stride 1 (copied where it is another), new outs, new work, and the integers.
 
     dims: number of dimensions of each of the leading tensors; extents and ints: texts over (t, s), each computed once.
     """
-    known: dict[str, Any] = {"empty": torch._C._dynamo.guards._empty_strided_cpu}  # as Inductor's code allocates
+    # as Inductor's code allocates
+    known: dict[str, Any] = {"empty": torch._C._dynamo.guards._empty_strided_cpu}  # type: ignore[attr-defined]
     shapes: dict[str, str] = {}
     names: dict[str, str] = {}
 

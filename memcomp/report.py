@@ -12,6 +12,7 @@ from memcomp.config import config
 from memcomp.ir.program import Program
 from memcomp.pipeline import Compiled, compile_program, shape_sizes
 from memcomp.rounds import Rounds, rounds
+from memcomp.waits import waits
 from memcomp.wide import Wide, wide
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Explanation:
                 "derivation": list(r.program.proofs),
                 "rounds": [{"kernel": x.kernel, "loop": x.loop, "total": x.total, "run": x.run, "masked": x.masked,
                             "exact": x.exact} for x in r.rounds],
-                "wide": [asdict(x) for x in r.wide],
+                "wide": [asdict(x) for x in r.wide], "waits": list(waits(r.program)),
                 "sizes": dict(r.sizes), "refusals": [_refusal(x) for x in r.refusals],
             } for r in self.regions],
             "refusals": [_refusal(x) for x in self.refusals],
@@ -204,6 +205,7 @@ def _render(regions: Sequence[RegionReport], refusals: Sequence[Refused]) -> Ren
         for form, analysis in zip(("as read", "now"), first.analysis, strict=False):
             parts += [Text(f"{form}: {line}") for line in analysis.lines(size_of)]
         parts.append(Text("kernel: " + ", ".join(k.name for k in first.kernels)))
+        parts += [Text(f"launch {line}") for line in waits(first.program)]
         ratio = first.traffic.bytes / first.traffic.compulsory if first.traffic.compulsory else 1.0
         at = ", ".join(f"{n}={x}" for n, x in sorted(first.sizes.items()))
         parts.append(Text(f"traffic: {size_of(first.traffic.bytes)}, compulsory {size_of(first.traffic.compulsory)} "

@@ -158,6 +158,20 @@ def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original
     return made
 
 
+def computes(graph: fx.Graph) -> bool:
+    """Is anything left but calls of kernels, views and sizes?"""
+    return any(n.op not in ("placeholder", "get_attr", "output") and not _computes_nothing(n) for n in graph.nodes)
+
+
+def _computes_nothing(node: fx.Node) -> bool:
+    call, value = torch.ops.memcomp.call.default, meta(node)
+    if node.target is call or node.target is operator.getitem and node.all_input_nodes[0].target is call:
+        return True
+    if isinstance(value, torch.Tensor):
+        return not mutates(node) and memory(node) in map(memory, node.all_input_nodes)
+    return isinstance(value, (int, torch.SymInt, torch.Size))
+
+
 def example(node: fx.Node) -> Any:
     """The fake tensor (Dynamo: example_value, export: val) or SymInt that a node had when it was traced."""
     return node.meta["example_value"] if "example_value" in node.meta else node.meta["val"]

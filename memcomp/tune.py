@@ -44,9 +44,8 @@ def close_knobs(program: Program, sizes: Mapping[str, int], *, tune: str = "off"
     """Close every knob; "off" takes the candidate that the cost model says is fastest.
 
     sizes: an extent for each symbolic rank; it only ranks the candidates, the result holds for all extents.
-    Ties (the model sees no difference) take the middle choice of each knob: the ends of a list are its extremes.  Where
-    every level is placed by the program, and its traffic known therefore, less of it comes before that, and everywhere
-    fewer operations that several tasks make anew.
+    Ties (the model sees no difference in time) go to less traffic with memory, then to fewer operations that several
+    tasks make anew, then to the middle choice of each knob: the ends of a list are its extremes.
     """
     from memcomp.ir.cost import cost
     from memcomp.ir.target import target
@@ -62,13 +61,11 @@ def close_knobs(program: Program, sizes: Mapping[str, int], *, tune: str = "off"
         raise OptionError(f"tune={tune!r} is not known", hint="known: off")
     machine = target(program.target)
 
-    placed = all(level.addressed for level in machine.levels[:-1])
-
     def rating(choice: tuple[int, ...]) -> tuple[float, float, float, int]:
         closed = assign(program, dict(zip((k.name for k in open_knobs), choice, strict=True)))
         off_middle = sum(abs(k.choices.index(c) - len(k.choices) // 2) for k, c in zip(open_knobs, choice, strict=True))
         spent = cost(closed, dict(sizes), machine)
-        return spent.seconds, spent.traffic if placed else 0.0, spent.again, off_middle
+        return spent.seconds, spent.traffic, spent.again, off_middle
 
     best = min(product(*(k.choices for k in open_knobs)), key=rating)
     return assign(program, dict(zip((k.name for k in open_knobs), best, strict=True)))

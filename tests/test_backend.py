@@ -348,6 +348,28 @@ def test_inductor_that_cannot_build_leaves_the_rest_to_eager(monkeypatch: pytest
     assert memcomp.stats()["launches"] == 2
 
 
+@pytest.mark.parametrize(("fn", "left"), [
+    (causal, False),
+    (lambda q, k, v: causal(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).mT, False),
+    (lambda q, k, v: causal(q, k, v)[..., :k.shape[2] - 1], False),
+    (lambda q, k, v: causal(q, k, v).transpose(1, 2).flatten(2), True),  # a copy
+    (lambda q, k, v: causal(q, k, v).mul_(2), True),
+])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_is_asked_only_where_something_is_left(fn: Callable[..., Tensor], left: bool, dynamic: bool,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    def rest(gm: torch.fx.GraphModule, *_: object, **__: object) -> Callable[..., Any]:
+        asked.append(gm)
+        return gm.forward
+
+    asked: list[torch.fx.GraphModule] = []
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", rest)
+    inputs = qkv()
+    got = torch.compile(fn, backend=backend, options={"strict": True}, dynamic=dynamic)(*inputs)
+    assert torch.allclose(got, fn(*inputs), atol=1e-5) and bool(asked) == left
+    assert memcomp.stats()["launches"] == 1
+
+
 def test_what_is_overwritten_in_between_is_not_moved_across() -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k = k.clone()

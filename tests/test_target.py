@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from memcomp.codegen.tvm.isa import isa
 from memcomp.ir.detect import KNOWN, cpu
 from memcomp.ir.errors import OptionError
 from memcomp.ir.target import Target, target, targets
@@ -79,3 +80,13 @@ def test_a_system_that_tells_nothing_still_has_a_target(tmp_path: Path, monkeypa
     t = target("cpu")
     target.cache_clear()
     assert [level.name for level in t.levels] == ["reg", "l1", "l2", "l3", "dram"] and t.peak("f32") > 0
+
+
+def test_a_machine_like_another_says_what_it_lacks() -> None:
+    """The CPU without AVX-512: the same cores and caches, narrower vectors, and kernels for older instructions."""
+    whole, older = target("cpu"), target("avx2")
+    assert set(older.features) == {f for f in whole.features if not f.startswith(("avx512", "amx"))}
+    assert older.lanes == min(whole.lanes, 8) and older.threads == whole.threads
+    assert [x.name for x in older.levels] == [x.name for x in whole.levels]
+    assert older.peak("f32") * whole.lanes == whole.peak("f32") * older.lanes
+    assert isa(older).name in ("avx2", isa(whole).name)

@@ -87,3 +87,18 @@ def test_rows_and_columns_of_one_product_take_one_pass_each() -> None:
     assert max(region.passes.before.values()) == 3
     assert all(n == 1 for (t, _), n in region.passes.after.items() if t in ("Q", "K"))
     assert not any(len(p.shape) == 2 for p in lower(region.program).params if p.role == "work")
+
+
+@pytest.mark.usefixtures("fresh", "no_grad")
+@pytest.mark.parametrize("rows,outputs,why", [
+    (33, 24, ()),
+    (1, 24, ("g1: O needs OP of every P, and g0 has a task for each",)),  # without rows the groups are the tasks
+    (33, 4000, ("g1: O needs OP of every P, and g0 has a task for each",)),  # 16,000 sums a row
+])
+def test_another_launch_says_what_it_waits_for(rows: int, outputs: int, why: tuple[str, ...]) -> None:
+    def grouped(x: Tensor, w: Tensor) -> Tensor:
+        return torch.nn.functional.group_norm(x, 4) @ w.T
+
+    told = memcomp.explain(grouped, torch.randn(rows, 512), torch.randn(outputs, 512))
+    assert tuple(told.json()["regions"][0]["waits"]) == why
+    assert all(f"launch {line}" in str(told) for line in why)

@@ -8,9 +8,8 @@ from memcomp.codegen.tvm import diagonal
 from memcomp.codegen.tvm.express import Expressions, linear, truth
 from memcomp.codegen.tvm.writer import ELEMENT, TILE_ELEMENT, Point, Writer, times
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Const, Expr, reads, variables, walk
+from memcomp.ir.expr import Access, Const, Expr, variables, walk
 from memcomp.ir.inside import cut_to
-from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Load, Param, Store, Tile
 
 Body = Callable[[Point], None]
@@ -293,25 +292,6 @@ def vector(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str,
     address = f"T.address_of({place(w, a, point.at(**{lane: base}))})"
     element = "uint16" if p.dtype == "bf16" else ELEMENT[p.dtype]
     return loaded(p, f"masked_load({address}, {mask}, {element!r})")
-
-
-LINE = 64  # bytes of a cache line
-
-
-def ahead(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str) -> None:
-    """Ask for what the next step of the innermost loop will read where this one reads `lanes` neighbours.
-
-    Only for addresses that are computed without reading data: those of a gather may leave its index table.
-    """
-    moving = [v for v in w.loops if v in variables(a)]
-    if not moving or any(reads(i) for i in a.index):
-        return
-    size = BYTES[w.params[a.tensor].dtype]
-    later = point.at(**{moving[-1]: f"({point.scalars[moving[-1]]} + 1)"})
-    line = LINE // size
-    with w.repeat("line", f"i64({-(-lanes // line)})") as k:
-        start = later.at(**{lane: base if k == "i64(0)" else f"({base} + {k} * {line})"})
-        w.line(f"prefetch(T.address_of({place(w, a, start)}))")
 
 
 def strips(w: Writer, dim: str, body: Strip, lanes: int = 0) -> None:

@@ -15,13 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from memcomp.codegen.tvm import pairs, tiles
-from memcomp.codegen.tvm.access import ahead, contiguous, scalar_element, strips, vector
+from memcomp.codegen.tvm.access import contiguous, over_points, scalar_element, strips, vector
+from memcomp.codegen.tvm.ahead import LINE, ahead
 from memcomp.codegen.tvm.pairs import Pairs
 from memcomp.codegen.tvm.writer import Point, Writer, plus, power_of_two, times
 from memcomp.ir.expr import Access, call, variables
+from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Dot, Fold, Load
 
 PART = 256  # terms that one accumulator takes
+NEAR = 24 << 10  # bytes of the nearest cache that a part of an operand may fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,34 +141,23 @@ def _loops(w: Writer, dims: list[str], point: Point, body: Callable[[Point], Non
         _loops(w, dims[1:], point.at(**{dims[0]: v}), body)
 
 
-def _in_parts(w: Writer, dims: list[str], point: Point, step: Callable[[Point], None], totals: list[str],
-              lanes: int) -> None:
-    """All steps of a contraction; a long one is summed in parts, whose roundings do not add up along the whole."""
-    n = w.fixed(dims[-1])
+def _part(w: Writer, dim: str, lanes: int, sides: tuple[Operand | Pairs, ...]) -> tuple[int, int] | None:
+    """(steps of a contraction, steps of a part) where it is worth to be summed in parts; a step is a number or a pair.
+
+    A part of the operand across `lanes` lanes stays in the nearest cache while all rows use it, and its roundings do
+    not add up along the whole.
+    """
+    n = w.fixed(dim)
     if n is None or n <= PART:
-        _loops(w, dims, point, step)
-        return
-    sums = [w.names.fresh("sum") for _ in totals]
-    for x in sums:
-        w.line(f"{x} = acc(splat(f32(0.0), {lanes}))")
-
-    def part(q: Point, start: str, size: int) -> None:
-        for total in totals:
-            w.line(f"{total}[at({lanes})] = splat(f32(0.0), {lanes})")
-        with w.repeat("i", f"i64({size})") as i:
-            step(q.at(**{dims[-1]: f"({i} + {start})"}))
-        for x, total in zip(sums, totals, strict=True):
-            w.line(f"{x}[at({lanes})] = {x}[at({lanes})] + {total}[at({lanes})]")
-
-    def parts(q: Point) -> None:
-        with w.repeat("i", f"i64({n // PART})") as i:
-            part(q, times(i, PART), PART)
-        if n % PART:
-            part(q, f"i64({n // PART * PART})", n % PART)
-
-    _loops(w, dims[:-1], point, parts)
-    for x, total in zip(sums, totals, strict=True):
-        w.line(f"{total}[at({lanes})] = {x}[at({lanes})]")
+        return None
+    packed = [x for x in sides if isinstance(x, Pairs)]
+    if packed:
+        if n % 2 and any(x.buffer == "" for x in packed):
+            return None
+        n = (n + 1) // 2
+    most = min(PART, NEAR // (4 * lanes))
+    fits = [k for k in range(most, most // 2, -1) if n % k == 0]
+    return n, fits[0] if fits else most
 
 
 def _rows(w: Writer, dim: str, size: int, point: Point, body: Callable[[list[Point]], None]) -> None:
@@ -219,7 +211,23 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
     rows = w.fixed(row) or w.dims[row].capacity if row else 1
     size, vectors = w.isa.block(rows, w.padded(lane) // w.vector(lane) if isinstance(b, Pairs) else 4)
 
-    def columns(q: Point) -> None:
+    parts = _part(w, s.over[-1] if not isinstance(b, Pairs) else b.side.k, vectors * w.vector(lane), (a, b))
+
+    def all_parts(q: Point) -> None:
+        if parts is None:
+            columns(q, None, s.accumulate)
+            return
+        if not s.accumulate:
+            over_points(w, tuple(d for d in t.dims[:-1] if d not in outside), q, lambda p: strips(
+                w, lane, lambda base, m, _: w.line(f"{w.tile_at(t.name, p.scalars, f'at({m}, {base})')} = "
+                                                   f"splat(f32(0.0), {m})")))
+        n, each = parts
+        with w.repeat("part", f"i64({n // each})") as i:
+            columns(q, (times(i, each), each), True)
+        if n % each:
+            columns(q, (f"i64({n // each * each})", n % each), True)
+
+    def columns(q: Point, part: tuple[str, int] | None, accumulate: bool) -> None:
         start, step = 0, vectors
         v, padded, n = w.vector(lane), w.padded(lane), w.fixed(lane)
         while start < padded:
@@ -232,13 +240,11 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
             else:
                 stop = f"T.min(T.max(T.truncdiv({w.count(lane)} + {lanes - 1 - start}, {lanes}), 0), {many})"
             with w.repeat("j", stop) as j:
-                _block_columns(q, plus(times(j, lanes), start), lanes)
+                base = plus(times(j, lanes), start)
+                _rows(w, row, size, q, lambda rows: _tile(rows, base, lanes, part, accumulate))
             start += many * lanes
 
-    def _block_columns(q: Point, base: str, lanes: int) -> None:
-        _rows(w, row, size, q, lambda rows: _tile(rows, base, lanes))
-
-    def _tile(rows: list[Point], base: str, lanes: int) -> None:
+    def _tile(rows: list[Point], base: str, lanes: int, part: tuple[str, int] | None, accumulate: bool) -> None:
         totals = []
         for _ in rows:
             totals.append(w.names.fresh("total"))
@@ -251,25 +257,38 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
             if isinstance(b, Pairs):
                 if not b.tile and whole:
                     for k in (0, 1):
-                        ahead(w, b.access, q.at(**{b.side.k: plus(f"{q.scalars[b.side.k]} * 2", k)}), lane, lanes, base)
+                        here = q.at(**{b.side.k: plus(f"{q.scalars[b.side.k]} * 2", k)})
+                        ahead(w, b.access, here, lane, lanes, base, b.side.k)
                 w.let(x, f"reg({b.vec(w, q, lane, lanes, base, mask, whole)})")
             else:
                 if not b.tile:
-                    ahead(w, b.access, q, lane, lanes, base)
+                    ahead(w, b.access, q, lane, lanes, base, s.over[-1])
                 w.let(x, b.vec(w, q, lane, lanes, base, mask))
             for r, total in zip(rows, totals, strict=True):
                 at = r.at(**inside)
                 w.line(_added(total, lanes, a, a.one(w, at, whole) if isinstance(a, Pairs) else a.one(w, at), x))
 
-        if isinstance(a, Pairs) and isinstance(b, Pairs):
+        if part is not None:
+            k, each = (b.side.k, 2) if isinstance(b, Pairs) else (s.over[-1], 1)
+            if not a.tile:  # its rows are left before their ends: no machine guesses what comes next
+                for r in rows:
+                    here = r.at(**{d: "i64(0)" for d in s.over})
+                    ahead(w, a.access, here, k, each * part[1], times(part[0], each))
+
+            def along(q: Point) -> None:
+                with w.repeat("i", f"i64({part[1]})") as i:
+                    step(q.at(**{k: f"({i} + {part[0]})"}))
+
+            _loops(w, [d for d in s.over if d != k], rows[0], along)
+        elif isinstance(a, Pairs) and isinstance(b, Pairs):
             _pairs_then_last(w, (a, b), s.over, rows[0], step)
         else:
-            _in_parts(w, list(s.over), rows[0], step, totals, lanes)
+            _loops(w, list(s.over), rows[0], step)
         for r, total in zip(rows, totals, strict=True):
             out = w.tile_at(t.name, r.scalars, f"at({lanes}, {base})")
-            w.line(f"{out} = {out + ' + ' if s.accumulate else ''}{total}[at({lanes})]")
+            w.line(f"{out} = {out + ' + ' if accumulate else ''}{total}[at({lanes})]")
 
-    _loops(w, outside, point, columns)
+    _loops(w, outside, point, all_parts)
 
 
 def _edge(w: Writer, b: Operand | Pairs, lane: str, base: str, lanes: int) -> str:
@@ -290,15 +309,16 @@ def _inner(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, along: str
     most = min(w.isa.registers // 2, lanes)       # accumulators; at most one result per lane
     rows = w.fixed(row) or w.dims[row].capacity if row else 1
     size = min(rows, 4 if most >= 16 else 2) if rows not in (3, 5, 6) or rows > most else rows
+    lined = not b.tile and lanes * each * BYTES[w.params[b.access.tensor].dtype] >= LINE  # a vector is whole lines
     keys = 1
     while 2 * keys * size <= most and 2 * keys <= power_of_two(w.dims[key].capacity):
         keys *= 2
 
     def block(points: list[Point], outs: int, base: str) -> None:
-        if not b.tile and outs > 1:
+        if not b.tile and outs > 1 and not lined:
             with w.repeat("k", f"i64({outs})") as later:
                 here = points[0].at(**{key: f"({base} + {later})"} | {d: "i64(0)" for d in s.over})
-                ahead(w, b.access, here, along, w.dims[along].capacity, "i64(0)")
+                ahead(w, b.access, here, along, w.dims[along].capacity, "i64(0)", key)
         totals = [[w.names.fresh("total") for _ in range(outs)] for _ in points]
         for name in (n for r in totals for n in r):
             w.line(f"{name} = acc(splat(f32(0.0), {lanes}))")
@@ -314,6 +334,8 @@ def _inner(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, along: str
                     ys.append(w.names.fresh("b"))
                     here = q.at(**{key: plus(base, k)})
                     w.let(ys[-1], f"reg({b.vec(w, here, along, n, at, mask)})")
+                    if outs > 1 and lined:
+                        ahead(w, b.access, here, along, n, at, key)
                 for r, x in zip(totals, xs, strict=True):
                     for total, y in zip(r, ys, strict=True):
                         w.line(_added(total, lanes, a, x, y))

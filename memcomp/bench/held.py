@@ -24,12 +24,12 @@ def allocated(call: Callable[[], Any]) -> int:
     return max(0, most - sum(kept.values(), start=0))
 
 
-def scratch(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[int, int]:
+def scratch(fn: Callable[..., Any], args: Sequence[Any], target: str = "cpu") -> tuple[int, int]:
     """(held, predicted): buffers of memcomp's kernels over all threads, one launch at a time, and what the cost model
     says that a task holds, for as many tasks."""
     import memcomp
 
-    regions = memcomp.explain(fn, *args).regions
+    regions = memcomp.explain(fn, *args, target=target).regions
     threads = torch.get_num_threads()
     held = max((k.scratch for r in regions for k in r.kernels), default=0)
     said = max((x.footprint for r in regions for x in r.traffic.levels[:1]), default=0.0)
