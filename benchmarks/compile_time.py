@@ -40,7 +40,7 @@ STATIONS = {  # what is timed -> the functions, by module and name
     "recheck": [("memcomp.pipeline", "recheck")],
     "verify": [("memcomp.pipeline", "verify")],
 }
-COLUMNS = ("imports", *STATIONS, "other")
+ROWS = ("imports", *STATIONS, "other")
 
 
 def cases() -> dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]]:
@@ -153,16 +153,19 @@ def main() -> int:
         for _ in range(args.rounds):
             for case, runs in taken.items():
                 runs.append(measured(case, compiled))
-    table = Table("ms", "total", "spread", *COLUMNS, "apart: torch", "tvm")
-    results, slowest = [], 0.0
+    results: list[dict[str, Any]] = []
     for case, runs in taken.items():
-        total = Times.of([r["total"] for r in runs])
-        split = {c: statistics.median(r["stations"].get(c, 0.0) for r in runs) for c in COLUMNS}
+        split = {c: statistics.median(r["stations"].get(c, 0.0) for r in runs) for c in ROWS}
         apart = {c: statistics.median(r["apart"][c] for r in runs) for c in runs[0]["apart"]}
-        table.add_row(case, f"{total.median * 1e3:.0f}", f"{total.spread:.0%}",
-                      *(f"{t * 1e3:.0f}" for t in [*split.values(), *apart.values()]))
-        results.append({"case": case, "total": asdict(total), "stations": split, "apart": apart})
-        slowest = max(slowest, total.median)
+        results.append({"case": case, "total": asdict(Times.of([r["total"] for r in runs])), "stations": split,
+                        "apart": apart})
+    table = Table("ms", *taken)
+    for station in ROWS:
+        table.add_row(station, *(f"{r['stations'][station] * 1e3:.0f}" for r in results))
+    table.add_row("total", *(f"{r['total']['median'] * 1e3:.0f}, spread {r['total']['spread']:.0%}" for r in results))
+    for what in results[0]["apart"]:
+        table.add_row(f"apart: {what}", *(f"{r['apart'][what] * 1e3:.0f}" for r in results))
+    slowest = max(r["total"]["median"] for r in results)
     console.print(table)
     console.print(f"slowest: {slowest:.2f} s, at most {BAR:g} allowed")
     console.print(f"written: {record(__file__, results)}")

@@ -16,8 +16,9 @@ from math import isfinite
 
 from memcomp.codegen.lower_fuse import factors
 from memcomp.codegen.lower_join import branches_joined, expressions, statements, touched
-from memcomp.codegen.lower_limits import TRUE, Limits
+from memcomp.codegen.lower_limits import TRUE
 from memcomp.codegen.lower_ops import LOOP, POST, PRE, Op
+from memcomp.codegen.lower_start import Starts
 from memcomp.codegen.lower_tiles import param_name
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, Var, call, conjunction, reads, variables, walk
@@ -26,7 +27,7 @@ from memcomp.ir.simplify import linear, simplify
 from memcomp.ir.tile import Dot, Fold, Loop, Map, Statement, Store, TileKernel, When
 
 
-class Emitter(Limits):
+class Emitter(Starts):
     """Writes one kernel."""
 
     def weaker_reader(self, o: Op, guards: frozenset[Expr], after: int) -> bool:
@@ -301,6 +302,8 @@ class Emitter(Limits):
     # -- the kernel ------------------------------------------------------------------------------------------------
 
     def kernel(self, name: str) -> TileKernel:
+        if self.g.loop:
+            self.start_at_first()
         self._counts()
         if self.g.loop:
             lo, hi = self._loop_bounds()
@@ -330,7 +333,7 @@ class Emitter(Limits):
 
         def keep(part: tuple[Statement, ...]) -> tuple[Statement, ...]:
             return tuple(
-                replace(s, body=keep(s.body)) if isinstance(s, Loop) else s
+                replace(s, body=keep(s.body)) if isinstance(s, (Loop, When)) else s
                 for s in part
                 if not (isinstance(s, Fold) and s.tile in spare.values())
             )

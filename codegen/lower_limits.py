@@ -10,7 +10,7 @@ from memcomp.codegen import bounds
 from memcomp.codegen.lower_laws import idle
 from memcomp.codegen.lower_ops import LOOP, PRE, Op
 from memcomp.codegen.lower_tiles import Tiles, param_name
-from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, conjunction, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, conjunction, reads, variables, walk
 from memcomp.ir.simplify import linear, proves, simplify
 from memcomp.ir.tile import Dim, Fold, Load, Tile
 
@@ -76,7 +76,8 @@ class Limits(Tiles):
         if isinstance(data, Call) and data.op == "neg":
             inner = self._extreme(data.args[0], dims, "min" if monoid == "max" else "max", still)
             return None if inner is None else call("neg", inner)
-        phase = LOOP if self._changes(data) or any(self.moves(Var(d)) for d in dims) else PRE
+        moving = {*self.streamed(), *(d for d in dims if self.moves(Var(d)))}
+        phase = LOOP if self._changes(data) or moving & {*dims} else PRE
         if phase == LOOP and (still or len(dims) > 1 or any(self._computed(n) for n in walk(data))):
             return None
         key = (data, monoid)
@@ -195,7 +196,7 @@ class Limits(Tiles):
             if not known or (guard.op == "or" and len(known) < len(parts)):
                 return None
             return joined("min" if guard.op == "and" else "max", known)
-        h = self._half(guard)
+        h = self.half(guard)
         return None if h is None else bounds.count_of(h, name, self.g.loop, self.g.dims[name].capacity, self.end)
 
     # -- steps --------------------------------------------------------------------------------------------------------
@@ -205,40 +206,57 @@ class Limits(Tiles):
         proved to leave the carried tiles as they are.  What the ends of a loop cannot say becomes `self.live`."""
         lows: list[Expr] = [Const(0)]
         highs: list[Expr] = [self.g.steps]
-        streamed = {
-            d
-            for d in self.g.dims
-            if any(
-                self.g.loop in variables(c) and d in variables(c) and d in o.over for o in self.g.ops for c in o.guards
-            )
-        }
-        joins = [o for o in self.g.ops if o.phase == LOOP and o.monoid and set(o.over) & streamed]
+        streamed = self.streamed()
         nonneg = {d for d in streamed if not self._at_least_one(d)}
         tests: list[Expr] = []
         counts: dict[str, list[Expr]] = {}
-        if joins and idle(self.g, joins):
-            for guard in sorted(set.intersection(*(set(o.guards) for o in joins)), key=repr):
-                plain = bounds.plainer(guard, self._integer_params())
+        if self.idle_joins():
+            for guard in self.common_guards():
+                plain = bounds.plainer(guard, self.integer_params())
                 first, last = self._steps(plain)
-                lows += [first] if first is not None else []
+                if first is not None and (reads(first) or not self.moved):
+                    lows.append(first)
                 highs += [last] if last is not None else []
                 if guard in self.counted:
                     nonneg -= variables(guard)
                     continue
                 tests += [plain] if self._leaves_gaps(plain) else []
-                for name in sorted(streamed):
+                for name in streamed:
                     if all(o.phase == LOOP for o in self.g.ops if name in (*o.dims, *o.over)):
                         if (count := self._shorter(name, plain)) is not None:
                             counts.setdefault(name, [self.g.dims[name].count]).append(count)
         lo, hi = joined("max", lows), joined("min", highs)
         for name, parts in counts.items():
             self.g.dims[name] = replace(self.g.dims[name], count=joined("min", parts))
-        for name in sorted(streamed):
+        for name in streamed:
             d = self.g.dims[name]
             if name in nonneg or not self.facts().within(self.g.loop, 0, hi).proves(call("ge", d.count, 0)):
                 self.g.dims[name] = replace(d, count=simplify(call("max", 0, d.count), index=True))
         self._live(tests)
         return lo, hi
+
+    def streamed(self) -> list[str]:
+        """Dims that guards cut from step to step, and that are reduced."""
+        return sorted(
+            d
+            for d in self.g.dims
+            if any(
+                self.g.loop in variables(c) and d in variables(c) and d in o.over for o in self.g.ops for c in o.guards
+            )
+        )
+
+    def _joins(self) -> list[Op]:
+        streamed = set(self.streamed())
+        return [o for o in self.g.ops if o.phase == LOOP and o.monoid and set(o.over) & streamed]
+
+    def idle_joins(self) -> bool:
+        """May steps be left out in which no reduction over a streamed dim has a live point?"""
+        joins = self._joins()
+        return bool(joins) and idle(self.g, joins)
+
+    def common_guards(self) -> list[Expr]:
+        """Guards of all reductions over streamed dims."""
+        return sorted(set.intersection(*(set(o.guards) for o in self._joins())), key=repr)
 
     def _live(self, tests: list[Expr]) -> None:
         """Steps between the first and the last in which a guard holds nowhere."""
@@ -258,7 +276,7 @@ class Limits(Tiles):
                 known = known if every or len(known) == len(parts) else []
                 ends.append(joined(op if every else {"max": "min", "min": "max"}[op], known) if known else None)
             return ends[0], ends[1]
-        h = self._half(guard)
+        h = self.half(guard)
         least = self.end(h.rest, False, True) if h is not None else None
         if h is None or least is None:
             return None, None
@@ -272,13 +290,13 @@ class Limits(Tiles):
             return split or any(map(self._leaves_gaps, guard.args))
         return self.g.loop in variables(guard) and self._steps(guard) == (None, None)
 
-    def _half(self, guard: Expr) -> bounds.Half | None:
+    def half(self, guard: Expr) -> bounds.Half | None:
         """A guard that reads nothing that moves along the loop, over tiles."""
         if self._streams(guard):
             return None
         return bounds.half(self.read(guard, PRE), self.g.loop, self.integers())
 
-    def _integer_params(self) -> set[str]:
+    def integer_params(self) -> set[str]:
         return {n for n, p in self.params.items() if p.dtype[0] in "iu"}
 
     def _streams(self, guard: Expr) -> bool:

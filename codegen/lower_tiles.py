@@ -38,11 +38,12 @@ class Tiles:
         self.body: dict[int, list[Statement]] = {PRE: [], LOOP: [], POST: []}
         self.head: list[Statement] = []  # what decides whether a step of the loop runs
         self.live: Expr | None = None
+        self.moved = False  # do steps begin where guards without data begin?
         self.late_loop: list[Statement] = []
         self.late: list[Statement] = []
         self.loaded: dict[tuple[Access, int], Access] = {}
         self.fills = Fills()
-        self.scalars: dict[tuple[Expr, bool], Expr] = {}
+        self.scalars: dict[tuple[Expr, str], Expr] = {}
         self.counted: set[Expr] = set()
         self.names: set[str] = set(params)
 

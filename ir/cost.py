@@ -26,9 +26,11 @@ touched again in every round of the loops it lacks that stand outside the last l
 X stays in that level, and takes no room in those behind it.
 
 Time: per group the largest of operations / peak, transcendentals / their peak, and traffic / bandwidth of each level
-behind the second; where the last round of tasks leaves cores idle it takes as long as a full one (what waits for a
-level, by the share of its bandwidth that so few cores draw).  Groups follow one another, each after its launch.  What moves between the
-nearest two (registers and cache) is counted but bounds nothing: an emitter cuts tiles into registers once more.
+behind the second, counting what its tiles visit (`memcomp.ir.visits`) and not only what guards leave; what maps inside
+the loop read and write moves between the nearest two levels besides their operations.  Where the last round of tasks
+leaves cores idle it takes as long as a full one (what waits for a level, by the share of its bandwidth that so few
+cores draw).  Groups follow one another, each after its launch.  What else moves between the nearest two (registers and
+cache) is counted but bounds nothing: an emitter cuts tiles into registers once more.
 On a target with arrays of processing elements `memcomp.ir.arrays` counts cycles instead of operations.
 """
 
@@ -45,6 +47,7 @@ from memcomp.ir.counts import Sizes, operations, tensor_of, width
 from memcomp.ir.expr import Access, Const, Expr, variables, walk
 from memcomp.ir.program import Group, Program
 from memcomp.ir.target import Level, Target
+from memcomp.ir.visits import Visits
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,13 @@ def tile_bytes(program: Program, group: Group, sizes: Mapping[str, int]) -> dict
     return {name: nest.tile(name) for name in nest.inner}
 
 
+def footprint(program: Program, group: Group, sizes: Mapping[str, int]) -> float:
+    """Bytes of a task's tiles: of the group's own tensors and of the arguments that it reads and writes."""
+    c = program.cascade
+    nest = _Nest(c, Sizes(c, sizes), group, tuple(e for e in c.einsums if e.names[0] in group.tensors))
+    return nest.work(len(nest.loops))
+
+
 def tasks(program: Program, group: Group, sizes: Mapping[str, int]) -> int:
     """How many tasks of the group may run at a time: the points of its space ranks."""
     c = program.cascade
@@ -186,10 +196,10 @@ def _seconds(x: _Nest, target: Target, phases: tuple[PhaseCost, ...], share: flo
         times = [sum(p.cycles for p in phases) / target.clock]
     else:
         idle = _idle(x.tasks, target.threads, 1.0 / target.threads)
-        busy = sum(n / target.peak(dtype) for dtype, n in x.by_dtype.items())
-        times = [busy * idle, x.special / target.special * idle]
+        busy = sum(n / target.peak(dtype) for dtype, n in x.visited.items()) + x.passed / target.levels[1].bandwidth
+        times = [busy * idle, x.special_visited / target.special * idle]
     for at, level in enumerate(target.levels[2:], 1):
-        known = share if level is target.memory else 1.0
+        known = share if level is target.memory else x.made
         waits = _idle(x.tasks, target.threads, level.alone)
         times.append(x.traffic(target, at) * known / level.bandwidth * waits)
     return max(times) + target.launch
@@ -244,20 +254,28 @@ class _Nest:
         self.tasks = math.prod(self._extent(v) for v in self.loops if v.upper() in g.space)
         self.again = self._again()
         self.flops = self.special = self.special_once = 0.0
-        self.by_dtype: dict[str, float] = {}
-        self.once: dict[str, float] = {}  # of by_dtype, without what is computed again
+        self.visited: dict[str, float] = {}  # operations by dtype at every point that the tiles visit
+        self.special_visited = self.passed = 0.0  # passed: bytes of what is read and written inside the loop, as maps
+        self.once: dict[str, float] = {}  # of flops, without what is computed again
+        steps = {v for v in self.loops if v.upper() not in g.space}
+        visits = Visits(n, einsums, self.loops, steps, self.cut, self._extent)
+        self.made = visits.share()  # of the steps
         for e in einsums:
             plain, special = operations(e.body)
-            once = n.live(e)
-            live = once * self.again[e.names[0]]
+            once, again = n.live(e), self.again[e.names[0]]
+            live, reached = once * again, visits.points(e) * again
             self.points.append((e, live))
             plain += e.reduce is not None
             self.flops += plain * live
             self.special += special * live
             self.special_once += special * once
+            self.special_visited += special * reached
             dtype = self._dtype(e)
-            self.by_dtype[dtype] = self.by_dtype.get(dtype, 0.0) + plain * live
+            self.visited[dtype] = self.visited.get(dtype, 0.0) + plain * reached
             self.once[dtype] = self.once.get(dtype, 0.0) + plain * once
+            if e.reduce is None and self._split(set(e.space())) & steps:
+                touched = (*e.names, *(a.tensor for a in walk(e.body) if isinstance(a, Access)))
+                self.passed += reached * sum(width(c, name) for name in touched)
 
     def _again(self) -> dict[str, int]:
         """How often each tensor of the group is made: the points of the space ranks that it lacks and a reader has."""

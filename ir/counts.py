@@ -76,7 +76,7 @@ class Sizes:
             sizes: dict[Expr, Expr] = {Size(r.name): Const(self(r.name)) for r in self.cascade.ranks
                                        if any(Size(r.name) in walk(c) for c in group)}
             axes = tuple((v, self(v.upper())) for v in sorted(names))
-            total *= _fraction(tuple(substitute(c, sizes) for c in group), axes)
+            total *= fraction(tuple(substitute(c, sizes) for c in group), axes)
         return total
 
 
@@ -85,7 +85,7 @@ def _no_data(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
 
 
 @lru_cache(maxsize=4096)
-def _fraction(conds: tuple[Expr, ...], axes: tuple[tuple[str, int], ...]) -> float:
+def fraction(conds: tuple[Expr, ...], axes: tuple[tuple[str, int], ...]) -> float:
     """The share of a box where all conditions hold."""
     total = math.prod(n for _, n in axes)
     if total == 0:

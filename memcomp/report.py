@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from memcomp.analysis import Analysis, analyse
@@ -158,8 +159,19 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Fallback)  # they are in the result
-        torch.compile(fn, backend=backend)(*example_inputs)
+        torch.compile(_alone(fn), backend=backend)(*example_inputs)
     return Explanation(tuple(regions), tuple(refusals))
+
+
+def _alone(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A caller of `fn` that torch has not seen: what it keeps for `fn`, and how often that may be compiled, is left."""
+    from memcomp.capture.candidates import OWN_FRAME
+
+    def call(*args: Any) -> Any:
+        return fn(*args)
+
+    code = call.__code__.replace(co_filename=OWN_FRAME)
+    return FunctionType(code, globals(), closure=call.__closure__)
 
 
 def describe(source: str, read: Program, compiled: Compiled, known: Mapping[str, int]) -> RegionReport:

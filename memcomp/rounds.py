@@ -69,7 +69,9 @@ def _count(kernel: str, loop: Loop, grid: Mapping[str, int], sizes: Mapping[str,
     asked = variables(loop.lo) | variables(loop.hi)
     if any(_looks(b) for b in bounds) or not asked <= grid.keys():
         return Rounds(kernel, said, loop.var)
-    masks = [m for m in _masks(loop.body) if not _looks(m) and variables(m) <= {*grid, loop.var}]
+    known = {*grid, loop.var}
+    body, skips = _step(loop.body)
+    masks = [m for m in _masks(body) if not _looks(m) and variables(m) <= known]
     task = max(sorted(asked), key=lambda v: grid[v], default="")
     tasks = grid.get(task, 1)
     every = -(-tasks // TASKS)
@@ -80,11 +82,15 @@ def _count(kernel: str, loop: Loop, grid: Mapping[str, int], sizes: Mapping[str,
     hop = max(1, -(-columns * len(looked) // CELLS))
     at = np.arange(0, columns, hop)[None, :]
     live, full = (lo <= at) & (at < hi), np.ones((1, 1), bool)
+    for m in skips:
+        if _looks(m) or not variables(m) <= known:
+            return Rounds(kernel, said, loop.var)
+        live = live & _value(m, {**env, loop.var: at})
     for m in masks:
         full = full & _value(m, {**env, loop.var: at})
     table = np.where(live, np.where(full, 1, 2), 0)
     share = tasks / len(looked)
-    run = round(int(np.maximum(hi - lo, 0).sum()) * share)
+    run = round(int((table > 0).sum()) * hop * share) if skips else round(int(np.maximum(hi - lo, 0).sum()) * share)
     masked = round(int((table == 2).sum()) * hop * share)
     return Rounds(kernel, said, loop.var, task, columns * tasks, run, masked, every * hop == 1,
                   tuple(sorted(asked - {task})), tuple(map(tuple, table.tolist())))
@@ -92,6 +98,14 @@ def _count(kernel: str, loop: Loop, grid: Mapping[str, int], sizes: Mapping[str,
 
 def _looks(e: Expr) -> bool:
     return any(isinstance(n, Access) for n in walk(e))
+
+
+def _step(body: tuple[Statement, ...]) -> tuple[tuple[Statement, ...], tuple[Expr, ...]]:
+    """What a round does, and the condition under which it does it."""
+    last = body[-1] if body else None
+    if isinstance(last, When) and not last.orelse and len(last.body) > 1:
+        return last.body, (last.cond,)
+    return body, ()
 
 
 def _masks(body: Iterable[Statement]) -> list[Expr]:

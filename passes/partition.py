@@ -113,6 +113,8 @@ class _Mapper:
             parts = (*parts, (wide, Knob(f"{wide.lower()}0", tiles_of(largest(c, wide) or 1, self.lanes))))
             space = (*space, f"{wide}1")  # the last: what its tiles share is read again while it is near
         lane = f"{cut.upper()}0" if cut else None
+        if operands and not long:  # few rows: what a step costs besides its products is shared by more points
+            c = replace(c, ranks=tuple(_twice(r) if r.name in _summed(members, v) else r for r in c.ranks))
         return self._with(c, replace(g, partition=parts, space=space, loop_order=(v.upper(),), lane=lane))
 
     def _crossed(self, c: Cascade, members: list[Einsum], v: str, long: list[str]) -> tuple[str, str] | None:
@@ -137,7 +139,7 @@ class _Mapper:
               ) -> Program:
         """Tiles over two row ranks, x across the lanes, with parts of the summed rank that are worth a tile of sums."""
         names = {x.upper(), y.upper()}
-        over = {d.upper() for e in members if v in out_vars(e) and e.reduce for d in e.reduce.over}
+        over = _summed(members, v)
         ranks = tuple(replace(r, extent=Knob(r.extent.name, PARTS)) if r.name in over and isinstance(r.extent, Knob)
                       else r for r in c.ranks)
         n = largest(c, y.upper())
@@ -268,6 +270,17 @@ def tiles_of(extent: int, lanes: int) -> tuple[int, ...]:
     while found[-1] > WHOLE:
         found.append(-(-found[-1] // (2 * lanes)) * lanes)
     return tuple(sorted(found[:-1] if found[-1] < WHOLE else found))
+
+
+def _summed(members: list[Einsum], v: str) -> set[str]:
+    """Ranks that statements inside the loop reduce."""
+    return {d.upper() for e in members if v in out_vars(e) and e.reduce for d in e.reduce.over}
+
+
+def _twice(r: Rank) -> Rank:
+    """The rank with tiles twice as long, where their size is open."""
+    return replace(r, extent=Knob(r.extent.name, tuple(2 * n for n in r.extent.choices))) \
+        if isinstance(r.extent, Knob) else r
 
 
 def _places(c: Cascade) -> dict[str, list[int]]:

@@ -68,6 +68,16 @@ def test_explain_counts_three_passes_before_and_one_after() -> None:
     json.dumps(found.json())
 
 
+def test_explain_leaves_no_trace() -> None:
+    """However often a function is explained, at whatever sizes, it can be explained and compiled once more."""
+    for n in range(2, torch._dynamo.config.recompile_limit + 4):
+        assert len(memcomp.explain(attention, *inputs(n)).regions) == 1
+    memcomp.reset()
+    q, k, v = inputs()
+    torch.testing.assert_close(memcomp.compile(attention)(q, k, v), attention(q, k, v), rtol=1e-4, atol=1e-5)
+    assert memcomp.stats()["regions"] == 1 and memcomp.stats()["recompilations"] == 0
+
+
 def test_explain_says_when_there_is_nothing() -> None:
     found = memcomp.explain(lambda x: x + 1, torch.ones(3))
     assert found.regions == () and "no regions" in str(found)

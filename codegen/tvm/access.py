@@ -161,7 +161,8 @@ def _load_gathered(w: Writer, s: Load, point: Point) -> None:
         with w.block(f"for {j} in T.serial(T.truncdiv({count} + {lanes - 1}, {lanes})):"):
             base = f"({j} * {lanes})"
             here = Point(q.scalars, a, lanes, base, q.held)
-            w.line(f"{put(f'at({lanes}, {base})')} = cast({element!r}, {gathered(w, s.source, here, f'{count} - {base}')})")
+            got = gathered(w, s.source, here, f"{count} - {base}")
+            w.line(f"{put(f'at({lanes}, {base})')} = cast({element!r}, {got})")
 
     if not b:
         over_points(w, t.dims[:-1], point, lambda q: row(q, lambda at: w.tile_at(t.name, q.scalars, at), number))

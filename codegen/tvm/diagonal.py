@@ -1,7 +1,7 @@
 """What depends on two dims by their difference only: distances of queries and keys and all that is made of them.
 
-Over a tile of n x m points such a value takes n + m - 1 different values.  They are computed once into a buffer along the
-diagonal, from which every row of the tile is a vector of neighbours:
+Over a tile of n x m points such a value takes n + m - 1 different values.  They are computed once into a buffer along
+the diagonal, from which every row of the tile is a vector of neighbours:
 
     value(a, b) = diagonal[a - b + m - 1]
 """

@@ -240,9 +240,11 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
             else:
                 stop = f"T.min(T.max(T.truncdiv({w.count(lane)} + {lanes - 1 - start}, {lanes}), 0), {many})"
             with w.repeat("j", stop) as j:
-                base = plus(times(j, lanes), start)
-                _rows(w, row, size, q, lambda rows: _tile(rows, base, lanes, part, accumulate))
+                block(q, plus(times(j, lanes), start), lanes, part, accumulate)
             start += many * lanes
+
+    def block(q: Point, base: str, lanes: int, part: tuple[str, int] | None, accumulate: bool) -> None:
+        _rows(w, row, size, q, lambda rows: _tile(rows, base, lanes, part, accumulate))
 
     def _tile(rows: list[Point], base: str, lanes: int, part: tuple[str, int] | None, accumulate: bool) -> None:
         totals = []

@@ -1,7 +1,7 @@
 """Contractions of bf16 operands: which there are, and how their operands become pairs of neighbours.
 
 A contraction runs on pairs where both operands are stored as bf16.  A computed operand is rounded to it where that is
-allowed (`rounding`) and buys time: where more than 8 products share each number of the stored one, so that arithmetic
+allowed (`rounding`) and buys time: where more than 2 products share each number of the stored one, so that arithmetic
 and not memory is what they wait for.  Sums stay in f32.  Operands that a Load brings are packed there, once, and never
 widened; computed ones where they are used.  A missing last partner, and in tiles all that is missing up to 16 pairs,
 is 0 on both sides.
@@ -20,6 +20,7 @@ from memcomp.ir.tile import Dot, Load, Store, Tile
 
 LANES = 16  # of a vector of pairs or of f32: every form that multiplies pairs has 512 bits
 FEW = 8     # rows up to which reading an operand again for every block of rows beats packing it
+SHARED = 2  # products on one stored number from which on arithmetic costs as much as bringing it from memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def _product(w: Writer, s: Dot, stored: dict[str, Load], may_round: bool) -> Pro
         return None
     for mine in (n for n in names if n not in stored):
         given = names[1 - names.index(mine)]
-        if not (may_round and given in stored and _shared(w, t, w.tiles[given]) > FEW):
+        if not (may_round and given in stored and _shared(w, t, w.tiles[given]) > SHARED):
             return None
     lane = t.dims[-1]
     for x, y in (names, names[::-1]):

@@ -220,12 +220,11 @@ def row_sums(rows: Sequence[Value]) -> Value:
     vectors, w = [reg(r) for r in rows], width(rows[0])
     parts = w  # partial sums per row
     while len(vectors) > 1:
-        half = parts // 2
-        low = [k for g in range(0, w, parts) for k in range(g, g + half)]
-        take = low + [w + k for k in low]
-        give = [k + half for k in low] + [w + k + half for k in low]
-        pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [reg(T.Shuffle([a, b], take) + T.Shuffle([a, b], give)) for a, b in pairs]
+        half, n = parts // 2, len(vectors) // 2
+        stay = [k if k % parts < half else w + k for k in range(w)]  # of the first the low halves, of the second the high
+        cross = [k + half if k % parts < half else w + k - half for k in range(w)]
+        pairs = zip(vectors[:n], vectors[n:], strict=True)
+        vectors = [reg(T.Shuffle([a, b], stay) + T.Shuffle([a, b], cross)) for a, b in pairs]
         parts = half
     x = vectors[0]
     while parts > 1:

@@ -80,6 +80,7 @@ class Result:
                 words.append(f"error {self.errors[n]:.1e}")
                 words.append(f"holds {self.held[n] / 2**20:.1f} MiB")
             if n == OWN:
+                words[-1] += f" ({self.predicted / 2**20:.1f} predicted)"
                 words.append(f"{self.flops / t.median / 1e9:.0f} GFLOP/s, {self.bytes / t.median / 1e9:.1f} GB/s")
                 if limit is not None:
                     words.append(f"{limit.median / t.median:.0%} of {PRODUCT if PRODUCT in self.times else READ}")

@@ -26,11 +26,12 @@ def allocated(call: Callable[[], Any]) -> int:
 
 def scratch(fn: Callable[..., Any], args: Sequence[Any], target: str = "cpu") -> tuple[int, int]:
     """(held, predicted): buffers of memcomp's kernels over all threads, one launch at a time, and what the cost model
-    says that a task holds, for as many tasks."""
+    says that as many tasks hold in tiles, packed operands among them."""
     import memcomp
+    from memcomp.ir.cost import footprint
 
     regions = memcomp.explain(fn, *args, target=target).regions
     threads = torch.get_num_threads()
     held = max((k.scratch for r in regions for k in r.kernels), default=0)
-    said = max((x.footprint for r in regions for x in r.traffic.levels[:1]), default=0.0)
+    said = max((footprint(r.program, g, r.sizes) for r in regions for g in r.program.mapping.groups), default=0.0)
     return held * threads, int(said) * threads

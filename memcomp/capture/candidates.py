@@ -20,6 +20,7 @@ from memcomp.capture.reader import meta
 ATTENTION = "scaled_dot_product_attention"
 PASSES = ("view", "map", "reduce")
 COMPOSITES = ("softmax", "_safe_softmax")
+OWN_FRAME = "<memcomp>"  # stands for a file in stack traces that go through memcomp's own caller of the user's code
 OPAQUE = ("flex_attention", "_scaled_dot_product", "multi_head_attention", "_transformer_encoder_layer_fwd")
 
 
@@ -168,13 +169,14 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     path = re.sub(r"(?:\._modules)?\['?(\w+)'?\]", r".\1", path)  # layers._modules['0'] and layers[0] -> layers.0
-    return re.sub(r"^[LG]\.\w+\.?", "", path)  # the local or global variable that holds the model
+    return re.sub(r"^[LG]\.\w+\.?(?:__self__\.?)?", "", path)  # the local or global variable that holds the model
 
 
 def source(node: fx.Node) -> str:
     """Module path and file:line of the user's code that made a node."""
     path = module_path(node)
-    lines = [x.strip() for x in str(node.meta.get("stack_trace") or "").splitlines() if x.strip().startswith("File ")]
+    lines = [x.strip() for x in str(node.meta.get("stack_trace") or "").splitlines()
+             if x.strip().startswith("File ") and OWN_FRAME not in x]
     where = ""
     if lines:
         file, _, rest = lines[-1].removeprefix('File "').partition('", line ')

@@ -1,0 +1,106 @@
+"""Points that the tiles of a nest visit: all of every tile that cannot be skipped, which is more than guards leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from itertools import product
+
+from memcomp.ir.cascade import Einsum
+from memcomp.ir.counts import Sizes, fraction
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, substitute, variables, walk
+from memcomp.ir.simplify import linear
+
+
+class Visits:
+    """Statements of a group whose loops are `loops`, of which `steps` are the sequential ones.
+
+    A step is left out where the guard of everything that is summed in it, or that they are made from, is false on a
+    whole tile; of a step that is made only the tails of dims are left out.  cut: variables that the mapping cuts into
+    `v1` and `v0`, with their tiles.  extent: of a variable, cut or not.
+    """
+
+    def __init__(self, n: Sizes, einsums: Sequence[Einsum], loops: Sequence[str], steps: set[str],
+                 cut: dict[str, int], extent: Callable[[str], int]) -> None:
+        self.n, self.loops, self.steps, self.cut, self.extent = n, set(loops), steps, cut, extent
+        self.guards = self._guards(einsums)
+        sums = [self.guards[e.names[0]] for e in einsums if e.reduce is not None and e.names[0] in self.guards]
+        self.common = reduce(frozenset.intersection, sums) if sums else frozenset[Expr]()
+
+    def points(self, e: Einsum) -> float:
+        """Points of a statement that are visited; of one outside the steps those that its guard leaves."""
+        if e.names[0] not in self.guards:
+            return self.n.live(e)
+        own = self._split(set(e.space()))
+        tails, tests = self._conditions(self.common | self.guards[e.names[0]], own)
+        return self.n.points(e.space()) * self._share(tails) * self._share(tests)
+
+    def share(self) -> float:
+        """The share of the steps that are made."""
+        return self._share(self._conditions(self.common, set())[1])
+
+    def _conditions(self, conds: Iterable[Expr], own: set[str]) -> tuple[list[Expr], list[Expr]]:
+        """Those that end a dim in `own`, and over loops alone: may it hold somewhere in the tile?"""
+        tails, tests = list[Expr](), list[Expr]()
+        for c in sorted(map(self._tiled, conds), key=str):
+            inside = sorted(variables(c) - self.loops)
+            if len(inside) == 1 and inside[0] in own and _cuts_off(c, inside[0]):
+                tails.append(c)
+            corners = product(*((0, self.extent(v) - 1) for v in inside))
+            some: list[Expr] = [substitute(c, {Var(v): Const(x) for v, x in zip(inside, at, strict=True)})
+                                for at in corners]
+            tests.append(some[0] if len(some) == 1 else call("or", *some))
+        return tails, tests
+
+    def _share(self, conds: list[Expr]) -> float:
+        names = sorted({v for c in conds for v in variables(c)})
+        return fraction(tuple(conds), tuple((v, self.extent(v)) for v in names)) if conds else 1.0
+
+    def _guards(self, einsums: Sequence[Einsum]) -> dict[str, frozenset[Expr]]:
+        """Of each statement in a step what holds wherever it is needed: its own guard, and that of all its readers."""
+        found: dict[str, frozenset[Expr]] = {}
+        later: list[Einsum] = []
+        for e in reversed(einsums):
+            if not self._split(set(e.space())) & self.steps:
+                continue
+            own = frozenset(c for c in e.guards() if _tests_tiles(c))
+            ways = [(u, a) for u in later for x in (u.body, *u.guards()) for a in walk(x)
+                    if isinstance(a, Access) and a.tensor in e.names]
+            if ways and all(a.index == e.out.index for _, a in ways):
+                own |= reduce(frozenset.intersection, (found[u.names[0]] for u, _ in ways))
+            found[e.names[0]] = own
+            later.append(e)
+        return found
+
+    def _split(self, names: set[str]) -> set[str]:
+        return {part for v in names for part in ((v + "1", v + "0") if v in self.cut else (v,))}
+
+    def _tiled(self, c: Expr) -> Expr:
+        known: dict[Expr, Expr] = {x: Const(self.n(x.rank)) for x in walk(c) if isinstance(x, Size)}
+        parts: dict[Expr, Expr] = {Var(v): Var(v + "1") * size + Var(v + "0") for v, size in self.cut.items()}
+        return substitute(substitute(c, known), parts)
+
+
+def _tests_tiles(c: Expr) -> bool:
+    """Can a loop tell where the condition is false on a whole tile: inequalities linear in indices, also joined?"""
+    if isinstance(c, Call) and c.op in ("and", "or"):
+        return all(map(_tests_tiles, c.args))
+    if not isinstance(c, Call) or c.op not in ("lt", "le", "gt", "ge") or reads(c):
+        return False
+    terms = linear(c.args[0] - c.args[1])
+    return terms is not None and all(t is None or isinstance(t, (Var, Size)) or not variables(t) or _scaled(t)
+                                     for t in terms)
+
+
+def _scaled(t: Expr) -> bool:
+    """An index times sizes."""
+    return isinstance(t, Call) and t.op == "mul" and all(isinstance(a, (Var, Size)) or _scaled(a) for a in t.args) \
+        and len(variables(t)) == 1
+
+
+def _cuts_off(c: Expr, v: str) -> bool:
+    """Does it end a dim: v < limit?"""
+    if not isinstance(c, Call) or c.op not in ("lt", "le", "gt", "ge"):
+        return False
+    terms = linear(c.args[0] - c.args[1]) or {}
+    return (terms.get(Var(v), 0) > 0) == (c.op in ("lt", "le"))
