@@ -32,6 +32,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/fusemax.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/perplexity.py
+	$(BIN)/python benchmarks/tokens.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

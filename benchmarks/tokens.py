@@ -87,7 +87,8 @@ def main() -> int:
     table = Table("", "who", "tokens/s", "spread", "memcomp is faster", "asked")
     results, missed = [], []
     with torch.no_grad():
-        for name, make in (("prefill", lambda m: prefill(m, ids)), ("decode, growing cache", lambda m: growing(m, lm, ids)),
+        for name, make in (("prefill", lambda m: prefill(m, ids)),
+                           ("decode, growing cache", lambda m: growing(m, lm, ids)),
                            ("decode, static cache", lambda m: static(m, lm, ids))):
             console.print(f"compiling: {name}")
             calls = {who: make(m) for who, m in models.items()}

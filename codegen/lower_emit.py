@@ -211,7 +211,7 @@ class Emitter(Starts):
             return list(out)
         if full == TRUE:
             return list(whole)
-        return [When(full, whole, out)] if whole else [When(call("not", full), out)]
+        return [When(full, whole, out)]
 
     def _typed(self, value: Expr, o: Op) -> Expr:
         """A constant as the tile's dtype holds it."""
@@ -310,13 +310,13 @@ class Emitter(Starts):
         for k in range(len(self.g.ops)):
             self.emit(k)
         self.store_carried()
-        body = list(self.body[PRE])
+        body = list(branches_joined(self.body[PRE]))
         if self.g.loop:
             step = branches_joined((*self.body[LOOP], *self.late_loop))
             if self.live is not None:
                 step = (*self.head, When(self.live, step))
             body.append(Loop(self.g.loop, lo, hi, step))
-        body += [*self.body[POST], *self.late]
+        body += branches_joined((*self.body[POST], *self.late))
         body = list(self._used(tuple(body)))
         used = {d for t in self.tiles.values() for d in t.dims}
         for s in statements(tuple(body)):

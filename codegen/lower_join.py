@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from memcomp.ir.expr import Expr, reads
-from memcomp.ir.tile import Dot, Fold, Loop, Map, Statement, Store, When
+from memcomp.ir.expr import Expr, call, reads
+from memcomp.ir.tile import Dot, Fold, Loop, Statement, Store, When
 
 Body = tuple[Statement, ...]
 
@@ -53,34 +52,29 @@ def branches_joined(body: Sequence[Statement]) -> Body:
         for k, first in enumerate(out):
             if isinstance(first, When) and not any(_depends(s, x) for x in out[k + 1:]):
                 if isinstance(s, When) and s.cond == first.cond:
-                    out[k] = When(s.cond, branches_joined((*first.body, *s.body)),
-                                  branches_joined((*first.orelse, *s.orelse)))
+                    out[k] = When(s.cond, (*first.body, *s.body), (*first.orelse, *s.orelse))
                     break
-                if isinstance(s, Fold) and (both := _into(first, s)) is not None:
-                    out[k] = both
+                if isinstance(s, Fold) and first.orelse and written(first) & reads(s.body):
+                    out[k] = _with(first, s)
                     break
         else:
             out.append(s)
-    return tuple(out)
+    return tuple(_tidy(s) if isinstance(s, When) else s for s in out)
+
+
+def _with(w: When, s: Fold) -> When:
+    """The branch with a fold at the end of each side."""
+    sides = ((*side[:-1], _with(side[-1], s)) if side and isinstance(side[-1], When) and side[-1].orelse else (*side, s)
+             for side in (w.body, w.orelse))
+    return When(w.cond, *sides)
+
+
+def _tidy(w: When) -> When:
+    """Sides joined in turn, and none that is empty stands first."""
+    body, orelse = branches_joined(w.body), branches_joined(w.orelse)
+    return When(w.cond, body, orelse) if body or not orelse else When(call("not", w.cond), orelse)
 
 
 def _depends(late: Statement, early: Statement) -> bool:
     """May the two not change places?"""
     return bool(written(early) & touched(late) or written(late) & read(early))
-
-
-def _into(w: When, s: Fold) -> When | None:
-    """The branch with a fold at the end of each side, if each makes what it folds."""
-    sides: list[Body] = []
-    for side in (w.body, w.orelse):
-        last = side[-1] if side else None
-        if isinstance(last, When):
-            inner = _into(last, s)
-            if inner is None:
-                return None
-            sides.append((*side[:-1], inner))
-        elif any(isinstance(x, Map) and x.tile in reads(s.body) for x in side):
-            sides.append((*side, s))
-        else:
-            return None
-    return replace(w, body=sides[0], orelse=sides[1])

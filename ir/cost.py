@@ -136,9 +136,9 @@ def cost(program: Program, sizes: Mapping[str, int], target: Target, moved: floa
     phases = tuple(schedule(x.group, x.points, target) for x in nests) if target.arrays else ((),) * len(nests)
     seconds = sum(_seconds(x, target, p, share) for x, p in zip(nests, phases, strict=True))
     least = compulsory(program, sizes)
-    floor = max(sum(f / target.peak(d) for x in nests for d, f in x.once.items()),
-                sum(x.special_once for x in nests) / target.special, least / target.memory.bandwidth)
-    again = flops + special - sum(sum(x.once.values()) + x.special_once for x in nests)
+    floor = max(sum(f / target.peak(d) for x in nests for d, f in x.needed.items()),
+                sum(x.special_needed for x in nests) / target.special, least / target.memory.bandwidth)
+    again = flops + special - sum(x.once for x in nests)
     every = tuple(p for each in phases for p in each)
     return Cost(flops, special, least, tuple(levels), seconds, floor, _units(every, target, seconds), every, again)
 
@@ -253,29 +253,29 @@ class _Nest:
         self.loops = [v for v in (r.lower() for r in (*g.space, *g.loop_order)) if v in inside]
         self.tasks = math.prod(self._extent(v) for v in self.loops if v.upper() in g.space)
         self.again = self._again()
-        self.flops = self.special = self.special_once = 0.0
+        self.flops = self.special = self.once = 0.0  # once: of both, without what is computed again
         self.visited: dict[str, float] = {}  # operations by dtype at every point that the tiles visit
-        self.special_visited = self.passed = 0.0  # passed: bytes of what is read and written inside the loop, as maps
-        self.once: dict[str, float] = {}  # of flops, without what is computed again
+        self.needed: dict[str, float] = {}  # at points that guards leave, of tiles that are visited, once
+        self.special_visited = self.special_needed = self.passed = 0.0
         steps = {v for v in self.loops if v.upper() not in g.space}
         visits = Visits(n, einsums, self.loops, steps, self.cut, self._extent)
         self.made = visits.share()  # of the steps
         for e in einsums:
             plain, special = operations(e.body)
-            once, again = n.live(e), self.again[e.names[0]]
-            live, reached = once * again, visits.points(e) * again
-            self.points.append((e, live))
+            live, reached, again = n.live(e), visits.points(e), self.again[e.names[0]]
+            self.points.append((e, live * again))
             plain += e.reduce is not None
-            self.flops += plain * live
-            self.special += special * live
-            self.special_once += special * once
-            self.special_visited += special * reached
+            self.flops += plain * live * again
+            self.special += special * live * again
+            self.once += (plain + special) * live
             dtype = self._dtype(e)
-            self.visited[dtype] = self.visited.get(dtype, 0.0) + plain * reached
-            self.once[dtype] = self.once.get(dtype, 0.0) + plain * once
+            self.visited[dtype] = self.visited.get(dtype, 0.0) + plain * reached * again
+            self.needed[dtype] = self.needed.get(dtype, 0.0) + plain * min(live, reached)
+            self.special_visited += special * reached * again
+            self.special_needed += special * min(live, reached)
             if e.reduce is None and self._split(set(e.space())) & steps:
                 touched = (*e.names, *(a.tensor for a in walk(e.body) if isinstance(a, Access)))
-                self.passed += reached * sum(width(c, name) for name in touched)
+                self.passed += reached * again * sum(width(c, name) for name in touched)  # bytes
 
     def _again(self) -> dict[str, int]:
         """How often each tensor of the group is made: the points of the space ranks that it lacks and a reader has."""

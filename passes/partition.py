@@ -15,6 +15,7 @@ from memcomp.ir.target import BYTES, target
 from memcomp.passes._roles import WHOLE, carried, common, largest, out_vars, product_operands, shared, whole
 
 PARTS = 64, 128, 256  # of a rank that is summed, or broadcast, beside a tile of sums
+SUMS = 1 << 17  # of such a tile (512 KiB of f32: half of what a core has nearby)
 ROWS = 32  # row ranks of at most so many points together stay whole tile dims
 
 
@@ -113,6 +114,8 @@ class _Mapper:
             parts = (*parts, (wide, Knob(f"{wide.lower()}0", tiles_of(largest(c, wide) or 1, self.lanes))))
             space = (*space, f"{wide}1")  # the last: what its tiles share is read again while it is near
         lane = f"{cut.upper()}0" if cut else None
+        if self._feature(c, operands, members, v, cut):
+            c = _in_parts(c, members, v)
         if operands and not long:  # few rows: what a step costs besides its products is shared by more points
             c = replace(c, ranks=tuple(_twice(r) if r.name in _summed(members, v) else r for r in c.ranks))
         return self._with(c, replace(g, partition=parts, space=space, loop_order=(v.upper(),), lane=lane))
@@ -138,16 +141,20 @@ class _Mapper:
     def _both(self, c: Cascade, g: Group, members: list[Einsum], v: str, own: tuple[str, ...], x: str, y: str,
               ) -> Program:
         """Tiles over two row ranks, x across the lanes, with parts of the summed rank that are worth a tile of sums."""
-        names = {x.upper(), y.upper()}
-        over = _summed(members, v)
-        ranks = tuple(replace(r, extent=Knob(r.extent.name, PARTS)) if r.name in over and isinstance(r.extent, Knob)
-                      else r for r in c.ranks)
-        n = largest(c, y.upper())
+        names, n = {x.upper(), y.upper()}, largest(c, y.upper())
+        sizes = PARTS if n is None else tiles_of(n, self.lanes)
+        sizes = tuple(k for k in sizes if k <= SUMS // (4 * self.lanes)) or sizes[:1]
         parts = ((x.upper(), Knob(f"{x}0", (self.lanes, 2 * self.lanes, 4 * self.lanes))),
-                 (y.upper(), Knob(f"{y}0", PARTS if n is None else tiles_of(n, self.lanes))))
+                 (y.upper(), Knob(f"{y}0", sizes)))
         space = tuple(f"{z.upper()}1" if z.upper() in names else z.upper() for z in own)
         mapped = replace(g, partition=parts, space=space, loop_order=(v.upper(),), lane=f"{x.upper()}0")
-        return self._with(replace(c, ranks=ranks), mapped)
+        return self._with(_in_parts(c, members, v), mapped)
+
+    def _feature(self, c: Cascade, operands: list[Expr], members: list[Einsum], v: str, cut: str) -> bool:
+        """Is the rank that is cut one of features of what is summed, so that its tiles are short?"""
+        made = {n for e in members for n in e.names}
+        fixed = cut and not whole(c, cut) and largest(c, cut.upper()) is not None
+        return bool(fixed) and any({v, cut} <= variables(a) and not reads(a) & made for a in operands)
 
     def _wide(self, c: Cascade, members: list[Einsum], v: str, own: tuple[str, ...], points: int) -> str:
         """The rank whose tiles may run in parallel: a tile of a state over it and `points` points of rows is large."""
@@ -275,6 +282,13 @@ def tiles_of(extent: int, lanes: int) -> tuple[int, ...]:
 def _summed(members: list[Einsum], v: str) -> set[str]:
     """Ranks that statements inside the loop reduce."""
     return {d.upper() for e in members if v in out_vars(e) and e.reduce for d in e.reduce.over}
+
+
+def _in_parts(c: Cascade, members: list[Einsum], v: str) -> Cascade:
+    """Where the ranks summed in the loop over v are cut by a knob, sizes that keep a tile of sums busy."""
+    over = _summed(members, v)
+    return replace(c, ranks=tuple(replace(r, extent=Knob(r.extent.name, PARTS))
+                                  if r.name in over and isinstance(r.extent, Knob) else r for r in c.ranks))
 
 
 def _twice(r: Rank) -> Rank:

@@ -171,18 +171,20 @@ def test_what_may_be_rounded() -> None:
 def test_what_is_packed_and_rounded() -> None:
     """Weights that many rows share; not where memory is what a product waits for, nor where f32 comes out, nor keys,
     whose pairs serve all lanes from where they lie."""
-    def tiles(name: str) -> TileProgram:
+    def tiles(name: str, heads: int = 3) -> TileProgram:
         text = re.sub(r"rank ([EF]) = \d+", r"rank \1 = 64", source(name))
+        text = re.sub(r"(rank G = |[Jj]\*)3\b", rf"\g<1>{heads}", text)
         return lower(mapped(replace(parse(text), mapping=Mapping()), 1))
 
     def packed(tp: TileProgram) -> set[str]:
         return set(re.findall(r"(\w+)_pairs\d* = T.alloc_buffer", emit(tp, AVX512_BF16).source))
 
-    many, few = tiles("onepass_causal_gqa"), tiles("onepass_decode_gqa")
+    many, few, two = tiles("onepass_causal_gqa"), tiles("onepass_decode_gqa"), tiles("onepass_decode_gqa", heads=2)
     assert packed(with_dtype(many)) == {"Q_t", "V_t", "S"}
     for finer in ("O", "V"):
         assert packed(with_dtype(many, **{finer: "f32"})) == {"Q_t"}
-    assert packed(with_dtype(few)) == {"Q_t"} and "dot_pairs" in emit(with_dtype(few), AVX512_BF16).source
+    assert packed(with_dtype(few)) == {"Q_t", "S"}
+    assert packed(with_dtype(two)) == {"Q_t"} and "dot_pairs" in emit(with_dtype(two), AVX512_BF16).source
 
 
 def test_forms_are_chosen_by_feature() -> None:

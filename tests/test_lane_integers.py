@@ -94,8 +94,9 @@ def test_integers_become_the_nearest_float(far: int) -> None:
     """A place, and a distance, rounded once from 64 bits: in f32 from 2**24 on there are gaps."""
     at = np.arange(37)[:, None], np.arange(70)[None, :]
     x, w = np.zeros((37, 70), np.float32), np.zeros(ENTRIES, np.float32)
-    for text, want in ((f"real({P} - {M} + {far})", at[0] - at[1] + far), (f"real({M} + {far})", at[1] + 0 * at[0] + far),
-                       (f"real(({P} - {M} + {far}) * 3)", (at[0] - at[1] + far) * 3)):
+    apart = at[0] - at[1] + far
+    for text, want in ((f"real({P} - {M} + {far})", apart), (f"real(({P} - {M} + {far}) * 3)", apart * 3),
+                       (f"real({M} + {far})", at[1] + 0 * at[0] + far)):
         got, _ = run(tiles(text), x, w)
         assert np.array_equal(got, want.astype(np.int64).astype(np.float32)), text
 
