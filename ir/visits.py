@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
 from itertools import product
 
 from memcomp.ir.cascade import Einsum
@@ -25,7 +24,7 @@ class Visits:
         self.n, self.loops, self.steps, self.cut, self.extent = n, set(loops), steps, cut, extent
         self.guards = self._guards(einsums)
         sums = [self.guards[e.names[0]] for e in einsums if e.reduce is not None and e.names[0] in self.guards]
-        self.common = reduce(frozenset.intersection, sums) if sums else frozenset[Expr]()
+        self.common = _in_all(sums)
 
     def points(self, e: Einsum) -> float:
         """Points of a statement that are visited; of one outside the steps those that its guard leaves."""
@@ -67,7 +66,7 @@ class Visits:
             ways = [(u, a) for u in later for x in (u.body, *u.guards()) for a in walk(x)
                     if isinstance(a, Access) and a.tensor in e.names]
             if ways and all(a.index == e.out.index for _, a in ways):
-                own |= reduce(frozenset.intersection, (found[u.names[0]] for u, _ in ways))
+                own |= _in_all([found[u.names[0]] for u, _ in ways])
             found[e.names[0]] = own
             later.append(e)
         return found
@@ -79,6 +78,10 @@ class Visits:
         known: dict[Expr, Expr] = {x: Const(self.n(x.rank)) for x in walk(c) if isinstance(x, Size)}
         parts: dict[Expr, Expr] = {Var(v): Var(v + "1") * size + Var(v + "0") for v, size in self.cut.items()}
         return substitute(substitute(c, known), parts)
+
+
+def _in_all(sets: Sequence[frozenset[Expr]]) -> frozenset[Expr]:
+    return frozenset(x for x in sets[0] if all(x in s for s in sets)) if sets else frozenset()
 
 
 def _tests_tiles(c: Expr) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from memcomp.analysis import Analysis, analyse
@@ -164,14 +164,20 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
 
 
 def _alone(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A caller of `fn` that torch has not seen: what it keeps for `fn`, and how often that may be compiled, is left."""
+    """`fn` as torch has not seen it: what torch keeps for `fn`, and how often that may be compiled, is left alone."""
     from memcomp.capture.candidates import OWN_FRAME
+
+    if isinstance(fn, MethodType):
+        return MethodType(_alone(fn.__func__), fn.__self__)
+    if isinstance(fn, FunctionType):
+        twin = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+        twin.__kwdefaults__ = fn.__kwdefaults__
+        return twin
 
     def call(*args: Any) -> Any:
         return fn(*args)
 
-    code = call.__code__.replace(co_filename=OWN_FRAME)
-    return FunctionType(code, globals(), closure=call.__closure__)
+    return FunctionType(call.__code__.replace(co_filename=OWN_FRAME), globals(), closure=call.__closure__)
 
 
 def describe(source: str, read: Program, compiled: Compiled, known: Mapping[str, int]) -> RegionReport:

@@ -45,7 +45,8 @@ def close_knobs(program: Program, sizes: Mapping[str, int], *, tune: str = "off"
 
     sizes: an extent for each symbolic rank; it only ranks the candidates, the result holds for all extents.
     Ties (the model sees no difference in time) go to less traffic with memory, then to fewer operations that several
-    tasks make anew, then to the middle choice of each knob: the ends of a list are its extremes.
+    tasks make anew, then to tiles that are not longer than their rank, then to the middle choice of each knob: the ends
+    of a list are its extremes.
     """
     from memcomp.ir.cost import cost
     from memcomp.ir.target import target
@@ -61,11 +62,21 @@ def close_knobs(program: Program, sizes: Mapping[str, int], *, tune: str = "off"
         raise OptionError(f"tune={tune!r} is not known", hint="known: off")
     machine = target(program.target)
 
-    def rating(choice: tuple[int, ...]) -> tuple[float, float, float, int]:
+    def rating(choice: tuple[int, ...]) -> tuple[float, float, float, float, int]:
         closed = assign(program, dict(zip((k.name for k in open_knobs), choice, strict=True)))
         off_middle = sum(abs(k.choices.index(c) - len(k.choices) // 2) for k, c in zip(open_knobs, choice, strict=True))
         spent = cost(closed, dict(sizes), machine)
-        return spent.seconds, spent.traffic, spent.again, off_middle
+        return spent.seconds, spent.traffic, spent.again, _idle(closed, sizes), off_middle
 
     best = min(product(*(k.choices for k in open_knobs)), key=rating)
     return assign(program, dict(zip((k.name for k in open_knobs), best, strict=True)))
+
+
+def _idle(program: Program, sizes: Mapping[str, int]) -> float:
+    """How many times more points the tiles have than the ranks that are shorter than theirs."""
+    from memcomp.ir.counts import Sizes
+
+    extent = Sizes(program.cascade, sizes)
+    cut = ((extent(rank), size.value) for g in program.mapping.groups for rank, size in g.partition
+           if isinstance(size, Const))
+    return math.prod(max(size / n, 1.0) for n, size in cut if n)

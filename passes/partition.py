@@ -12,7 +12,7 @@ from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, s
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import Group, Program
 from memcomp.ir.target import BYTES, target
-from memcomp.passes._roles import WHOLE, carried, common, largest, out_vars, product_operands, shared, whole
+from memcomp.passes._roles import WHOLE, accesses, carried, common, largest, out_vars, product_operands, shared, whole
 
 PARTS = 64, 128, 256  # of a rank that is summed, or broadcast, beside a tile of sums
 SUMS = 1 << 17  # of such a tile (512 KiB of f32: half of what a core has nearby)
@@ -27,6 +27,11 @@ def partition(program: Program, *, lanes: int = 16) -> Program:
     Row ranks are those that some streamed operand of a product lacks (queries: a key row serves all of them).  A long
     row rank is cut and laid across the lanes, so that elements of the streamed operands are broadcast; short ones stay
     in the tile, so that each streamed row is read once for all of them.  Other ranks run in parallel.
+
+    Two long row ranks of one product, each missing from another operand (tokens and outputs), are both cut: one lies
+    across the lanes, elements of the other's operand are broadcast, and the parts of the summed rank are long, so that
+    a tile of sums is worth what is loaded for it.  What has only one of the two is made again for each tile of the
+    other.
 
     A long rank of a running state that the others lack (the features of a value) is a dim of the tile.  Where that is
     more than the cache nearest to the registers holds, the rank gets a knob: whole, or in tiles that run in parallel,
@@ -114,7 +119,7 @@ class _Mapper:
             parts = (*parts, (wide, Knob(f"{wide.lower()}0", tiles_of(largest(c, wide) or 1, self.lanes))))
             space = (*space, f"{wide}1")  # the last: what its tiles share is read again while it is near
         lane = f"{cut.upper()}0" if cut else None
-        if self._feature(c, operands, members, v, cut):
+        if self._feature(c, members, v, cut):
             c = _in_parts(c, members, v)
         if operands and not long:  # few rows: what a step costs besides its products is shared by more points
             c = replace(c, ranks=tuple(_twice(r) if r.name in _summed(members, v) else r for r in c.ranks))
@@ -150,11 +155,12 @@ class _Mapper:
         mapped = replace(g, partition=parts, space=space, loop_order=(v.upper(),), lane=f"{x.upper()}0")
         return self._with(_in_parts(c, members, v), mapped)
 
-    def _feature(self, c: Cascade, operands: list[Expr], members: list[Einsum], v: str, cut: str) -> bool:
-        """Is the rank that is cut one of features of what is summed, so that its tiles are short?"""
+    def _feature(self, c: Cascade, members: list[Einsum], v: str, cut: str) -> bool:
+        """Is the rank that is cut one of features of what is summed, for which tiles were made short?"""
         made = {n for e in members for n in e.names}
         fixed = cut and not whole(c, cut) and largest(c, cut.upper()) is not None
-        return bool(fixed) and any({v, cut} <= variables(a) and not reads(a) & made for a in operands)
+        return bool(fixed) and any({v, cut} <= variables(a) and a.tensor not in made
+                                   for e in members for a in accesses(e))
 
     def _wide(self, c: Cascade, members: list[Einsum], v: str, own: tuple[str, ...], points: int) -> str:
         """The rank whose tiles may run in parallel: a tile of a state over it and `points` points of rows is large."""

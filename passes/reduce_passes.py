@@ -78,7 +78,7 @@ def _tiles(program: Program) -> tuple[int, ...]:
     """Points of a tile: at most so many that a tile over them and the widest fixed rank has `_MOST` elements.  Ranks of
     every reduction are no features: they are cut themselves."""
     c = program.cascade
-    spaces = [set(e.space()) for e in c.einsums if e.reduce] or [set[str]()]
-    features = set.union(*spaces) - set.intersection(*spaces)
+    spaces = [set(e.space()) for e in c.einsums if e.reduce]
+    features = {v for s in spaces for v in s if any(v not in other for other in spaces)}
     widest = max((extent_of(c, v.upper()) or 1 for v in features if not c.rank(v.upper()).iterative), default=1)
     return tuple(sorted({max(8, min(n, _MOST * n // 128 // widest)) for n in (32, 64, 128)}))

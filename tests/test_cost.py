@@ -257,7 +257,8 @@ def test_narrow_windows_take_small_tiles() -> None:
 
     def tile(guard: str) -> int:
         text = WINDOW.format(tile="?m0 in 8|32|128", rows=16, guard=guard).replace("= 24", "= 4096")
-        text = text.replace("= 32", "= 4096\nrank E = 64").replace("in X[P, M]: f32", "in Q[P, E]: f32\nin K[M, E]: f32")
+        text = text.replace("= 32", "= 4096\nrank E = 64")
+        text = text.replace("in X[P, M]: f32", "in Q[P, E]: f32\nin K[M, E]: f32")
         text = text.replace("X[p, m1*M0 + m0] * 2.0", "sum{e} Q[p, e] * K[m1*M0 + m0, e]")
         return int(close_knobs(parse(text), {}).cascade.rank("M0").extent.value)
 

@@ -3,8 +3,8 @@
 Both run on f32 values or, where `pairs` says so, on bf16 pairs; `tiles` has the third form of those.
 
 outer: the tile's vector dim belongs to one operand, whose neighbours along it lie together; the other gives one number
-    per row.  Rows x vectors of accumulators stay in registers over the whole contraction, start from zero and are added
-    to the tile once: the error of a long sum is that of its blocks.
+    per row.  Rows x vectors of accumulators stay in registers over the whole contraction, or over a part of a long one,
+    start from zero and are added to the tile once: the error of a long sum is that of its blocks.
 inner: both operands run along the contracted dim.  Products accumulate in vectors, one per (row, output), and a whole
     block of them is summed across lanes at once.
 """
@@ -210,24 +210,24 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
     outside = [d for d in t.dims[:-1] if d != row]
     rows = w.fixed(row) or w.dims[row].capacity if row else 1
     size, vectors = w.isa.block(rows, w.padded(lane) // w.vector(lane) if isinstance(b, Pairs) else 4)
-
-    parts = _part(w, s.over[-1] if not isinstance(b, Pairs) else b.side.k, vectors * w.vector(lane), (a, b))
+    k, each = (b.side.k, 2) if isinstance(b, Pairs) else (s.over[-1], 1)  # along what, and numbers of a step
+    parts = _part(w, k, vectors * w.vector(lane), (a, b))
 
     def all_parts(q: Point) -> None:
         if parts is None:
-            columns(q, None, s.accumulate)
+            columns(q, None)
             return
         if not s.accumulate:
             over_points(w, tuple(d for d in t.dims[:-1] if d not in outside), q, lambda p: strips(
                 w, lane, lambda base, m, _: w.line(f"{w.tile_at(t.name, p.scalars, f'at({m}, {base})')} = "
                                                    f"splat(f32(0.0), {m})")))
-        n, each = parts
-        with w.repeat("part", f"i64({n // each})") as i:
-            columns(q, (times(i, each), each), True)
-        if n % each:
-            columns(q, (f"i64({n // each * each})", n % each), True)
+        n, most = parts
+        with w.repeat("part", f"i64({n // most})") as i:
+            columns(q, (times(i, most), most))
+        if n % most:
+            columns(q, (f"i64({n // most * most})", n % most))
 
-    def columns(q: Point, part: tuple[str, int] | None, accumulate: bool) -> None:
+    def columns(q: Point, part: tuple[str, int] | None) -> None:
         start, step = 0, vectors
         v, padded, n = w.vector(lane), w.padded(lane), w.fixed(lane)
         while start < padded:
@@ -240,13 +240,13 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
             else:
                 stop = f"T.min(T.max(T.truncdiv({w.count(lane)} + {lanes - 1 - start}, {lanes}), 0), {many})"
             with w.repeat("j", stop) as j:
-                block(q, plus(times(j, lanes), start), lanes, part, accumulate)
+                block(q, plus(times(j, lanes), start), lanes, part)
             start += many * lanes
 
-    def block(q: Point, base: str, lanes: int, part: tuple[str, int] | None, accumulate: bool) -> None:
-        _rows(w, row, size, q, lambda rows: _tile(rows, base, lanes, part, accumulate))
+    def block(q: Point, base: str, lanes: int, part: tuple[str, int] | None) -> None:
+        _rows(w, row, size, q, lambda rows: _tile(rows, base, lanes, part))
 
-    def _tile(rows: list[Point], base: str, lanes: int, part: tuple[str, int] | None, accumulate: bool) -> None:
+    def _tile(rows: list[Point], base: str, lanes: int, part: tuple[str, int] | None) -> None:
         totals = []
         for _ in rows:
             totals.append(w.names.fresh("total"))
@@ -258,20 +258,19 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
             mask = _edge(w, b, lane, base, lanes)
             if isinstance(b, Pairs):
                 if not b.tile and whole:
-                    for k in (0, 1):
-                        here = q.at(**{b.side.k: plus(f"{q.scalars[b.side.k]} * 2", k)})
-                        ahead(w, b.access, here, lane, lanes, base, b.side.k)
+                    for half in (0, 1):
+                        here = q.at(**{k: plus(f"{q.scalars[k]} * 2", half)})
+                        ahead(w, b.access, here, lane, lanes, base, k)
                 w.let(x, f"reg({b.vec(w, q, lane, lanes, base, mask, whole)})")
             else:
                 if not b.tile:
-                    ahead(w, b.access, q, lane, lanes, base, s.over[-1])
+                    ahead(w, b.access, q, lane, lanes, base, k)
                 w.let(x, b.vec(w, q, lane, lanes, base, mask))
             for r, total in zip(rows, totals, strict=True):
                 at = r.at(**inside)
                 w.line(_added(total, lanes, a, a.one(w, at, whole) if isinstance(a, Pairs) else a.one(w, at), x))
 
         if part is not None:
-            k, each = (b.side.k, 2) if isinstance(b, Pairs) else (s.over[-1], 1)
             if not a.tile:  # its rows are left before their ends: no machine guesses what comes next
                 for r in rows:
                     here = r.at(**{d: "i64(0)" for d in s.over})
@@ -288,7 +287,8 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
             _loops(w, list(s.over), rows[0], step)
         for r, total in zip(rows, totals, strict=True):
             out = w.tile_at(t.name, r.scalars, f"at({lanes}, {base})")
-            w.line(f"{out} = {out + ' + ' if accumulate else ''}{total}[at({lanes})]")
+            old = f"{out} + " if s.accumulate or part is not None else ""
+            w.line(f"{out} = {old}{total}[at({lanes})]")
 
     _loops(w, outside, point, all_parts)
 

@@ -3,8 +3,8 @@
 A contraction runs on pairs where both operands are stored as bf16.  A computed operand is rounded to it where that is
 allowed (`rounding`) and buys time: where more than 2 products share each number of the stored one, so that arithmetic
 and not memory is what they wait for.  Sums stay in f32.  Operands that a Load brings are packed there, once, and never
-widened; computed ones where they are used.  A missing last partner, and in tiles all that is missing up to 16 pairs,
-is 0 on both sides.
+widened, or read in place where a pair that serves all lanes lies as one; computed ones are packed where they are used.
+A missing last partner, and in tiles all that is missing up to 16 pairs, is 0 on both sides.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     path = re.sub(r"(?:\._modules)?\['?(\w+)'?\]", r".\1", path)  # layers._modules['0'] and layers[0] -> layers.0
-    return re.sub(r"^[LG]\.\w+\.?(?:__self__\.?)?", "", path)  # the local or global variable that holds the model
+    return re.sub(r"^[LG]\.\w+\.?", "", path)  # the local or global variable that holds the model
 
 
 def source(node: fx.Node) -> str:
