@@ -16,7 +16,6 @@ from math import prod
 from memcomp.codegen.lower_fuse import addends, is_product
 from memcomp.codegen.lower_ops import LOOP, OLD, POST, GroupOps, Op, lane_last
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, reads, rebuild, variables
-from memcomp.ir.simplify import simplify
 
 SHARE = 16  # so many times more elements has the largest tile of a step: doubling the sum then costs next to nothing
 PART = 16  # steps that are summed in f32
@@ -60,17 +59,13 @@ def in_parts(g: GroupOps, dtype: dict[str, str], declared: Collection[str]) -> N
         at = tuple(Var(d) for d in dims)
         both = call("add", Access(whole + OLD, at), Access(name, at))
         full = call("eq", call("mod", Var(g.loop), PART), PART - 1)
-        ever = simplify(call("ge", g.steps, PART))
-        if ever == Const(False):
-            continue
-        some = None if ever == Const(True) else ever  # a tile of f64 is much to fill and to add where no step does
         end = next((k for k, o in enumerate(g.ops) if o.phase == POST), len(g.ops))
-        g.ops.insert(end, Op(name, dims, call("add", Access(whole, at), Access(name, at)), phase=POST, when=some))
+        g.ops.insert(end, Op(name, dims, call("add", Access(whole, at), Access(name, at)), phase=POST))
         g.ops[writes[-1] + 1 : writes[-1] + 1] = [
             Op(whole, dims, both, phase=LOOP, when=full),
             Op(name, dims, Const(0.0), phase=LOOP, when=full),
         ]
-        g.ops.insert(0, Op(whole, dims, Const(0.0), when=some))
+        g.ops.insert(0, Op(whole, dims, Const(0.0)))
         g.carried[whole] = g.carried[name]
         dtype[whole] = "f64"
 

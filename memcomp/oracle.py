@@ -66,7 +66,8 @@ def tolerance(inputs: Iterable[str], output: str, *, elements: int, length: int 
     if torch_error is None:
         return bound
     once, walk = EPSILON.get(output, 0.0), EPSILON["f32"] * math.sqrt(max(length or 1, 1))
-    return Tolerance(min(bound.rms, max(2.0 * torch_error.rms, once / 2.0, walk / 2.0)),
+    few = 0.5 + 0.5 / math.sqrt(max(elements, 1))  # the RMS of one error is that error
+    return Tolerance(min(bound.rms, max(2.0 * torch_error.rms, once * few, walk / 2.0)),
                      min(bound.max, max(2.0 * torch_error.max, once, walk / 2.0 * (peak if length else 2.0))))
 
 

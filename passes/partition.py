@@ -122,7 +122,7 @@ class _Mapper:
         if self._feature(c, members, v, cut):
             c = _in_parts(c, members, v)
         if operands and not long:  # few rows: what a step costs besides its products is shared by more points
-            c = replace(c, ranks=tuple(_twice(r) if r.name in _summed(members, v) else r for r in c.ranks))
+            c = replace(c, ranks=tuple(_longer(r) if r.name in _summed(members, v) else r for r in c.ranks))
         return self._with(c, replace(g, partition=parts, space=space, loop_order=(v.upper(),), lane=lane))
 
     def _crossed(self, c: Cascade, members: list[Einsum], v: str, long: list[str]) -> tuple[str, str] | None:
@@ -297,10 +297,11 @@ def _in_parts(c: Cascade, members: list[Einsum], v: str) -> Cascade:
                                   if r.name in over and isinstance(r.extent, Knob) else r for r in c.ranks))
 
 
-def _twice(r: Rank) -> Rank:
-    """The rank with tiles twice as long, where their size is open."""
-    return replace(r, extent=Knob(r.extent.name, tuple(2 * n for n in r.extent.choices))) \
-        if isinstance(r.extent, Knob) else r
+def _longer(r: Rank) -> Rank:
+    """The rank with tiles twice as long as any among its choices, where their size is open."""
+    if not isinstance(r.extent, Knob):
+        return r
+    return replace(r, extent=Knob(r.extent.name, (*r.extent.choices, 2 * max(r.extent.choices))))
 
 
 def _places(c: Cascade) -> dict[str, list[int]]:

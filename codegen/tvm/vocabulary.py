@@ -221,7 +221,7 @@ def row_sums(rows: Sequence[Value]) -> Value:
     parts = w  # partial sums per row
     while len(vectors) > 1:
         half, n = parts // 2, len(vectors) // 2
-        stay = [k if k % parts < half else w + k for k in range(w)]  # of the first the low halves, of the second the high
+        stay = [k if k % parts < half else w + k for k in range(w)]  # low halves of the first, high of the second
         cross = [k + half if k % parts < half else w + k - half for k in range(w)]
         pairs = zip(vectors[:n], vectors[n:], strict=True)
         vectors = [reg(T.Shuffle([a, b], stay) + T.Shuffle([a, b], cross)) for a, b in pairs]
