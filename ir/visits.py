@@ -1,4 +1,4 @@
-"""Points that the tiles of a nest visit: all of every tile that cannot be skipped, which is more than guards leave."""
+"""Points that the loops of a nest visit: what guards leave of every statement's readers, not of itself alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from memcomp.ir.simplify import linear
 class Visits:
     """Statements of a group whose loops are `loops`, of which `steps` are the sequential ones.
 
-    A step is left out where the guard of everything that is summed in it, or that they are made from, is false on a
-    whole tile; of a step that is made only the tails of dims are left out.  cut: variables that the mapping cuts into
-    `v1` and `v0`, with their tiles.  extent: of a variable, cut or not.
+    A point that is needed for nothing is not visited: loops begin and end where a guard of all that is summed in their
+    steps first and last holds, and so do the statements that only such sums read.  A statement that lacks a dim of the
+    guard is made where the guard holds for some point of that dim's tile.  cut: variables that the mapping cuts into `v1`
+    and `v0`, with their tiles.  extent: of a variable, cut or not.
     """
 
     def __init__(self, n: Sizes, einsums: Sequence[Einsum], loops: Sequence[str], steps: set[str],
@@ -30,26 +31,23 @@ class Visits:
         """Points of a statement that are visited; of one outside the steps those that its guard leaves."""
         if e.names[0] not in self.guards:
             return self.n.live(e)
-        own = self._split(set(e.space()))
-        tails, tests = self._conditions(self.common | self.guards[e.names[0]], own)
-        return self.n.points(e.space()) * self._share(tails) * self._share(tests)
+        conds = self._conditions(self.common | self.guards[e.names[0]], set(e.space()))
+        return self.n.points(e.space()) * self._share(conds)
 
     def share(self) -> float:
         """The share of the steps that are made."""
-        return self._share(self._conditions(self.common, set())[1])
+        return self._share(self._conditions(self.common, set()))
 
-    def _conditions(self, conds: Iterable[Expr], own: set[str]) -> tuple[list[Expr], list[Expr]]:
-        """Those that end a dim in `own`, and over loops alone: may it hold somewhere in the tile?"""
-        tails, tests = list[Expr](), list[Expr]()
-        for c in sorted(map(self._tiled, conds), key=str):
-            inside = sorted(variables(c) - self.loops)
-            if len(inside) == 1 and inside[0] in own and _cuts_off(c, inside[0]):
-                tails.append(c)
+    def _conditions(self, conds: Iterable[Expr], own: set[str]) -> list[Expr]:
+        """The same over loops and the variables in `own`: may it hold somewhere in the other dims of the tile?"""
+        tests = list[Expr]()
+        for c in sorted((self._tiled(c, own) for c in conds), key=str):
+            inside = sorted(variables(c) - self.loops - own)
             corners = product(*((0, self.extent(v) - 1) for v in inside))
             some: list[Expr] = [substitute(c, {Var(v): Const(x) for v, x in zip(inside, at, strict=True)})
                                 for at in corners]
             tests.append(some[0] if len(some) == 1 else call("or", *some))
-        return tails, tests
+        return tests
 
     def _share(self, conds: list[Expr]) -> float:
         names = sorted({v for c in conds for v in variables(c)})
@@ -74,9 +72,10 @@ class Visits:
     def _split(self, names: set[str]) -> set[str]:
         return {part for v in names for part in ((v + "1", v + "0") if v in self.cut else (v,))}
 
-    def _tiled(self, c: Expr) -> Expr:
+    def _tiled(self, c: Expr, whole: set[str]) -> Expr:
         known: dict[Expr, Expr] = {x: Const(self.n(x.rank)) for x in walk(c) if isinstance(x, Size)}
-        parts: dict[Expr, Expr] = {Var(v): Var(v + "1") * size + Var(v + "0") for v, size in self.cut.items()}
+        parts: dict[Expr, Expr] = {Var(v): Var(v + "1") * size + Var(v + "0") for v, size in self.cut.items()
+                                   if v not in whole}
         return substitute(substitute(c, known), parts)
 
 
@@ -100,10 +99,3 @@ def _scaled(t: Expr) -> bool:
     return isinstance(t, Call) and t.op == "mul" and all(isinstance(a, (Var, Size)) or _scaled(a) for a in t.args) \
         and len(variables(t)) == 1
 
-
-def _cuts_off(c: Expr, v: str) -> bool:
-    """Does it end a dim: v < limit?"""
-    if not isinstance(c, Call) or c.op not in ("lt", "le", "gt", "ge"):
-        return False
-    terms = linear(c.args[0] - c.args[1]) or {}
-    return (terms.get(Var(v), 0) > 0) == (c.op in ("lt", "le"))

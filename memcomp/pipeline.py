@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from memcomp.choice import alternatives, seconds
 from memcomp.config import Config
 from memcomp.ir.cascade import extent_of
-from memcomp.ir.errors import OptionError, Refusal, nearest
+from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
 from memcomp.ir.program import Program
 from memcomp.ir.register import definitions
 from memcomp.ir.tile import Kernel, TileProgram
@@ -209,29 +209,30 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     Where the algebra has other forms that may be faster (`memcomp.choice`) they are made too, and the cost model
     chooses; the last proof says so.  sizes: as for `compile_program`, of `read`.
     """
-    def form(see: Observer, options: Mapping[str, Any]) -> Program:
-        mapped = rewrite(program, observe=see, names=names, options={"reduce_passes": options})
-        closed = close_knobs(mapped, shape_sizes(read, mapped, sizes), tune=config.tune)
-        see("tune", closed)
-        return closed
+    def form(options: Mapping[str, Any]) -> tuple[Program, list[tuple[str, object]]]:
+        seen: list[tuple[str, object]] = []
+        try:
+            mapped = rewrite(program, observe=lambda *x: seen.append(x), names=names,
+                             options={"reduce_passes": options})
+            return close_knobs(mapped, shape_sizes(read, mapped, sizes), tune=config.tune), seen
+        except MemcompError:
+            for station, value in seen:  # how far it came
+                observe(station, value)
+            raise
 
-    first = form(observe, {})
-    words, others = alternatives(first, shape_sizes(read, first, sizes)) if "reduce_passes" in names else ("", {})
-    if not others:
-        return first
-    made: dict[str, list[tuple[str, object]]] = {words: []}
-    forms = {words: first}
-    for what, options in others.items():
-        seen = made[what] = []
-        forms[what] = form(lambda station, value, seen=seen: seen.append((station, value)), options)  # type: ignore[misc]
-    spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, p in forms.items()}
-    chosen = next(what for what in sorted(forms, key=spent.__getitem__) if what == words or _lowers(forms[what]))
-    told = ", not ".join(f"{what}, {spent[what]:.3g} s" for what in (chosen, *(x for x in forms if x != chosen)))
-    at = ", ".join(f"{r}={n}" for r, n in shape_sizes(read, forms[chosen], sizes).items())
-    for station, value in made[chosen]:
+    first = form({})
+    words, others = alternatives(first[0], shape_sizes(read, first[0], sizes)) if "reduce_passes" in names else ("", {})
+    forms = {words: first} | {what: form(options) for what, options in others.items()}
+    spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, (p, _) in forms.items()} if others else {words: 0.0}
+    chosen = next(what for what in sorted(forms, key=spent.__getitem__) if what == words or _lowers(forms[what][0]))
+    closed, seen = forms[chosen]
+    if others:
+        told = ", not ".join(f"{what}, {spent[what]:.3g} s" for what in (chosen, *(x for x in forms if x != chosen)))
+        at = ", ".join(f"{r}={n}" for r, n in shape_sizes(read, closed, sizes).items())
+        closed = replace(closed, proofs=(*closed.proofs, f"by cost{' at ' * bool(at)}{at}: {told}"))
+    for station, value in (*seen, ("tune", closed)):
         observe(station, value)
-    line = f"by cost{' at ' * bool(at)}{at}: {told}"
-    return replace(forms[chosen], proofs=(*forms[chosen].proofs, line))
+    return closed
 
 
 def _lowers(closed: Program) -> bool:
