@@ -26,7 +26,7 @@ touched again in every round of the loops it lacks that stand outside the last l
 X stays in that level, and takes no room in those behind it.
 
 Time: per group the largest of operations / peak, transcendentals / their peak, and traffic / bandwidth of each level
-behind the second, counting what its tiles visit (`memcomp.ir.visits`) and not only what guards leave; what maps inside
+behind the second, at the points that its loops visit (`memcomp.ir.visits`); what maps inside
 the loop read and write moves between the nearest two levels besides their operations.  Where the last round of tasks
 leaves cores idle it takes as long as a full one (what waits for a level, by the share of its bandwidth that so few
 cores draw).  Groups follow one another, each after its launch.  What else moves between the nearest two (registers and
@@ -254,8 +254,8 @@ class _Nest:
         self.tasks = math.prod(self._extent(v) for v in self.loops if v.upper() in g.space)
         self.again = self._again()
         self.flops = self.special = self.once = 0.0  # once: of both, without what is computed again
-        self.visited: dict[str, float] = {}  # operations by dtype at every point that the tiles visit
-        self.needed: dict[str, float] = {}  # at points that guards leave, of tiles that are visited, once
+        self.visited: dict[str, float] = {}  # operations by dtype at every point that the loops visit
+        self.needed: dict[str, float] = {}  # of them at points that own guards leave too, once
         self.special_visited = self.special_needed = self.passed = 0.0
         steps = {v for v in self.loops if v.upper() not in g.space}
         visits = Visits(n, einsums, self.loops, steps, self.cut, self._extent)

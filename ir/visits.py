@@ -16,8 +16,8 @@ class Visits:
 
     A point that is needed for nothing is not visited: loops begin and end where a guard of all that is summed in their
     steps first and last holds, and so do the statements that only such sums read.  A statement that lacks a dim of the
-    guard is made where the guard holds for some point of that dim's tile.  cut: variables that the mapping cuts into `v1`
-    and `v0`, with their tiles.  extent: of a variable, cut or not.
+    guard is made where the guard holds for some point of that dim's tile.
+    cut: variables that the mapping cuts into `v1` and `v0`, with their tiles.  extent: of a variable, cut or not.
     """
 
     def __init__(self, n: Sizes, einsums: Sequence[Einsum], loops: Sequence[str], steps: set[str],

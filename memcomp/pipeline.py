@@ -223,7 +223,7 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     first = form({})
     words, others = alternatives(first[0], shape_sizes(read, first[0], sizes)) if "reduce_passes" in names else ("", {})
     forms = {words: first} | {what: form(options) for what, options in others.items()}
-    spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, (p, _) in forms.items()} if others else {words: 0.0}
+    spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, (p, _) in forms.items()}
     chosen = next(what for what in sorted(forms, key=spent.__getitem__) if what == words or _lowers(forms[what][0]))
     closed, seen = forms[chosen]
     if others:

@@ -23,9 +23,6 @@ from memcomp.ir.expr import (
 )
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.simplify import Ranges, simplify
-from memcomp.passes._roles import product_operands
-
-_HERE = Var("here")  # stands for a variable in an index
 
 
 def ranges(c: Cascade) -> Ranges:
@@ -121,60 +118,6 @@ def pruned(c: Cascade, names: set[str]) -> Cascade:
             used |= {n.rank for n in walk(r.extent) if isinstance(n, Size)}
             used |= {v.upper() for v in variables(r.extent)}
     return replace(c, ranks=tuple(r for r in c.ranks if r.name not in names or r.name in used))
-
-
-def join(c: Cascade) -> Cascade:
-    """Two ranks of one extent, over which statements walk the same dimension of a tensor, become one: what reads an
-    element for one statement reads it for the other.  Both are reduced, or one is, and not in products alone (keys that
-    are values too keep a rank for each)."""
-    walks = [(s, set(s.reduce.over)) for s in c.einsums if s.reduce is not None and not indexed(s)]
-    reduced = set().union(*(over for _, over in walks))
-    chained = set().union(*(over for s, over in walks if not product_operands(s)))
-    made = {v for s in c.einsums for o in s.outs for i in o.index for v in variables(i)}
-    for first in c.ranks:
-        if first.var not in reduced - made or first.iterative or first.extent is None:
-            continue
-        for other in c.ranks:
-            both = other.var in reduced - made or first.var in chained and other.var in made
-            same = first.extent == other.extent or other.extent == Size(first.name)
-            if other is first or other.iterative or not both or not same or isinstance(first.extent, Knob):
-                continue
-            if _share(c, first.var, other.var):
-                return _joined(c, first, other)
-    return c
-
-
-def _share(c: Cascade, v: str, w: str) -> bool:
-    """Do two variables index one dimension of some tensor in the same way, and never appear together?"""
-    spaces = [*(set(s.space()) for s in c.einsums), *({x.lower() for x in t.ranks} for t in c.tensors)]
-    if any({v, w} <= space for space in spaces):
-        return False
-    at: dict[str, set[tuple[str, int, Expr]]] = {v: set(), w: set()}
-    for s in c.einsums:
-        for a in (n for e in exprs(s) for n in walk(e) if isinstance(n, Access)):
-            for d, i in enumerate(a.index):
-                for x in variables(i) & at.keys():
-                    at[x].add((a.tensor, d, substitute(i, {Var(x): _HERE})))
-    return bool(at[v] & at[w])
-
-
-def _joined(c: Cascade, first: Rank, other: Rank) -> Cascade:
-    table: dict[Expr, Expr] = {Var(other.var): Var(first.var), Size(other.name): Size(first.name)}
-
-    def f(e: Expr) -> Expr:
-        return transform(e, lambda n: table.get(n, n) if isinstance(n, (Var, Size)) else n)
-
-    statements = []
-    for s in c.einsums:
-        new = rewritten(s, f)
-        if s.reduce is not None and other.var in s.reduce.over:
-            new = replace(new, reduce=Reduce(s.reduce.monoid, tuple(first.var if v == other.var else v
-                                                                    for v in s.reduce.over)))
-        statements.append(new)
-    tensors = tuple(replace(t, ranks=tuple(first.name if x == other.name else x for x in t.ranks)) for t in c.tensors)
-    ranks = tuple(r if r.extent is None or isinstance(r.extent, Knob) else replace(r, extent=f(r.extent))
-                  for r in c.ranks if r is not other)
-    return replace(c, ranks=ranks, tensors=tensors, einsums=tuple(statements))
 
 
 def split(c: Cascade) -> Cascade:

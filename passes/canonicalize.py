@@ -8,7 +8,8 @@ from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Const, Expr, Var, children, conjunction, conjuncts, rebuild, substitute, walk
 from memcomp.ir.program import Program
 from memcomp.ir.simplify import simplify
-from memcomp.passes._ranks import drop_unit, indexed, join, ranges, rewritten, split
+from memcomp.passes._join import join
+from memcomp.passes._ranks import drop_unit, indexed, ranges, rewritten, split
 
 _INTEGERS = ("i64", "i32", "i16", "i8", "u8", "bool")
 

@@ -246,6 +246,7 @@ def test_what_no_reader_needs_is_not_visited(guard: str, rows: int, tile: int) -
 
 def test_tails_of_tiles_are_not_visited() -> None:
     c = parse(WINDOW.format(tile=12, rows=4, guard="0 < 1")).cascade
-    found = Visits(Sizes(c, {}), c.einsums, ("p1", "m1"), {"m1"}, {"p": 4}, {"p1": 6, "p0": 4, "m1": 3, "m0": 12, "p": 24}.__getitem__)
+    extents = {"p1": 6, "p0": 4, "m1": 3, "m0": 12, "p": 24}
+    found = Visits(Sizes(c, {}), c.einsums, ("p1", "m1"), {"m1"}, {"p": 4}, extents.__getitem__)
     assert found.points(c.einsums[1]) == pytest.approx(24 * 32)
     assert found.points(c.einsums[3]) == 24 * 3
