@@ -14,7 +14,7 @@ from math import isfinite
 from memcomp.codegen.lower_emit import Emitter
 from memcomp.codegen.lower_exact import in_parts, references, small_sums, spread
 from memcomp.codegen.lower_fill import fills
-from memcomp.codegen.lower_fuse import buffers, compose, keep_old, kind, split_deep, split_products
+from memcomp.codegen.lower_fuse import buffers, compose, keep_old, kind, split_costly, split_deep, split_products
 from memcomp.codegen.lower_ops import OLD, GroupOps, group_ops
 from memcomp.codegen.lower_pieces import Sizes, kernels_of
 from memcomp.codegen.lower_tiles import tile_dtype
@@ -131,6 +131,7 @@ def _kernel(
     compose(g, small)
     in_parts(g, dtype, declared)
     split_products(g)
+    split_costly(g)
     split_deep(g)
     keep_old(g)
     stored = {n: p.dtype for n, p in params.items()}

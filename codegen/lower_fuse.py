@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, count
 
 from memcomp.codegen.lower_ops import LOOP, OLD, POST, PRE, GroupOps, Op, lane_last
+from memcomp.ir.counts import operations
 from memcomp.ir.expr import Access, Call, Expr, Var, conjunction, depth, reads, rebuild, substitute, variables
 from memcomp.ir.ops import MONOIDS, OPS
 
@@ -156,6 +157,40 @@ def split_products(g: GroupOps) -> None:
         for p in (*made[1:], *rest):
             body = Call("mul", (body, p))
         g.ops[at] = replace(o, body=body)
+
+
+def split_costly(g: GroupOps) -> None:
+    """Divisions and functions of values of fewer dims than their operation has become tiles of their own, before the
+    loop where they do not move: each is computed once a point (a sum of products computes what stands beside them at
+    the points of its result)."""
+    known = {o.target for o in g.ops}
+    for o in list(g.ops):
+        made: dict[Expr, Access] = {}
+        if o.when is not None:
+            continue
+
+        def part(e: Expr, o: Op = o, made: dict[Expr, Access] = made) -> Expr:
+            names = variables(e) & set(g.dims)
+            beside = is_product(o) and not names & set(o.over)
+            if not isinstance(e, Call) or not operations(e)[1]:
+                return e
+            if not names < ({*o.dims} if beside else {*o.dims, *o.over}):
+                return rebuild(e, tuple(part(a) for a in e.args))
+            if e not in made:
+                name = next(n for n in (f"{o.target}_once{k}" for k in count()) if n not in known)
+                known.add(name)
+                made[e] = Access(name, tuple(Var(d) for d in lane_last(g.group, [d for d in g.dims if d in names])))
+            return made[e]
+
+        body = part(o.body)
+        for e, a in made.items():
+            early = o.phase == LOOP and not _moves(g, e)
+            at = next(k for k, x in enumerate(g.ops) if (x.phase > PRE if early else x is o))
+            dims = tuple(i.name for i in a.index if isinstance(i, Var))
+            g.ops.insert(at, Op(a.tensor, dims, e, phase=PRE if early else o.phase))
+        if made:
+            at = next(k for k, x in enumerate(g.ops) if x is o)
+            g.ops[at] = replace(o, body=body)
 
 
 def split_deep(g: GroupOps) -> None:

@@ -1,8 +1,8 @@
 """Which ranks walk the same elements: told by the dimensions that statements index, never by names or extents alone.
 
-A rank may serve parts of a program that have nothing to do with each other (the features under a norm and the outputs of
-a square layer), and one dimension may be walked under two names.  What is joined is a *part* of a rank: the statements
-and dimensions that hang together through it.
+A rank may serve parts of a program that have nothing to do with each other (the features under a norm and the outputs
+of a square layer), and one dimension may be walked under two names.  What is joined is a *part* of a rank: the
+statements and dimensions that hang together through it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def _joined(c: Cascade, x: _Part, y: _Part) -> Cascade:
         return pruned(_renamed(c, y, x.rank), {y.rank.name})
     if _free(c, x, y.rank):
         return pruned(_renamed(c, x, y.rank), {x.rank.name})
-    new = Rank(fresh_rank(c, first.name, set()), Size(first.name) if first.extent is None else first.extent, first.bound)
+    extent = Size(first.name) if first.extent is None else first.extent
+    new = Rank(fresh_rank(c, first.name, set()), extent, first.bound)
     at = max(c.ranks.index(first), c.ranks.index(other)) + 1
     c = replace(c, ranks=(*c.ranks[:at], new, *c.ranks[at:]))
     return pruned(_renamed(_renamed(c, x, new), y, new), {first.name, other.name})

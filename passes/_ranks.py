@@ -16,8 +16,6 @@ from memcomp.ir.expr import (
     Var,
     children,
     rebuild,
-    substitute,
-    transform,
     variables,
     walk,
 )
