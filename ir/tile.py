@@ -41,12 +41,14 @@ class Param:
     """A tensor argument: shape as extents over `Size`s, any strides (in elements), element-aligned only.
 
     role: in | out | state | work (workspace, allocated by the launcher, f32 unless said).
+    over: the input whose memory an output takes: a call passes one tensor for both; "" for memory of its own.
     """
 
     name: str
     dtype: str
     shape: tuple[Expr, ...]
     role: str
+    over: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Tile programs as text: `parse_tile(show_tile(t)) == t`.  Expressions are those of `memcomp.ir.parse`.
 
     tiles NAME [on TARGET]
-    param X[EXTENT, ...]: DTYPE in|out|state|work
+    param X[EXTENT, ...]: DTYPE in|out|state|work [over NAME]
     sizes P, M
     kernel NAME
       grid b: EXTENT, p1: EXTENT
@@ -109,7 +109,8 @@ def _kernel(k: TileKernel) -> Iterator[str]:
 def show_tile(program: TileProgram) -> str:
     """The text of a tile program; ends with a newline."""
     lines = [f"tiles {program.name}" + f" on {program.target}" * bool(program.target)]
-    lines += [f"param {p.name}[{_list(map(show_expr, p.shape))}]: {p.dtype} {p.role}" for p in program.params]
+    lines += [f"param {p.name}[{_list(map(show_expr, p.shape))}]: {p.dtype} {p.role}{p.over and f' over {p.over}'}"
+              for p in program.params]
     if program.sizes:
         lines.append(f"sizes {_list(program.sizes)}")
     for k in program.kernels:
@@ -285,8 +286,9 @@ def _param(line: Line) -> Param:
     shape = tuple(line.listed(parse_expr, "]"))
     line.expect(":", hint)
     dtype, role = line.one_of("dtype", DTYPES).text, line.one_of("role", ROLES).text
+    over = _name(line) if line.take("over") is not None else ""
     line.end(hint)
-    return Param(name, dtype, shape, role)
+    return Param(name, dtype, shape, role, over)
 
 
 def _dim(line: Line) -> Dim:

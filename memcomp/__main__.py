@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memcomp.inputs import FORMS, read
+from memcomp.inputs import FORMS, read, used
 from memcomp.ir.errors import InputError, MemcompError, OptionError, nearest
 from memcomp.ir.program import Program
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (`check` found an error), 2 (bad input), 130 (Ctrl-C)."""
     args = _parser().parse_args(argv)
     try:
+        _check_places(args)
         return int(args.run(args))
     except MemcompError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -123,8 +125,9 @@ def _explain(args: argparse.Namespace) -> int:
     if args.html and args.output:
         raise OptionError("--html and -o both name the file to write", hint="use one of them")
     given = read(args.input)
-    found = (explain(given, target=args.target) if isinstance(given, Program)
-             else explain(given.fn, *given.inputs, target=args.target))
+    with used(given):
+        found = (explain(given, target=args.target) if isinstance(given, Program)
+                 else explain(given.fn, *given.inputs, target=args.target))
     if html:
         return _put(html, found.html())
     return _write(args, json.dumps(found.json(), indent=2) if args.json else str(found))
@@ -172,8 +175,9 @@ def _check(args: argparse.Namespace) -> int:
     from memcomp.oracle import check, check_program
 
     given = read(args.input)
-    report = (check_program(given, target=args.target) if isinstance(given, Program)
-              else check(given.fn, *given.inputs, target=args.target))
+    with used(given):
+        report = (check_program(given, target=args.target) if isinstance(given, Program)
+                  else check(given.fn, *given.inputs, target=args.target))
     if args.json:
         rows = [{"name": r.name, "ok": r.ok, "max_error": r.error.max, "tolerance": r.tolerance.max}
                 for r in report.rows]
@@ -241,9 +245,12 @@ def _read_programs(args: argparse.Namespace) -> list[Program]:
     given = read(args.input)
     if isinstance(given, Program):
         return [given]
+    from memcomp.config import config
     from memcomp.report import explain
 
-    found = explain(given.fn, *given.inputs, target=args.target)
+    config({"target": args.target})
+    with used(given):  # what is read is the same for every machine, and not every one can be compiled for here
+        found = explain(given.fn, *given.inputs, target="cpu")
     for r in found.refusals:
         print(f"left to torch: {r.where}: {r.why}", file=sys.stderr)
     if not found.regions:
@@ -292,18 +299,33 @@ def _write(args: argparse.Namespace, text: str) -> int:
 
 
 def _put(target: Path, text: str) -> int:
-    written = None
+    """As a whole, where the path leads to, keeping who may read it; a pipe or a device is written to as it is."""
+    place = Path(os.path.realpath(target))
+    part = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False,
-                                         encoding="utf-8") as f:
-            written = f.name
-            f.write(text)
-        os.replace(written, target)
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            place.write_text(text, encoding="utf-8")
+            return 0
+        try:
+            with part.open("x", encoding="utf-8") as f:
+                f.write(text)
+            if place.is_file():
+                shutil.copymode(place, part)
+            os.replace(part, place)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
-        if written is not None:
-            Path(written).unlink(missing_ok=True)
-        raise InputError(f"cannot write {target}", str(error)) from error
+        raise InputError(f"cannot write {target}", error.strerror or str(error)) from error
     return 0
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Before any work: can what it makes be written at all?"""
+    for target in filter(None, (getattr(args, "output", None), getattr(args, "html", None))):
+        place = os.path.realpath(target)
+        if os.path.isdir(place) or not os.path.isdir(os.path.dirname(place)):
+            why = "it is a folder" if os.path.isdir(place) else "there is no such folder"
+            raise InputError(f"cannot write {target}", why, "name a file in a folder that exists")
 
 
 if __name__ == "__main__":

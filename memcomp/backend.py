@@ -22,7 +22,8 @@ from memcomp.binding import function, make_entry
 from memcomp.config import Config, config
 from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
 from memcomp.passes.generalize import numbers
-from memcomp.pipeline import ABI, Compiled, compile_program
+from memcomp.pipeline import ABI, Compiled, build, compile_program, overwritable, overwriting
+from memcomp.reuse import dies, overwrite
 from memcomp.sizes import input_shapes, solve, sources
 from memcomp.surgery import autocast_at, checks, computes, example, hint, original, replace_region
 
@@ -113,6 +114,9 @@ def install(gm: fx.GraphModule, settings: Config) -> tuple[list[Installed], list
             compiled, outs = _install_region(gm, region, settings)
             made |= outs
             installed.append(Installed(region, compiled))
+    for one in installed:
+        with boundary(f"the memory of {one.region.name}", settings):
+            _reuse(one, made, settings)
     gm.recompile()
     return installed, failed
 
@@ -164,6 +168,27 @@ def _install_region(gm: fx.GraphModule, region: Region,
     outs = replace_region(gm, region, key, kept, checked)
     runtime.count_region(compiled.digest)
     return compiled, outs
+
+
+def _reuse(one: Installed, made: Mapping[fx.Node, fx.Node], settings: Config) -> None:
+    """Let a region write over an input that dies with it."""
+    region, compiled = one.region, one.compiled
+    out = made[region.outputs[0]]
+    call = out.args[0]
+    if len(region.outputs) != 1 or _differentiated(region) or not isinstance(call, fx.Node) or \
+            call.target is not torch.ops.memcomp.call.default:
+        return
+    tensors, _, key = call.args
+    at = next((k for k in overwritable(compiled) if dies(tensors[k], call, out)), None)  # type: ignore[index,arg-type]
+    if at is None:
+        return
+    tiles, kernel = overwriting(compiled, at, settings)
+    new = hashlib.sha256(f"{key}\n{kernel.source}".encode()).hexdigest()
+    if not runtime.registered(new):
+        entry, symbols = runtime.entry(str(key)), [name for name, _ in region.sizes]
+        same = make_entry(new, region.program, tiles, build(kernel), region.out_order, symbols, None)
+        runtime.register(replace(same, checks=entry.checks, checked=entry.checked))
+    overwrite(call, out, at, new)
 
 
 def _settle(region: Region) -> bool:

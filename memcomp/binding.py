@@ -47,9 +47,11 @@ def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[
     shapes = [[spell(extent(cascade, r), read) for r in t.ranks] for t in outs]
     dtypes, order = tuple(DTYPES[t.dtype] for t in outs), tuple(order) or ((),) * len(outs)
     work = [([spell(x, sizes) for x in p.shape], DTYPES[p.dtype], ()) for p in tiles.params if p.role == "work"]
+    over = next((k for k, p in enumerate(params) for q in tiles.params if q.over == p.name), -1)
     prepare = preparation([len(t.ranks) for t in ins], list(zip(shapes, dtypes, order, strict=True)), work,
-                          [sizes[s] for s in tiles.sizes])
-    return Entry(key, kernel, len(tiles.kernels), prepare, tuple(map(function, shapes)), dtypes, order, recompute)
+                          [sizes[s] for s in tiles.sizes], over)
+    return Entry(key, kernel, len(tiles.kernels), prepare, tuple(map(function, shapes)), dtypes, order, recompute,
+                 over=over)
 
 
 def _spelt(shapes: Sequence[Sequence[Any]]) -> dict[str, str]:
@@ -62,11 +64,13 @@ def function(parts: Sequence[str]) -> Extents:
     return eval(f"lambda t, s: ({''.join(p + ', ' for p in parts)})")  # type: ignore[no-any-return]
 
 
-def preparation(dims: Sequence[int], outs: Sequence[Fresh], work: Sequence[Fresh], ints: Sequence[str]) -> Prepare:
+def preparation(dims: Sequence[int], outs: Sequence[Fresh], work: Sequence[Fresh], ints: Sequence[str],
+                over: int = -1) -> Prepare:
     """What runs before every launch, as straight code: `(t, s) -> (outs, arguments)`, the arguments being the leading
     tensors of `t` with last stride 1 (copied where it is another), new outs, new work, and the integers.
 
-    dims: number of dimensions of each of the leading tensors; extents and ints: texts over (t, s), each computed once.
+    dims: number of dimensions of each of the leading tensors; extents and ints: texts over (t, s), each computed once;
+    over: the tensor that is the only output too, as it is.
     """
     # as Inductor's code allocates
     known: dict[str, Any] = {"empty": torch._C._dynamo.guards._empty_strided_cpu}  # type: ignore[attr-defined]
@@ -95,8 +99,8 @@ def preparation(dims: Sequence[int], outs: Sequence[Fresh], work: Sequence[Fresh
         known[kind] = dtype
         return f"empty(({''.join(n + ', ' for n in size)}), ({''.join(n + ', ' for n in strides)}), {kind})"
 
-    made = [fresh(*x) for x in outs]
-    args = [f"(t[{i}] if t[{i}].stride()[-1] == 1 else t[{i}].contiguous())" if n else f"t[{i}]"
+    made = [fresh(*x) for x in outs] if over < 0 else [f"t[{over}]"]
+    args = [f"(t[{i}] if t[{i}].stride()[-1] == 1 else t[{i}].contiguous())" if n and i != over else f"t[{i}]"
             for i, n in enumerate(dims)]
     args += [f"o{i}" for i in range(len(outs))] + [fresh(*x) for x in work] + [value(x) for x in ints]
     lines = [f"{name} = {text}" for text, name in (*shapes.items(), *names.items())]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from memcomp.ir.errors import InputError, nearest
+from memcomp.ir.errors import InputError, MemcompError, nearest
 from memcomp.ir.program import Program
 
 FORMS = "module:factory, model.pt2, config.json or its directory, program.mc, or - for a .mc program on stdin"
@@ -69,17 +71,51 @@ def _factory(spec: str) -> Function:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         raise InputError(f"cannot import {module_name}", str(error), "run where the module can be imported") from error
+    except Exception as error:
+        raise _fault(f"cannot import {module_name}", error, f'python -c "import {module_name}" shows it whole') from error
     if not hasattr(module, name):
         raise InputError(f"{module_name} has no {name!r}", hint=nearest(name, [n for n in vars(module) if n[0] != "_"]))
     factory = getattr(module, name)
     if not callable(factory):
         raise InputError(f"{spec} is not a function", f"it is {type(factory).__name__}",
                          "name a function that returns (callable, example inputs)")
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise _fault(f"{spec} fails", error, "a factory takes nothing and returns (callable, example inputs); "
+                     f'python -c "import {module_name}; {module_name}.{name}()" shows it whole') from error
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
         raise InputError(f"{spec} did not return (callable, example inputs)", f"it returned {type(made).__name__}",
                          "e.g. return model, (tokens,)")
     return Function(made[0], tuple(made[1]))
+
+
+def _fault(what: str, error: Exception, hint: str) -> Exception:
+    """What the user's own code did wrong, and at which line; an error of memcomp or of a small machine as it is."""
+    if isinstance(error, (MemcompError, MemoryError, RecursionError)):
+        return error
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place, why = f"{last.filename}:{last.lineno}: ", next(iter(str(error).splitlines()), "")
+    if isinstance(error, SyntaxError):
+        place, why = f"{error.filename}:{error.lineno}: ", error.msg
+    elif last.filename == __file__:  # the call itself is what fails
+        place = ""
+    return InputError(what, f"{place}{type(error).__name__}: {why}", hint)
+
+
+@contextmanager
+def used(given: Program | Function) -> Iterator[None]:
+    """Where `given` is run: an error that its function makes without memcomp too is the user's, an InputError."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(given, Function) and not isinstance(error, (MemcompError, MemoryError, RecursionError)):
+            try:
+                given.fn(*given.inputs)
+            except Exception as own:
+                raise _fault("the function fails on its example inputs, without memcomp too", own,
+                             "give the inputs that it is called with") from own
+        raise
 
 
 def _exported(path: Path) -> Function:

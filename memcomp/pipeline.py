@@ -114,6 +114,24 @@ def emit(program: Program, *, config: Config, observe: Observer, backend: str = 
     return tiles, kernel
 
 
+def overwriting(compiled: Compiled, at: int, config: Config) -> tuple[TileProgram, Kernel]:
+    """The same kernel with its output over the memory of the input at position `at`."""
+    from memcomp.codegen.overwrite import overwrite
+    from memcomp.ir.target import target
+
+    tiles = overwrite(compiled.tiles, compiled.tiles.params[at].name)
+    kernel: Kernel = _codegen(compiled.kernel.backend).emit(tiles, target(config.target))
+    return tiles, kernel
+
+
+def overwritable(compiled: Compiled) -> list[int]:
+    """Positions of the inputs whose memory the output may take, as far as the kernel goes."""
+    from memcomp.codegen.overwrite import overwritable
+
+    names = overwritable(compiled.tiles)
+    return [k for k, p in enumerate(compiled.tiles.params) if p.name in names]
+
+
 def build(kernel: Kernel) -> Callable[..., Any]:
     """A callable(*tensors, *sizes) of the emitted text."""
     try:

@@ -1,7 +1,7 @@
 """The torch op that runs a compiled region, its registry, and the counts of what happened.
 
-`memcomp::call(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]` runs the region registered under `key`.  The key
-is a digest of everything the result depends on: a graph that Inductor stored on disk can never bind another kernel.
+`memcomp::call(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]` runs the region registered under `key`;
+`memcomp::overwrite` writes its result over one of the inputs.  The key is a digest of everything the result depends on: a graph that Inductor stored on disk can never bind another kernel.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch.autograd import forward_ad
 
 from memcomp.ir.errors import Refusal
 
@@ -140,6 +141,7 @@ class Entry:
     shapes:  extents of each output, from (inputs, sizes), of the fake result.
     order:   per output, its dims from slowest to fastest in memory; () = row-major.
     checks:  of index tensors, before every launch; checked: how many inputs, the last ones, are there for these only.
+    over:    the input whose memory the one output takes, -1 where outputs have memory of their own.
     """
 
     key: str
@@ -152,6 +154,7 @@ class Entry:
     recompute: Recompute | None = field(default=None, compare=False)
     checks: tuple[Check, ...] = ()
     checked: int = 0
+    over: int = -1
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -164,6 +167,10 @@ def register(entry: Entry) -> None:
 
 def registered(key: str) -> bool:
     return key in _ENTRIES
+
+
+def entry(key: str) -> Entry:
+    return _ENTRIES[key]
 
 
 def run(entry: Entry, inputs: Tensors, sizes: Sequence[int]) -> list[torch.Tensor]:
@@ -186,6 +193,12 @@ def _call(inputs: list[torch.Tensor], sizes: list[int], key: str) -> list[torch.
     return run(_ENTRIES[key], inputs, sizes)
 
 
+def _overwrite(over: torch.Tensor, inputs: list[torch.Tensor], sizes: list[int], key: str) -> None:
+    """As `_call`; the output takes the memory of the input `over`."""
+    entry = _ENTRIES[key]
+    run(entry, [*inputs[:entry.over], over, *inputs[entry.over:]], sizes)
+
+
 def _call_fake(inputs: list[torch.Tensor], sizes: list[Any], key: str) -> list[torch.Tensor]:
     """Outputs with exactly the strides of the real result."""
     entry, outs = _ENTRIES[key], []
@@ -206,6 +219,9 @@ def _call_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes
         for t in inputs:
             if t.requires_grad:
                 return list(_Differentiable.apply(keys, sizes, key, *inputs))  # type: ignore[no-untyped-call]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise Refusal("tangents (forward-mode gradients) were handed to a region compiled without them",
+                      hint="compile inside the dual level: the region then stays with torch")
     seen = keys.raw_repr()
     direct = _DIRECT.get(seen)
     if direct is None:
@@ -286,10 +302,13 @@ def _differentiate_twice(ctx: Any, *grads: Any) -> Any:
 
 _LIBRARY = torch.library.Library("memcomp", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("call(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]")  # type: ignore[no-untyped-call]
+_LIBRARY.define("overwrite(Tensor(a!) over, Tensor[] inputs, SymInt[] sizes, str key) -> ()")  # type: ignore[no-untyped-call]
 _LIBRARY.define("backward(Tensor[] grads, Tensor[] inputs, SymInt[] sizes, str key, bool[] needs) -> Tensor[]")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("call", _call, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("overwrite", _overwrite, "CPU")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("call", _call_autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 _LIBRARY.impl("backward", _backward, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("memcomp::call", _call_fake, lib=_LIBRARY)
+torch.library.register_fake("memcomp::overwrite", lambda over, inputs, sizes, key: None, lib=_LIBRARY)
 torch.library.register_fake("memcomp::backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("memcomp::backward", _differentiate_twice, lib=_LIBRARY)

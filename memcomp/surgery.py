@@ -165,7 +165,7 @@ def computes(graph: fx.Graph) -> bool:
 
 def _computes_nothing(node: fx.Node) -> bool:
     call, value = torch.ops.memcomp.call.default, meta(node)
-    if node.target is call or node.target is operator.getitem and node.all_input_nodes[0].target is call:
+    if node.target in (call, torch.ops.memcomp.overwrite.default) or node.target is operator.getitem and node.all_input_nodes[0].target is call:
         return True
     if isinstance(value, torch.Tensor):
         return not mutates(node) and memory(node) in map(memory, node.all_input_nodes)

@@ -35,8 +35,7 @@ def join(c: Cascade) -> Cascade:
     """Two ranks of one extent, over which statements walk the same dimension of a tensor, become one there: what reads
     an element for one statement reads it for the other.  Both are reduced, or one is, and not in products alone (keys
     that are values too keep a rank for each)."""
-    fixed = {v for r in c.ranks if r.extent is not None and not isinstance(r.extent, Knob) for v in variables(r.extent)}
-    parts = [p for p in _parts(c) if p.rank.var not in fixed]  # others' extents depend on the point
+    parts = [p for p in c.once(_parts) if not _tied(c, p.rank)]
     for x in parts:
         for y in parts:
             joins = y.reduced and not y.made or x.chained and y.made
@@ -46,9 +45,47 @@ def join(c: Cascade) -> Cascade:
     return c
 
 
+def apart(c: Cascade) -> Cascade:
+    """A rank that is summed away in one part of a program, and a dimension of results alone in another, becomes two:
+    they share an extent and nothing else."""
+    parts = c.once(_parts)
+    for r in c.ranks:
+        mine = sorted((p for p in parts if p.rank is r and not _tied(c, r)), key=lambda p: min(p.statements))
+        others = [p for p in mine if _role(c, p) != _role(c, mine[0])]
+        if others:
+            role, new = _role(c, others[0]), _like(c, r, "X")
+            c = _added(c, new, r)
+            for p in others:
+                c = _renamed(c, p, new) if _role(c, p) == role else c
+            return c
+    return c
+
+
+def _role(c: Cascade, p: _Part) -> tuple[bool, bool]:
+    """Is it reduced, and is it a dimension of what is made?"""
+    over = (c.einsums[k].reduce for k in p.statements)
+    return any(r is not None and p.rank.var in r.over for r in over), p.made
+
+
+def _tied(c: Cascade, r: Rank) -> bool:
+    """Is it iterative, a choice, or does the extent of another rank depend on its points?"""
+    return r.iterative or isinstance(r.extent, Knob) or any(
+        r.var in variables(x.extent) for x in c.ranks if x.extent is not None and not isinstance(x.extent, Knob))
+
+
+def _like(c: Cascade, r: Rank, stem: str) -> Rank:
+    """A new rank of the same extent."""
+    return Rank(fresh_rank(c, stem, set()), Size(r.name) if r.extent is None else r.extent, r.bound)
+
+
+def _added(c: Cascade, new: Rank, after: Rank) -> Cascade:
+    at = c.ranks.index(after) + 1
+    return replace(c, ranks=(*c.ranks[:at], new, *c.ranks[at:]))
+
+
 def _equal(a: Rank, b: Rank) -> bool:
     """Are they two ranks of one extent?"""
-    if a is b or a.iterative or b.iterative or isinstance(a.extent, Knob) or isinstance(b.extent, Knob):
+    if a is b:
         return False
     return a.extent is not None and a.extent == b.extent or a.extent == Size(b.name) or b.extent == Size(a.name)
 
@@ -101,10 +138,8 @@ def _joined(c: Cascade, x: _Part, y: _Part) -> Cascade:
         return pruned(_renamed(c, y, x.rank), {y.rank.name})
     if _free(c, x, y.rank):
         return pruned(_renamed(c, x, y.rank), {x.rank.name})
-    extent = Size(first.name) if first.extent is None else first.extent
-    new = Rank(fresh_rank(c, first.name, set()), extent, first.bound)
-    at = max(c.ranks.index(first), c.ranks.index(other)) + 1
-    c = replace(c, ranks=(*c.ranks[:at], new, *c.ranks[at:]))
+    new = _like(c, first, first.name)
+    c = _added(c, new, max(first, other, key=c.ranks.index))
     return pruned(_renamed(_renamed(c, x, new), y, new), {first.name, other.name})
 
 

@@ -8,7 +8,7 @@ from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Const, Expr, Var, children, conjunction, conjuncts, rebuild, substitute, walk
 from memcomp.ir.program import Program
 from memcomp.ir.simplify import simplify
-from memcomp.passes._join import join
+from memcomp.passes._join import apart, join
 from memcomp.passes._ranks import drop_unit, indexed, ranges, rewritten, split
 
 _INTEGERS = ("i64", "i32", "i16", "i8", "u8", "bool")
@@ -50,7 +50,7 @@ def canonicalize(program: Program) -> Program:
     old = program.cascade
     while True:
         new = old
-        for step in (_live, _simplified, drop_unit, split, join, _without_copies, _without_repetitions):
+        for step in (_live, _simplified, drop_unit, split, join, apart, _without_copies, _without_repetitions):
             new = step(new)
         if new == old:
             break

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import memcomp
 from memcomp import runtime
 from memcomp.binding import preparation
+from memcomp.ir.errors import Refusal
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +113,28 @@ def test_new_tensors_are_laid_out_as_torch_does(order: tuple[int, ...]) -> None:
         assert second is out and ints == [n, columns * n]
         assert work.shape == (2, columns * n) and work.dtype == torch.int64
         assert torch.equal(first, x) and (first.stride()[-1] == 1 or not x.numel())
+
+
+def test_tangents_are_never_dropped() -> None:
+    inputs = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    tangent = torch.randn_like(inputs[0])
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+
+    def inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(by_hand(forward_ad.make_dual(q, tangent), k, v)).tangent  # type: ignore[return-value]
+
+    want, options = inside(*inputs), {"rest": "eager", "strict": False}
+    with pytest.warns(runtime.Fallback, match="jvp"):
+        torch.testing.assert_close(torch.compile(inside, backend="memcomp", options=options)(*inputs), want)
+    compiled = torch.compile(by_hand, backend="memcomp", options=options)
+    with forward_ad.dual_level(), pytest.warns(runtime.Fallback, match="jvp"):
+        runtime.reset()
+        dual = compiled(forward_ad.make_dual(inputs[0], tangent), *inputs[1:])
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, want)
+    torch._dynamo.reset()
+    assert compiled(*inputs).shape == want.shape and memcomp.stats()["launches"] == 1
+    with forward_ad.dual_level(), pytest.raises(Refusal, match="tangents"):
+        compiled(forward_ad.make_dual(inputs[0], tangent), *inputs[1:])

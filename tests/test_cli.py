@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from memcomp.__main__ import main
+from memcomp.ir.target import targets
+from memcomp.pipeline import backend_of, backends
 
 PROGRAM = """program weigh on cpu
 rank P <= 64
@@ -39,6 +42,22 @@ def plain() -> tuple[object, tuple[Tensor, ...]]:
 
 def wrong() -> int:
     return 3
+
+
+def broken() -> None:
+    raise ValueError("no weights here")
+
+
+def needy(x: int) -> int:
+    return x
+
+
+def mismatched() -> tuple[object, tuple[Tensor, ...]]:
+    return torch.matmul, (torch.ones(3, 4), torch.ones(3, 4))
+
+
+def too_few() -> tuple[object, tuple[Tensor, ...]]:
+    return torch.nn.Linear(3, 3), ()
 
 
 @pytest.fixture
@@ -116,6 +135,8 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("argv", [
     ["show", "missing.mc"], ["show", "no_such_module:f"], ["show", "users_code:missing"], ["show", "users_code:wrong"],
     ["show", "users_code:plain"], ["show", "bad.mc"], ["show", "bad.pt2"], ["show", "bad.json"], ["show", "bad.txt"],
+    ["show", "users_code:broken"], ["show", "users_code:needy"], ["show", "half_written:f"],
+    ["show", "users_code:mismatched"], ["explain", "users_code:too_few"], ["check", "users_code:mismatched"],
     ["show", "deep.mc"], ["show", "binary.mc"], ["show", "x" * 5000], ["show", "users_code:PROGRAM"], ["show", ":f"],
     ["show", "no module:f"], ["cost", "weigh.mc", "--size", "M=" + "9" * 30], ["cost", "weigh.mc", "--size", "M=²"],
     ["opt", "weigh.mc", "--dump-after", "nowhere"], ["cost", "weigh.mc", "--size", "M"],
@@ -127,6 +148,7 @@ def test_bad_input_is_an_error_and_two(capsys: pytest.CaptureFixture[str], tmp_p
     monkeypatch.chdir(tmp_path)
     for name in ("bad.mc", "bad.pt2", "bad.json", "bad.txt"):
         Path(name).write_text("{")
+    Path("half_written.py").write_text("def f(:")
     deep = "(" * 9999 + "X[n]" + ")" * 9999
     Path("deep.mc").write_text(f"program p\nrank N = 4\nin X[N]: f32\nout O[N]: f32\nO[n] = {deep}")
     Path("binary.mc").write_bytes(b"\xff\xfe")
@@ -187,3 +209,47 @@ def test_output_is_whole_or_not_there(capsys: pytest.CaptureFixture[str], tmp_pa
     assert run(capsys, "show", program, "-o", str(target))[:2] == (0, "")
     assert target.read_text().startswith("program weigh")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_output_goes_where_the_path_leads(capsys: pytest.CaptureFixture[str], tmp_path: Path, program: str) -> None:
+    """A link stays a link, a pipe a pipe; who may read a file is not changed."""
+    text = run(capsys, "show", program)[1]
+    kept, link, pipe, new = (tmp_path / n for n in ("kept.mc", "link.mc", "pipe", "new.mc"))
+    kept.write_text("old")
+    kept.chmod(0o640)
+    link.symlink_to(kept)
+    assert run(capsys, "show", program, "-o", str(link))[:2] == (0, "")
+    assert link.is_symlink() and kept.read_text() == text and kept.stat().st_mode & 0o777 == 0o640
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run(capsys, "show", program, "-o", str(pipe))[:2] == (0, "")
+        assert pipe.is_fifo() and os.read(reader, 1 << 16).decode() == text
+    finally:
+        os.close(reader)
+    assert run(capsys, "show", program, "-o", str(new))[:2] == (0, "")
+    (tmp_path / "plain").touch()
+    assert new.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("place", ["folder", "no/such/x.json"])
+def test_a_place_that_cannot_be_written_is_found_before_any_work(
+        capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    monkeypatch.setattr("memcomp.bench.measure", lambda *a, **k: pytest.fail("it was measured"))
+    monkeypatch.setattr("memcomp.__main__.read", lambda *a: pytest.fail("it was read"))
+    for argv in (["bench", "-o", place], ["explain", "x.mc", "--html", place]):
+        code, out, err = run(capsys, *argv)
+        assert (code, out) == (2, "") and err.startswith(f"error: cannot write {place}")
+
+
+@pytest.mark.parametrize("target", [n for n in targets() if backend_of(n) not in backends()])
+def test_a_machine_without_kernels_can_be_shown_and_costed(capsys: pytest.CaptureFixture[str], factory: str,
+                                                           target: str) -> None:
+    shown = run(capsys, "show", f"{factory}:attend")
+    assert run(capsys, "show", f"{factory}:attend", "--target", target) == shown
+    code, text, err = run(capsys, "cost", f"{factory}:attend", "--target", target)
+    assert (code, err) == (0, "") and "time" in text
+    code, text, err = run(capsys, "emit", f"{factory}:attend", "--target", target)
+    assert (code, text) == (2, "") and err.startswith("error: unknown backend")

@@ -23,6 +23,7 @@ from memcomp.ir.interpret import interpret
 from memcomp.ir.text import parse
 from memcomp.ir.tile import TileProgram
 from memcomp.ir.tile_interpret import solve_sizes
+from memcomp.ir.tile_text import parse_tile
 from tests.mapped import CHAINS, ONEPASS, extent, inputs, load, mapped, same, symbols
 from tests.programs import arrays, programs
 from tests.references import CASES as REFERENCES
@@ -143,6 +144,40 @@ def test_every_stored_format_survives(name: str, form: Any) -> None:
         f(x, y, z, n)
         assert torch.equal(y.double().nan_to_num(7.5), x.double().nan_to_num(7.5))
         assert torch.equal(z.double().nan_to_num(7.5), x.to(TORCH[wide]).double().nan_to_num(7.5))
+
+
+ACROSS = """
+tiles across on cpu
+param X[N, 16]: {0} in
+param Y[N, 16]: {0} out
+param Z[16, N]: {0} out
+sizes N
+kernel across_g0
+  grid n1: ceil(N/32)
+  dim n[32] count min(N - n1*32, 32) start n1*32
+  dim e[16] count 16 start 0
+  tile x[e, n]: {1}
+  load x = X[n1*32 + n, e]
+  store Y[n1*32 + n, e] = x
+  store Z[e, n1*32 + n] = x
+"""
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
+@pytest.mark.parametrize("name", sorted(TORCH))
+def test_every_stored_format_is_turned_in_registers(name: str, form: Any) -> None:
+    """Tiles that lie across memory, in squares and at their edges."""
+    kind = name if name in ("f64", "bool") else "f32" if TORCH[name].is_floating_point else "i64"
+    kernel = emit(parse_tile(ACROSS.format(name, kind)), form)
+    assert kernel.source.count("put_turned(") == kernel.source.count("store_turned(") == 1
+    f = build(kernel)
+    for n in (1, 16, 37, 64):
+        x = special(TORCH[name], 16 * n)[:, :1].reshape(n, 16)
+        x[-1, -5:] = special(TORCH[name], 1)
+        y, z = torch.zeros_like(x), torch.zeros(16, n, dtype=x.dtype)
+        f(x, y, z, n)
+        for got in (y, z.T):
+            assert torch.equal(got.double().nan_to_num(7.5), x.double().nan_to_num(7.5)), n
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16"])

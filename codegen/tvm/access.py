@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from memcomp.codegen.tvm import diagonal
 from memcomp.codegen.tvm.express import Expressions, linear, truth
-from memcomp.codegen.tvm.writer import ELEMENT, TILE_ELEMENT, Point, Writer, times
+from memcomp.codegen.tvm.writer import BITS, ELEMENT, TILE_ELEMENT, Point, Writer, times
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, variables, walk
 from memcomp.ir.inside import cut_to
@@ -35,18 +35,19 @@ def stored(p: Param, text: str) -> str:
     if p.dtype == "bf16":
         return f"to_bf16(cast('float32', {text}))"
     if p.dtype == "bool":
-        return f"ne({text}, 0)"
+        return f"cast('uint8', ne({text}, 0))"
     return f"cast({ELEMENT[p.dtype]!r}, {text})"
 
 
 def view(w: Writer, p: Param) -> tuple[str, list[int]]:
     """The buffer through which a param is addressed, and the order of its dims there.
 
-    bf16 goes as its bits, and the dim with stride 1 is last: TVM takes vectors nowhere else.
+    bf16 and bool go as their bits, and the dim with stride 1 is last: TVM takes vectors nowhere else.  An output over
+    an input is a view of that input, so that no compiler takes the two for different memory.
     """
     u, n = unit(w, p), len(p.shape)
     order = [k for k in range(n) if k != u] + ([u] if u >= 0 else [])
-    own = p.dtype != "bf16" and order == list(range(n))
+    own = p.dtype not in BITS and order == list(range(n)) and not p.over
     return w.names[p.name] if own else f"{w.names[p.name]}_view", order
 
 
@@ -139,10 +140,10 @@ def load(w: Writer, s: Load, point: Point) -> None:
     def square(q: Point, row: str, column: str, size: int) -> None:
         along = turned[0]
         points = [q.at(**{last: f"({row} + {r})"}) for r in range(size)]
-        rows = [loaded(p, place(w, s.source, x, along, size, column)) for x in points]
+        rows = [place(w, s.source, x, along, size, column) for x in points]
         index = [f"({column})" if d == along else q.scalars[d] for d in t.dims[:-1]]
         to = f"{w.names[t.name]}, [{', '.join(index)}, {row}], {t.dims.index(along)}"
-        w.line(f"put_turned({to}, [{', '.join(rows)}])")
+        w.line(f"put_turned({to}, [{', '.join(rows)}], {p.dtype!r})")
 
     turned = _turned(w, s.source, t)
     _by_squares(w, t, turned, point, square, one, _memory_order(w, s.source, t.dims))
@@ -195,7 +196,7 @@ def store(w: Writer, s: Store, point: Point) -> None:
         with w.block(f"if {truth(Expressions(w, q).value(s.mask)).text}:"):
             body()
 
-    if last and contiguous(w, s.target, last) and p.dtype != "bool" and not (s.mask and last in variables(s.mask)):
+    if last and contiguous(w, s.target, last) and not (s.mask and last in variables(s.mask)):
         def strip(q: Point, base: str, lanes: int, mask: str) -> None:
             value = stored(p, w.tile_at(t.name, q.scalars, f"at({lanes}, {base})"))
             if mask:
@@ -217,8 +218,7 @@ def store(w: Writer, s: Store, point: Point) -> None:
         target = [s.target.index[k] for k in order]
         index = [Expressions(w, q.at(**{last: f"({row})", along: f"({column})"})).index(i) for i in target]
         r = next(k for k, i in enumerate(target) if last in variables(i))
-        kind = "bf16" if p.dtype == "bf16" else ELEMENT[p.dtype]
-        w.line(f"store_turned({name}, [{', '.join(index)}], {r}, {kind!r}, [{', '.join(columns)}])")
+        w.line(f"store_turned({name}, [{', '.join(index)}], {r}, {p.dtype!r}, [{', '.join(columns)}])")
 
     turned = _turned(w, s.target, t) if s.mask is None else ("", 0)
     _by_squares(w, t, turned, point, square, one, _memory_order(w, s.target, t.dims))
@@ -226,8 +226,7 @@ def store(w: Writer, s: Store, point: Point) -> None:
 
 def _turned(w: Writer, a: Access, t: Tile) -> tuple[str, int]:
     """(the dim along which the param's memory runs, side of the squares), or ("", 0) where squares do not fit."""
-    p = w.params[a.tensor]
-    if p.dtype == "bool" or not t.dims or any(d not in _once(a) for d in t.dims):
+    if not t.dims or any(d not in _once(a) for d in t.dims):
         return "", 0
     for d in t.dims[:-1]:
         if contiguous(w, a, d):
@@ -284,14 +283,8 @@ def vector(w: Writer, a: Access, point: Point, lane: str, lanes: int, base: str,
     p = w.params[a.tensor]
     if not mask:
         return loaded(p, place(w, a, point, lane, lanes, base))
-    if p.dtype == "bool":  # no masked form of one-byte truth values: the buffer is read as it is, lane by lane
-        name, k = w.names.fresh("gather"), w.names.fresh("k")
-        w.line(f"{name} = acc(splat(cast('int32', i64(0)), {lanes}))")
-        with w.block(f"for {k} in T.serial({w.count(lane)} - {base}):"):
-            w.line(f"{name}[{k}] = {scalar_element(w, a, point.at(**{lane: f'({base} + {k})'}))}")
-        return f"{name}[at({lanes})]"
     address = f"T.address_of({place(w, a, point.at(**{lane: base}))})"
-    element = "uint16" if p.dtype == "bf16" else ELEMENT[p.dtype]
+    element = BITS.get(p.dtype, ELEMENT[p.dtype])
     return loaded(p, f"masked_load({address}, {mask}, {element!r})")
 
 

@@ -18,7 +18,7 @@ from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
 from memcomp.codegen.tvm.isa import Isa, isa
 from memcomp.codegen.tvm.launcher import CHUNKS
 from memcomp.codegen.tvm.words import WORDS
-from memcomp.codegen.tvm.writer import TILE_ELEMENT, Names, Point, Writer, element, read_tiles, statements
+from memcomp.codegen.tvm.writer import BITS, TILE_ELEMENT, Names, Point, Writer, element, read_tiles, statements
 from memcomp.ir.expr import Call, Const, variables
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.tile import Dim, Dot, Kernel, Load, Loop, Param, Statement, Store, TileKernel, TileProgram, When
@@ -78,9 +78,9 @@ def _view(w: Writer, p: Param, unit: int) -> list[str]:
     name, order = view(w, p)
     if name == w.names[p.name]:
         return []
-    kind = "uint16" if p.dtype == "bf16" else element(p.dtype, p.name)
+    kind = BITS.get(p.dtype) or element(p.dtype, p.name)
     strides = _strides([_stride(w.names[p.name], k, unit) for k in order])
-    return [f"    {name} = T.decl_buffer({_extents(w, p, order)}, {kind!r}, data={w.names[p.name]}.data{strides}, "
+    return [f"    {name} = T.decl_buffer({_extents(w, p, order)}, {kind!r}, data={w.names[p.over or p.name]}.data{strides}, "
             f"align={BYTES[p.dtype]})"]
 
 

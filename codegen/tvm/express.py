@@ -99,9 +99,9 @@ class Expressions:
         q, p = self.w.params[e.tensor], self.point
         kind = q.dtype if q.dtype in ("bool", "f64") else "i64" if q.dtype[0] in "iu" else "f32"
         if p.lane not in variables(e):
-            return Val(scalar_element(self.w, e, p), kind)
+            return _loaded(scalar_element(self.w, e, p), kind, False)
         got = gathered(self.w, e, p, f"{self.w.count(p.lane)} - {p.base}")
-        return Val(f"ne({got}, 0)" if kind == "bool" else got, kind, p.width > 1)
+        return _loaded(got, kind, p.width > 1)
 
     def _one_by_one(self, text: Callable[[Point], str], element: str) -> str:
         """A vector gathered lane by lane; lanes past the dim's count are not read."""

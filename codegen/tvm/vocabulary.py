@@ -246,18 +246,22 @@ def _turn(rows: Sequence[Value]) -> list[Value]:
     return vectors
 
 
-def put_turned(tile: Value, index: Sequence[Value], k: int, rows: Sequence[Value]) -> None:
-    """Write a square into a tile: rows[r][c] goes to position k plus c, last position plus r."""
+def put_turned(tile: Value, index: Sequence[Value], k: int, rows: Sequence[Value], kind: str = "") -> None:
+    """Write a square into a tile: rows[r][c] goes to position k plus c, last position plus r.
+
+    Rows come as they are stored, bf16 as bits: the fewer bytes, the cheaper they are to turn.
+    """
     for c, column in enumerate(_turn(rows)):
         place = [*index[:k], index[k] + c, *index[k + 1:-1], at(len(rows), index[-1])]
-        T.buffer_store(tile, cast(str(tile.dtype), column), place)
+        T.buffer_store(tile, cast(str(tile.dtype), from_bf16(column) if kind == "bf16" else column), place)
 
 
-def store_turned(target: Value, index: Sequence[Value], k: int, element: str, columns: Sequence[Value]) -> None:
-    """Write a square to a param as `element`: columns[c][r] goes to position k plus r, last position plus c."""
+def store_turned(target: Value, index: Sequence[Value], k: int, kind: str, columns: Sequence[Value]) -> None:
+    """Write a square to a param of type `kind`: columns[c][r] goes to position k plus r, last position plus c."""
     for r, row in enumerate(_turn(columns)):
         place = [*index[:k], index[k] + r, *index[k + 1:-1], at(len(columns), index[-1])]
-        T.buffer_store(target, to_bf16(cast("float32", row)) if element == "bf16" else cast(element, row), place)
+        T.buffer_store(target, to_bf16(cast("float32", row)) if kind == "bf16" else
+                       cast("uint8", ne(row, 0)) if kind == "bool" else cast(str(target.dtype), row), place)
 
 
 def piece(x: Value, start: int, lanes: int) -> Value:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ELEMENT = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
            "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
+BITS = {"bf16": "uint16", "bool": "uint8"}  # what is read and written in memory where it is not ELEMENT
 TILE_ELEMENT = {"f64": "float64", "f32": "float32", "i64": "int64", "bool": "int32"}
 _TAKEN = {"T", "I", "inf", "nan", "f32", "f64", "i64", "main", *keyword.kwlist}
 

@@ -23,7 +23,7 @@ from memcomp.capture.loops import MANY, SUGGESTION, collect, loops
 from memcomp.capture.reader import Reader, meta
 from memcomp.capture.region import Refused, Region
 from memcomp.capture.value import Value
-from memcomp.capture.writes import memory, mutates, transformed, written
+from memcomp.capture.writes import dual, memory, mutates, transformed, written
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Var
 from memcomp.passes.reroll import reroll, unrolled
@@ -152,7 +152,7 @@ def _region(gm: fx.GraphModule, group: Group, places: Places, others: Sequence[R
         m = meta(n)
         if isinstance(m, torch.Tensor) and m.is_complex():
             raise Refusal("complex numbers")
-        if transformed(n):
+        if transformed(n) or dual(gm.graph):
             raise Refusal("it is inside a transform of functions (vmap, grad, jvp)", hint="kernels take plain tensors")
         if table.base_name(n) == ATTENTION:
             _agree(n)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd import forward_ad
 
 IN_PLACE = frozenset(f for n, f in vars(operator).items() if n.startswith("i") and n[1:] in vars(operator))
 
@@ -57,6 +58,12 @@ def transformed(node: fx.Node) -> bool:
     """Are the node's tensors those of a transform of functions (`vmap`, `grad`, `jvp`) that it stands inside of?"""
     value = node.meta.get("example_value", node.meta.get("val"))
     return isinstance(value, torch.Tensor) and bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+
+
+def dual(graph: fx.Graph) -> bool:
+    """May tensors of a graph carry tangents (`torch.autograd.forward_ad`), which kernels do not compute?"""
+    return forward_ad._current_level >= 0 or any(
+        getattr(n.target, "__name__", "") == "_make_dual" for n in graph.nodes)
 
 
 def _schema(target: Any) -> Any:
