@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, variables, walk
-from memcomp.ir.simplify import linear, simplify
+from memcomp.ir.simplify import POINTS, linear, simplify
 
 _FLIP = {"gt": "lt", "ge": "le"}
 _NEGATION = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
@@ -36,8 +36,11 @@ def half(cond: Expr, loop: str, integers: Collection[str]) -> Half | None:
 
 
 def difference(cond: Expr) -> Expr | None:
-    """An expression that is at most 0 exactly where an inequality of integers holds; None for other conditions."""
+    """An expression that is at most 0 exactly where an inequality of integers holds; None for other conditions, and
+    for comparisons with numbers so large (`sys.maxsize`) that a difference from them may not be one of 64 bits."""
     if not isinstance(cond, Call) or cond.op not in ("lt", "le", "gt", "ge"):
+        return None
+    if any(isinstance(n, Const) and abs(n.value) >= 4 * POINTS for n in walk(cond)):
         return None
     a, b = cond.args[::-1] if cond.op in _FLIP else cond.args
     return call("add", call("sub", a, b), 1) if cond.op in ("lt", "gt") else call("sub", a, b)

@@ -1,8 +1,9 @@
 """Simplify index, guard and constant expressions; decide comparisons from ranges.
 
-Sound for every integer point that the ranges allow, negative numbers included.  Integers are brought into the normal
-form of `ir.poly`; truth values are folded; real expressions are only touched where the result is the same number
-(never `x * 0.0`, never re-associated).  A divisor is taken to be non-zero: a division by zero has no meaning here.
+Sound for every integer point that the ranges allow, negative numbers included, up to `POINTS`.  Integers are brought
+into the normal form of `ir.poly`; truth values are folded; real expressions are only touched where the result is the
+same number (never `x * 0.0`, never re-associated).  A divisor is taken to be non-zero: a division by zero has no
+meaning here.
 
 What is an integer: variables, sizes, integer constants, and tensors that an index, an extent or the caller's
 `integers` shows to be integers; any other `Access` may be real and is left alone.
@@ -40,6 +41,7 @@ Ranges: TypeAlias = Mapping[str, tuple[Bound, Bound]]
 _Frozen: TypeAlias = tuple[tuple[str, Bound, Bound], ...]
 NOTHING: Ranges = MappingProxyType({})
 TRUE = Const(True)
+POINTS = 2**60  # more than any rank has; constants that large stand for infinity (`sys.maxsize`)
 _SWAP = {"gt": "lt", "ge": "le"}
 _NEGATION = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 
@@ -272,6 +274,8 @@ class _Context(Known):
                 a, b = b, a
             return Call(op, (a, b))
         d = plus(self._poly(b), self._poly(a), -1)  # the comparison is d > 0, d >= 0, d == 0, d != 0
+        if (far := _far(d)) is not None:
+            return Const(op == "ne" if op in ("eq", "ne") else far)
         one = constant(1)
         above, below = self.nonneg(plus(d, one, -1)), self.nonneg(plus(plus({}, d, -1), one, -1))
         if op == "lt":
@@ -310,10 +314,22 @@ class _Context(Known):
         return out
 
 
+def _far(d: Poly) -> bool | None:
+    """Is d positive (or negative), whatever its indices and extents are, because its constant is that large?"""
+    k, rest = d.get((), 0), [m for m in d if m]
+    if all(len(m) == 1 and isinstance(m[0], (Var, Size)) for m in rest) and \
+            abs(k) >= POINTS * max(sum(abs(d[m]) for m in rest), 1):
+        return k > 0
+    return None
+
+
 def _in_64_bits(new: Expr, old: Expr) -> Expr:
-    """`new`, unless it needs a number that no machine's integer holds."""
+    """`new`, unless it needs a number that no machine's integer holds, or adds one that leaves no room for others."""
     for n in walk(new):
         if type(n) is Const and not -(2**63) <= n.value < 2**63:
+            return old
+        if isinstance(n, Call) and n.op in ("add", "sub") and any(
+                type(a) is Const and abs(a.value) >= 4 * POINTS for a in n.args):
             return old
     return new
 

@@ -29,7 +29,8 @@ def verify_tile(tp: TileProgram) -> None:
     for p in tp.params:
         if p.dtype not in DTYPES or p.role not in ROLES:
             raise VerifyError(f"param {p.name!r} has dtype {p.dtype!r} and role {p.role!r}", tp.name)
-        if p.over and [(q.dtype, q.shape) for q in tp.params if (q.name, q.role) == (p.over, "in")] != [(p.dtype, p.shape)]:
+        under = [(q.dtype, q.shape) for q in tp.params if (q.name, q.role) == (p.over, "in")]
+        if p.over and under != [(p.dtype, p.shape)]:
             raise VerifyError(f"param {p.name!r} lies over {p.over!r}, which is no input like it", tp.name)
         for n in p.shape:
             _scope(n, tp, set(), set(), f"shape of {p.name}")

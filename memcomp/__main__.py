@@ -195,11 +195,11 @@ def _bench(args: argparse.Namespace) -> int:
         raise OptionError(f"target {args.target} is not this machine's CPU", hint="cpu, or avx2 for older instructions")
     if args.rounds < 2:
         raise OptionError(f"--rounds {args.rounds} gives no spread", hint="at least 2")
-    from memcomp.bench import Result, run, written
-    from memcomp.models.bench import cases
+    from memcomp.bench import Result, named, run, written
 
     if args.list:
-        print("\n".join(c.name for c in cases()))
+        names = [c.name for c in named(args.only)]
+        print(json.dumps(names, indent=2) if args.json else "\n".join(names))
         return 0
     found: list[Result] = []
 

@@ -23,7 +23,7 @@ from memcomp.config import Config, config
 from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
 from memcomp.passes.generalize import numbers
 from memcomp.pipeline import ABI, Compiled, build, compile_program, overwritable, overwriting
-from memcomp.reuse import dies, overwrite
+from memcomp.reuse import dies, overwrite, tensors_of
 from memcomp.sizes import input_shapes, solve, sources
 from memcomp.surgery import autocast_at, checks, computes, example, hint, original, replace_region
 
@@ -66,6 +66,15 @@ def compile(fn: Callable[P, R], *example_inputs: Any, dynamic: bool | None = Non
     if example_inputs:
         compiled(*(example_inputs if dynamic is False else map(_with_symbolic_length, example_inputs)))  # type: ignore[call-arg]
     return compiled
+
+
+def uncompiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compile was given, where `fn` is what it returned."""
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
+
+    if isinstance(fn, OptimizedModule):
+        return cast("Callable[..., Any]", fn._orig_mod)
+    return fn if getattr(fn, "_torchdynamo_disable", False) else innermost_fn(fn)
 
 
 @dataclass(frozen=True)
@@ -178,14 +187,14 @@ def _reuse(one: Installed, made: Mapping[fx.Node, fx.Node], settings: Config) ->
     if len(region.outputs) != 1 or _differentiated(region) or not isinstance(call, fx.Node) or \
             call.target is not torch.ops.memcomp.call.default:
         return
-    tensors, _, key = call.args
-    at = next((k for k in overwritable(compiled) if dies(tensors[k], call, out)), None)  # type: ignore[index,arg-type]
+    tensors, key = tensors_of(call), str(call.args[2])
+    at = next((k for k in overwritable(compiled) if dies(tensors[k], call, out)), None)
     if at is None:
         return
     tiles, kernel = overwriting(compiled, at, settings)
     new = hashlib.sha256(f"{key}\n{kernel.source}".encode()).hexdigest()
     if not runtime.registered(new):
-        entry, symbols = runtime.entry(str(key)), [name for name, _ in region.sizes]
+        entry, symbols = runtime.entry(key), [name for name, _ in region.sizes]
         same = make_entry(new, region.program, tiles, build(kernel), region.out_order, symbols, None)
         runtime.register(replace(same, checks=entry.checks, checked=entry.checked))
     overwrite(call, out, at, new)

@@ -72,7 +72,8 @@ def _factory(spec: str) -> Function:
     except ModuleNotFoundError as error:
         raise InputError(f"cannot import {module_name}", str(error), "run where the module can be imported") from error
     except Exception as error:
-        raise _fault(f"cannot import {module_name}", error, f'python -c "import {module_name}" shows it whole') from error
+        hint = f'python -c "import {module_name}" shows it whole'
+        raise _fault(f"cannot import {module_name}", error, hint) from error
     if not hasattr(module, name):
         raise InputError(f"{module_name} has no {name!r}", hint=nearest(name, [n for n in vars(module) if n[0] != "_"]))
     factory = getattr(module, name)

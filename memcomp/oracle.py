@@ -164,8 +164,9 @@ def check(fn: Callable[..., Any], *example_inputs: Any, **options: Any) -> Repor
     """
     import torch
 
-    from memcomp.backend import compile
+    from memcomp.backend import compile, uncompiled
 
+    fn = uncompiled(fn)
     compiled = compile(fn, **options)
     with torch.no_grad():
         actual = _leaves(compiled(*_copied(example_inputs)))

@@ -227,20 +227,24 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     Where the algebra has other forms that may be faster (`memcomp.choice`) they are made too, and the cost model
     chooses; the last proof says so.  sizes: as for `compile_program`, of `read`.
     """
-    def form(options: Mapping[str, Any]) -> tuple[Program, list[tuple[str, object]]]:
-        seen: list[tuple[str, object]] = []
-        try:
-            mapped = rewrite(program, observe=lambda *x: seen.append(x), names=names,
-                             options={"reduce_passes": options})
-            return close_knobs(mapped, shape_sizes(read, mapped, sizes), tune=config.tune), seen
-        except MemcompError:
-            for station, value in seen:  # how far it came
-                observe(station, value)
-            raise
+    def form(options: Mapping[str, Any], seen: list[tuple[str, object]]) -> tuple[Program, list[tuple[str, object]]]:
+        mapped = rewrite(program, observe=lambda *x: seen.append(x), names=names, options={"reduce_passes": options})
+        return close_knobs(mapped, shape_sizes(read, mapped, sizes), tune=config.tune), seen
 
-    first = form({})
+    begun: list[tuple[str, object]] = []
+    try:
+        first = form({}, begun)
+    except MemcompError:
+        for station, value in begun:  # how far it came
+            observe(station, value)
+        raise
     words, others = alternatives(first[0], shape_sizes(read, first[0], sizes)) if "reduce_passes" in names else ("", {})
-    forms = {words: first} | {what: form(options) for what, options in others.items()}
+    forms = {words: first}
+    for what, options in others.items():
+        try:
+            forms[what] = form(options, [])
+        except Refusal:  # the first one serves
+            continue
     spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, (p, _) in forms.items()}
     chosen = next(what for what in sorted(forms, key=spent.__getitem__) if what == words or _lowers(forms[what][0]))
     closed, seen = forms[chosen]

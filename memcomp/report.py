@@ -144,7 +144,7 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
         return Explanation((describe(fn.name, fn, compiled, {}),))
     import torch
 
-    from memcomp.backend import install, region_sizes
+    from memcomp.backend import install, region_sizes, uncompiled
     from memcomp.runtime import Fallback
 
     regions: list[RegionReport] = []
@@ -159,7 +159,7 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Fallback)  # they are in the result
-        torch.compile(_alone(fn), backend=backend)(*example_inputs)
+        torch.compile(_alone(uncompiled(fn)), backend=backend)(*example_inputs)
     return Explanation(tuple(regions), tuple(refusals))
 
 

@@ -16,6 +16,10 @@ from memcomp.capture.reader import meta
 from memcomp.capture.writes import memory, transformed
 
 
+def tensors_of(call: fx.Node) -> list[fx.Node]:
+    return list(call.args[0])  # type: ignore[arg-type]
+
+
 def dies(x: fx.Node, call: fx.Node, out: fx.Node) -> bool:
     """May `out`, which `call` makes, take the memory of its argument `x`?
 
@@ -26,22 +30,23 @@ def dies(x: fx.Node, call: fx.Node, out: fx.Node) -> bool:
 
     value, wanted = meta(x), meta(out)
     if not isinstance(value, torch.Tensor) or not isinstance(wanted, torch.Tensor) or transformed(x) or \
-            value.dtype != wanted.dtype or value.dim() != wanted.dim() or \
-            not all(statically_known_true(a == b) for a, b in zip((*value.shape, *value.stride()),
-                                                                  (*wanted.shape, *wanted.stride()), strict=True)):
+            transformed(out) or value.dtype != wanted.dtype or value.dim() != wanted.dim() or \
+            not all(statically_known_true(a == b) for one, other in ((value.shape, wanted.shape),
+                                                                     (value.stride(), wanted.stride()))
+                    for a, b in zip(one, other, strict=True)):
         return False
     nodes = list(call.graph.nodes)
     family = {n for n in nodes if memory(n) == memory(x)}
     after = set(nodes[nodes.index(call) + 1:])
     return not family & after and all(map(_private, family)) and \
-        sum(n in family for n in call.args[0]) == 1 and \
+        sum(n in family for n in tensors_of(call)) == 1 and \
         all(u in family or u is call or _is_call(n) and u.target is operator.getitem
             for n in family for u in n.users)
 
 
 def overwrite(call: fx.Node, out: fx.Node, at: int, key: str) -> fx.Node:
     """The tensor at position `at` of a call holds what was `out`, by the entry of `key`; `call` and `out` go."""
-    tensors: list[fx.Node] = list(call.args[0])  # type: ignore[arg-type]
+    tensors = tensors_of(call)
     x, rest = tensors[at], [*tensors[:at], *tensors[at + 1:]]
     with call.graph.inserting_before(call):
         call.graph.call_function(torch.ops.memcomp.overwrite.default, (x, rest, call.args[1], key))
@@ -55,7 +60,8 @@ def overwrite(call: fx.Node, out: fx.Node, at: int, key: str) -> fx.Node:
 def _private(n: fx.Node) -> bool:
     """Did an operator make the node, which does not keep what it made, and outside of what gradients need?"""
     value: Any = meta(n)
-    if any(isinstance(v, torch.Tensor) and v.requires_grad for v in (value if isinstance(value, (list, tuple)) else (value,))):
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    if any(isinstance(v, torch.Tensor) and v.requires_grad for v in values):
         return False
     if n.op == "call_method":
         return True

@@ -1,7 +1,8 @@
 """The torch op that runs a compiled region, its registry, and the counts of what happened.
 
 `memcomp::call(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]` runs the region registered under `key`;
-`memcomp::overwrite` writes its result over one of the inputs.  The key is a digest of everything the result depends on: a graph that Inductor stored on disk can never bind another kernel.
+`memcomp::overwrite` writes its result over one of the inputs.  The key is a digest of everything the result depends on:
+a graph that Inductor stored on disk can never bind another kernel.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ def _call_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes
         for t in inputs:
             if t.requires_grad:
                 return list(_Differentiable.apply(keys, sizes, key, *inputs))  # type: ignore[no-untyped-call]
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+    if forward_ad._current_level >= 0 and any(map(_tangent, inputs)):
         raise Refusal("tangents (forward-mode gradients) were handed to a region compiled without them",
                       hint="compile inside the dual level: the region then stays with torch")
     seen = keys.raw_repr()
@@ -227,6 +228,10 @@ def _call_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes
     if direct is None:
         direct = _DIRECT[seen] = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() == torch._C.DispatchKey.CPU
     return run(_ENTRIES[key], inputs, sizes) if direct else _below_autograd(keys, inputs, sizes, key)
+
+
+def _tangent(t: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
 
 
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset

@@ -164,8 +164,10 @@ def computes(graph: fx.Graph) -> bool:
 
 
 def _computes_nothing(node: fx.Node) -> bool:
-    call, value = torch.ops.memcomp.call.default, meta(node)
-    if node.target in (call, torch.ops.memcomp.overwrite.default) or node.target is operator.getitem and node.all_input_nodes[0].target is call:
+    op, value = torch.ops.memcomp, meta(node)
+    call = op.call.default
+    if node.target in (call, op.overwrite.default) or \
+            node.target is operator.getitem and node.all_input_nodes[0].target is call:
         return True
     if isinstance(value, torch.Tensor):
         return not mutates(node) and memory(node) in map(memory, node.all_input_nodes)

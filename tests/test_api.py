@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -76,6 +77,20 @@ def test_explain_leaves_no_trace() -> None:
     q, k, v = inputs()
     torch.testing.assert_close(memcomp.compile(attention)(q, k, v), attention(q, k, v), rtol=1e-4, atol=1e-5)
     assert memcomp.stats()["regions"] == 1 and memcomp.stats()["recompilations"] == 0
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v)
+
+
+@pytest.mark.parametrize("made", [lambda: attention, Attention], ids=["function", "module"])
+def test_what_is_compiled_already_is_explained_and_checked(made: Callable[[], Callable[..., Tensor]]) -> None:
+    fn = made()
+    fast = memcomp.compile(fn, rest="eager", strict=True)
+    assert memcomp.explain(fast, *inputs()).json()["regions"] == memcomp.explain(fn, *inputs()).json()["regions"] != []
+    memcomp.reset()
+    assert memcomp.check(fast, *inputs()).ok and memcomp.stats()["launches"] == 1
 
 
 def test_explain_says_when_there_is_nothing() -> None:

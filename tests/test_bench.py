@@ -97,6 +97,8 @@ def test_held_is_the_most_at_a_time() -> None:
 def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["bench", "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == [c.name for c in cases()]
+    assert main(["bench", "--list", "--json", "decode bf16"]) == 0
+    assert json.loads(capsys.readouterr().out) == [c.name for c in cases() if "decode bf16" in c.name]
     assert main(["bench", "no such case"]) == 2 and "--list" in capsys.readouterr().err
     assert main(["bench", "--rounds", "1"]) == 2
     path = tmp_path / "out.json"

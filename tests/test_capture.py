@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.utils.checkpoint import checkpoint
 
 from memcomp.capture import Refused, Region, capture, find_regions, read_exported
 from memcomp.ir.errors import InputError
@@ -467,6 +468,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "scan beside": (scan_beside, "cumsum stands between"),
     "remainder": (lambda q, k, v: ((q @ k.mT) % 0.1).softmax(-1) @ v, "exact only by a power of two"),
     "bits": (lambda q, k, v: (q @ k.mT).view(dtype=torch.int64).double().softmax(-1) @ v, "view as another dtype"),
+    "checkpoint": (lambda *x: checkpoint(SDPA, *x, use_reentrant=False), "it is inside tag_activation_checkpoint"),
+    "branch": (lambda *x: torch.cond(x[0].sum() > 0, SDPA, lambda q, k, v: q + 0, x), "it is inside cond"),
     "input written inside": (written_inside, "is written while the region would read it"),
 }
 

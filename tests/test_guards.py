@@ -3,6 +3,7 @@ guard leaves whole are not masked."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -113,6 +114,16 @@ def test_ids_of_any_size() -> None:
     for ids in (np.where(np.arange(40) < 20, low, high), np.full(40, low), np.full(40, high)):
         a |= {"ids": ids, "own": ids[::-1].copy()}
         assert np.array_equal(interpret_tile(tp, a)["N"], (a["ids"][:, None] == a["own"]).sum(0))
+
+
+@pytest.mark.parametrize("rest", ["", f" or {KEY} < 4"])
+@pytest.mark.parametrize("first", ["p", "own[p]"])
+def test_a_window_without_an_end(first: str, rest: str) -> None:
+    """`sys.maxsize` stands for infinity: nothing is added to it."""
+    tp = lower(mapped(guarded(f"{KEY} <= {first} and ({first} - {KEY} < {sys.maxsize}{rest})")))
+    a = arguments(40, 40, 0) | {"own": np.arange(40)}
+    with np.errstate(over="raise"):
+        assert np.array_equal(interpret_tile(tp, a)["N"], np.arange(1.0, 41))
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------

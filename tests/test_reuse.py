@@ -61,8 +61,8 @@ MAY_NOT = {
     "a row of another task": SUM.replace("n1*4 + n0", "max(n1*4 + n0 - 1, 0)") + BY_PARTS,
     "rows that overlap": SUM.replace("n1*4", "n1*2") + BY_PARTS,
     "read after the write": SUM + BY_PARTS + SUM + "  store Y[n1*4 + n0, 0] = S\n",
-    "of what an earlier turn wrote": SUM + BY_PARTS.replace("load B = X[n1*4 + n0, e1*8 + e0]", "load A = X[n1*4 + n0, e]")
-    .replace("B[n0, e0] - S[n0]", "S[n0]"),
+    "of what an earlier turn wrote": SUM + BY_PARTS.replace(
+        "load B = X[n1*4 + n0, e1*8 + e0]", "load A = X[n1*4 + n0, e]").replace("B[n0, e0] - S[n0]", "S[n0]"),
     "of another element than is written": SUM + BY_PARTS.replace("store Y[n1*4 + n0, e1*8 + e0]",
                                                                "store Y[n1*4 + n0, 39 - e1*8 - e0]"),
     "of the other order of parts": SUM + BY_PARTS.replace("load B = X[n1*4 + n0, e1*8 + e0]",

@@ -80,8 +80,8 @@ def _view(w: Writer, p: Param, unit: int) -> list[str]:
         return []
     kind = BITS.get(p.dtype) or element(p.dtype, p.name)
     strides = _strides([_stride(w.names[p.name], k, unit) for k in order])
-    return [f"    {name} = T.decl_buffer({_extents(w, p, order)}, {kind!r}, data={w.names[p.over or p.name]}.data{strides}, "
-            f"align={BYTES[p.dtype]})"]
+    data = f"data={w.names[p.over or p.name]}.data"
+    return [f"    {name} = T.decl_buffer({_extents(w, p, order)}, {kind!r}, {data}{strides}, align={BYTES[p.dtype]})"]
 
 
 def _stride(name: str, k: int, unit: int) -> str:

@@ -133,16 +133,18 @@ def measure(case: Case, rounds: int = 31, rivals: bool = True, target: str = "cp
                   held, predicted, missing)
 
 
-def run(only: Sequence[str] = (), rounds: int = 31, done: Callable[[Result], None] = lambda _: None,
-        target: str = "cpu") -> list[Result]:
-    """Measure the cases whose name holds one of the words (all without words), and tell of each when it is done.
-
-    Raises OptionError where no case has such a name.
-    """
+def named(only: Sequence[str] = ()) -> list[Case]:
+    """The cases whose name holds one of the words, all without words; OptionError where there is none."""
     chosen = [c for c in cases() if not only or any(w in c.name for w in only)]
     if not chosen:
         raise OptionError(f"no case is named like {', '.join(map(repr, only))}", hint="`memcomp bench --list`")
-    out = []
+    return chosen
+
+
+def run(only: Sequence[str] = (), rounds: int = 31, done: Callable[[Result], None] = lambda _: None,
+        target: str = "cpu") -> list[Result]:
+    """Measure the `named` cases, and tell of each when it is done."""
+    chosen, out = named(only), []
     with torch.inference_mode():
         for case in chosen:
             out.append(measure(case, rounds, target=target))

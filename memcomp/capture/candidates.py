@@ -193,10 +193,20 @@ def missed(gm: fx.GraphModule, taken: set[fx.Node], reported: set[str]) -> list[
             continue
         if any(x in name for x in OPAQUE):
             out.append((n, f"{name} is one operator here and has no rule"))
+        elif any(groups(body) for body in _bodies(gm, n)):
+            out.append((n, f"it is inside {name.rpartition('.')[2]}, a graph of its own that is not read"))
         elif name in COMPOSITES and (between := _after_contraction(gm, n)) is not None:
             out.append((n, f"{between[0]} stands between the contraction and it" if between else
                         "its weights do not reach a second contraction through operators that have rules"))
     return out
+
+
+def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that an operator of graphs (checkpoint, cond) runs."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    given = [table.attribute(gm, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
+    return [g for g in given if isinstance(g, fx.GraphModule)]
 
 
 def _after_contraction(gm: fx.GraphModule, node: fx.Node) -> list[str] | None:
