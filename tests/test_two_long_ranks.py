@@ -67,11 +67,13 @@ def rows_and_columns(x: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("fresh", "no_grad")
 @pytest.mark.parametrize("fn,shape,count,regions,launches", [
-    (linear_attention, (1, 2, 301, 16), 3, 2, 3),  # the normaliser; the product of products
+    (linear_attention, (1, 2, 301, 16), 3, 2, 2),  # the normaliser; the product of products
     (both_ways, (301, 24), 2, 1, 4),  # rows, columns, and a mean of each
     (rows_and_columns, (301, 24), 2, 1, 2),
 ])
-def test_layers(fn: Any, shape: tuple[int, ...], count: int, regions: int, launches: int) -> None:
+def test_layers(fn: Any, shape: tuple[int, ...], count: int, regions: int, launches: int,
+                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memcomp.pipeline.alternatives", lambda *_: ("", {}))  # shares depend on how many cores are here
     torch.manual_seed(0)
     args = [torch.randn(shape) for _ in range(count)]
     fast = torch.compile(fn, backend="memcomp", options=OPTIONS, fullgraph=True, dynamic=False)
