@@ -47,10 +47,10 @@ def join(c: Cascade) -> Cascade:
 
 def apart(c: Cascade) -> Cascade:
     """A rank that is summed away in one part of a program, and a dimension of results alone in another, becomes two:
-    they share an extent and nothing else."""
+    they share an extent and nothing else.  (What counts points walks nothing, and stays with the rank.)"""
     parts = c.once(_parts)
     for r in c.ranks:
-        mine = sorted((p for p in parts if p.rank is r and not _tied(c, r)), key=lambda p: min(p.statements))
+        mine = sorted((p for p in parts if p.rank is r and p.dims and not _tied(c, r)), key=lambda p: min(p.statements))
         others = [p for p in mine if _role(c, p) != _role(c, mine[0])]
         if others:
             role, new = _role(c, others[0]), _like(c, r, "X")
