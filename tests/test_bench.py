@@ -12,12 +12,13 @@ from torch import Tensor
 
 from memcomp.__main__ import main
 from memcomp.bench import OWN, Result, measure, run, written
-from memcomp.bench.held import allocated
+from memcomp.bench.held import allocated, scratch
 from memcomp.bench.measure import Times, ratio
 from memcomp.bench.probes import PRODUCT, READ, product, reader
 from memcomp.ir.errors import OptionError
 from memcomp.models._inputs import qkv
 from memcomp.models.bench import Case, Rival, cases, fixed
+from memcomp.models.families import families
 from memcomp.models.families.attention import causal, scaled
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -92,6 +93,15 @@ def test_held_is_the_most_at_a_time() -> None:
 
     size = x.numel() * 4
     assert 2 * size <= allocated(two) < 2.5 * size and allocated(lambda: x + 1) < size // 8
+
+
+@pytest.mark.parametrize("name", ["scaled", "causal", "documents", "RMS of queries and keys", "grouped heads", "rms_norm",
+                                  "cross_entropy", "entropy"])
+def test_kernels_hold_no_more_than_the_cost_model_says(name: str) -> None:
+    (family,) = (f for f in families() if f.name == name)
+    with torch.inference_mode():
+        own, predicted = scratch(family.fn, family.inputs(96, 512, torch.float32))
+    assert 0 < own <= predicted
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
