@@ -95,8 +95,8 @@ def test_held_is_the_most_at_a_time() -> None:
     assert 2 * size <= allocated(two) < 2.5 * size and allocated(lambda: x + 1) < size // 8
 
 
-@pytest.mark.parametrize("name", ["scaled", "causal", "documents", "RMS of queries and keys", "grouped heads", "rms_norm",
-                                  "cross_entropy", "entropy"])
+@pytest.mark.parametrize("name", ["scaled", "causal", "documents", "RMS of queries and keys", "grouped heads",
+                                  "rms_norm", "cross_entropy", "entropy"])
 def test_kernels_hold_no_more_than_the_cost_model_says(name: str) -> None:
     (family,) = (f for f in families() if f.name == name)
     with torch.inference_mode():
