@@ -3,7 +3,7 @@ everywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from memcomp.codegen import bounds
@@ -191,11 +191,7 @@ class Limits(Tiles):
     def _shorter(self, name: str, guard: Expr) -> Expr | None:
         """How many points of a dim come before those where a guard holds nowhere in the tile: the rest of a step."""
         if isinstance(guard, Call) and guard.op in ("and", "or"):
-            parts = [self._shorter(name, a) for a in guard.args]
-            known = [p for p in parts if p is not None]
-            if not known or (guard.op == "or" and len(known) < len(parts)):
-                return None
-            return joined("min" if guard.op == "and" else "max", known)
+            return of_parts(guard, lambda part: self._shorter(name, part), "min", "max")
         h = self.half(guard)
         return None if h is None else bounds.count_of(h, name, self.g.loop, self.g.dims[name].capacity, self.end)
 
@@ -306,6 +302,16 @@ class Limits(Tiles):
     def _at_least_one(self, name: str) -> bool:
         """Is the dim's count at least 1 in every step of the whole loop?"""
         return proves(call("ge", self.g.dims[name].count, 0), {self.g.loop: (0, self.g.steps)})
+
+
+def of_parts(guard: Call, of: Callable[[Expr], Expr | None], both: str, either: str) -> Expr | None:
+    """What is known of the parts of a conjunction, joined by `both`; of an alternative, all of whose parts must be
+    known, joined by `either`."""
+    parts = [of(part) for part in guard.args]
+    known = [p for p in parts if p is not None]
+    if not known or (guard.op == "or" and len(known) < len(parts)):
+        return None
+    return joined(both if guard.op == "and" else either, known)
 
 
 def joined(op: str, parts: list[Expr]) -> Expr:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from memcomp.codegen import bounds
-from memcomp.codegen.lower_limits import Limits, joined
+from memcomp.codegen.lower_limits import Limits, joined, of_parts
 from memcomp.ir.expr import (
     Access,
     Call,
@@ -49,11 +49,7 @@ class Starts(Limits):
     def _first(self, name: str, guard: Expr) -> Expr | None:
         """The first `step * loop variable + dim` at which a guard holds somewhere in the tile."""
         if isinstance(guard, Call) and guard.op in ("and", "or"):
-            parts = [self._first(name, a) for a in guard.args]
-            known = [p for p in parts if p is not None]
-            if not known or (guard.op == "or" and len(known) < len(parts)):
-                return None
-            return joined("max" if guard.op == "and" else "min", known)
+            return of_parts(guard, lambda part: self._first(name, part), "max", "min")
         h = None if _data(guard) else self.half(guard)
         terms = linear(h.rest) if h is not None else None
         if h is None or terms is None:
