@@ -245,7 +245,9 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
             forms[what] = form(options, [])
         except Refusal:  # the first one serves
             continue
-    spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, (p, _) in forms.items()}
+    spent = {words: 0.0}
+    if others:  # what has no rival needs no figure
+        spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, (p, _) in forms.items()}
     chosen = next(what for what in sorted(forms, key=spent.__getitem__) if what == words or _lowers(forms[what][0]))
     closed, seen = forms[chosen]
     if others:
