@@ -15,7 +15,7 @@ from dataclasses import replace
 from math import isfinite
 
 from memcomp.codegen.lower_fuse import factors
-from memcomp.codegen.lower_join import branches_joined, expressions, statements, touched
+from memcomp.codegen.lower_join import branches_joined, touched
 from memcomp.codegen.lower_limits import TRUE
 from memcomp.codegen.lower_ops import LOOP, POST, PRE, Op
 from memcomp.codegen.lower_start import Starts
@@ -24,7 +24,7 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, Var, call, conjunction, reads, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.simplify import linear, simplify
-from memcomp.ir.tile import Dot, Fold, Loop, Map, Statement, Store, TileKernel, When
+from memcomp.ir.tile import Dot, Fold, Loop, Map, Statement, Store, TileKernel, When, expressions, statements
 
 
 class Emitter(Starts):

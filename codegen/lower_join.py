@@ -4,25 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from memcomp.ir.expr import Expr, call, reads
-from memcomp.ir.tile import Dot, Fold, Loop, Statement, Store, When
+from memcomp.ir.expr import call, reads
+from memcomp.ir.tile import Dot, Fold, Loop, Statement, Store, When, expressions, statements
 
 Body = tuple[Statement, ...]
-
-
-def statements(body: Sequence[Statement]) -> list[Statement]:
-    """All of them, inner ones after the loop or branch that they stand in."""
-    out: list[Statement] = []
-    for s in body:
-        out += [s, *statements(s.body if isinstance(s, (Loop, When)) else ())]
-        out += statements(s.orelse) if isinstance(s, When) else []
-    return out
-
-
-def expressions(s: Statement) -> list[Expr]:
-    """Those of the statement itself, not of inner ones."""
-    found = (getattr(s, n, None) for n in ("body", "source", "target", "a", "b", "cond", "lo", "hi", "mask"))
-    return [e for e in found if e is not None and not isinstance(e, tuple)]
 
 
 def read(s: Statement) -> set[str]:

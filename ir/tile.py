@@ -8,6 +8,7 @@ tails need no guards.  The LAST dim of a tile is the one emitters lay across vec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias, Union
 
@@ -179,3 +180,28 @@ class Kernel:
     program: TileProgram = field(repr=False)
     isa: str = ""
     scratch: int = 0
+
+
+def statements(body: tuple[Statement, ...]) -> Iterator[Statement]:
+    """All statements, in text order, inner ones after their Loop or When."""
+    for s in body:
+        yield s
+        if isinstance(s, (Loop, When)):
+            yield from statements(s.body)
+        if isinstance(s, When):
+            yield from statements(s.orelse)
+
+
+def expressions(s: Statement) -> tuple[Expr, ...]:
+    """What a statement reads, its own nested statements left out."""
+    if isinstance(s, Load):
+        return (s.source,)
+    if isinstance(s, (Map, Fold)):
+        return (s.body,)
+    if isinstance(s, Dot):
+        return (s.a, s.b)
+    if isinstance(s, Store):
+        return (*s.target.index, *(() if s.mask is None else (s.mask,)))
+    if isinstance(s, Loop):
+        return (s.lo, s.hi)
+    return (s.cond,)

@@ -23,17 +23,16 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.program import Mapping
 from memcomp.ir.target import target
 from memcomp.ir.text import parse
-from memcomp.ir.tile import Dot, TileProgram
+from memcomp.ir.tile import Dot, TileProgram, statements
 from tests.mapped import CASES, load, mapped
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tvm")
 
+from memcomp.codegen.rounding import rounds  # noqa: E402
 from memcomp.codegen.tvm import build, emit  # noqa: E402
 from memcomp.codegen.tvm.build import machine_code  # noqa: E402
 from memcomp.codegen.tvm.isa import AMX, AVX2, AVX512, AVX512_BF16, EMULATED, Isa, isa  # noqa: E402
-from memcomp.codegen.tvm.rounding import rounds  # noqa: E402
-from memcomp.codegen.tvm.writer import statements  # noqa: E402
 
 HAS_PAIRS, HAS_TILES = (set(f) <= set(cpu().features) for f in (("avx512_bf16",), ("amx_tile", "amx_bf16")))
 FORMS = [

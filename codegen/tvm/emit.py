@@ -18,10 +18,23 @@ from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
 from memcomp.codegen.tvm.isa import Isa, isa
 from memcomp.codegen.tvm.launcher import CHUNKS
 from memcomp.codegen.tvm.words import WORDS
-from memcomp.codegen.tvm.writer import BITS, TILE_ELEMENT, Names, Point, Writer, element, read_tiles, statements
+from memcomp.codegen.tvm.writer import BITS, TILE_ELEMENT, Names, Point, Writer, element, read_tiles
 from memcomp.ir.expr import Call, Const, variables
 from memcomp.ir.target import BYTES, Target
-from memcomp.ir.tile import Dim, Dot, Kernel, Load, Loop, Param, Statement, Store, TileKernel, TileProgram, When
+from memcomp.ir.tile import (
+    Dim,
+    Dot,
+    Kernel,
+    Load,
+    Loop,
+    Param,
+    Statement,
+    Store,
+    TileKernel,
+    TileProgram,
+    When,
+    statements,
+)
 
 Layout = tuple[int, ...]
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from memcomp.codegen.tvm import diagonal
 from memcomp.codegen.tvm.express import Expressions, number
-from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, plus, read_tiles, statements, times
+from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer, plus, read_tiles, times
 from memcomp.ir.expr import Access, Call, Const, Var, call, walk
 from memcomp.ir.ops import MONOIDS
-from memcomp.ir.tile import Fold, Map, Statement, Tile, When
+from memcomp.ir.tile import Fold, Map, Statement, Tile, When, statements
 
 Work = Map | Fold
 PART = 16  # terms that are summed one after the other in f32: in longer sums roundings of one sign add up

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from memcomp.codegen.rounding import rounds
 from memcomp.codegen.tvm.access import contiguous, over_points, place, strips
-from memcomp.codegen.tvm.rounding import rounds
-from memcomp.codegen.tvm.writer import Point, Writer, plus, statements
+from memcomp.codegen.tvm.writer import Point, Writer, plus
 from memcomp.ir.expr import Access
-from memcomp.ir.tile import Dot, Load, Store, Tile
+from memcomp.ir.tile import Dot, Load, Store, Tile, statements
 
 LANES = 16  # of a vector of pairs or of f32: every form that multiplies pairs has 512 bits
 FEW = 8     # rows up to which reading an operand again for every block of rows beats packing it

@@ -12,21 +12,7 @@ from typing import TYPE_CHECKING
 from memcomp.codegen.tvm.isa import Isa
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, walk
-from memcomp.ir.tile import (
-    Dim,
-    Dot,
-    Fold,
-    Load,
-    Loop,
-    Map,
-    Param,
-    Statement,
-    Store,
-    Tile,
-    TileKernel,
-    TileProgram,
-    When,
-)
+from memcomp.ir.tile import Dim, Dot, Fold, Load, Param, Statement, Store, Tile, TileKernel, TileProgram, expressions
 
 if TYPE_CHECKING:
     from memcomp.codegen.tvm.pairs import Product
@@ -190,31 +176,6 @@ def times(a: str, k: int) -> str:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def statements(body: tuple[Statement, ...]) -> Iterator[Statement]:
-    """All statements, in text order, inner ones after their Loop or When."""
-    for s in body:
-        yield s
-        if isinstance(s, (Loop, When)):
-            yield from statements(s.body)
-        if isinstance(s, When):
-            yield from statements(s.orelse)
-
-
-def expressions(s: Statement) -> tuple[Expr, ...]:
-    """What a statement reads, its own nested statements left out."""
-    if isinstance(s, Load):
-        return (s.source,)
-    if isinstance(s, (Map, Fold)):
-        return (s.body,)
-    if isinstance(s, Dot):
-        return (s.a, s.b)
-    if isinstance(s, Store):
-        return (*s.target.index, *(() if s.mask is None else (s.mask,)))
-    if isinstance(s, Loop):
-        return (s.lo, s.hi)
-    return (s.cond,)
 
 
 def read_tiles(s: Statement, tiles: dict[str, Tile]) -> set[str]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memcomp.codegen.tvm.writer import expressions, statements
 from memcomp.ir.expr import Access, Call, Expr, walk
-from memcomp.ir.tile import Dot, Fold, Load, Map, Store, TileProgram
+from memcomp.ir.tile import Dot, Fold, Load, Map, Store, TileProgram, expressions, statements
 
 _BAD = "", ""  # what must not be reached
 Node = tuple[str, str]  # (kernel, tile) or ("", param)

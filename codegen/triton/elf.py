@@ -1,0 +1,74 @@
+"""What a cubin says of itself: registers, stack, shared memory.  A cubin is an ELF file for 64-bit little-endian."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from memcomp.ir.errors import Refusal
+
+_FRAME, _REGISTERS = 0x11, 0x2F   # attributes of .nv.info, as `cuobjdump --dump-resource-usage` reads them
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """registers: of a thread, at entry where warps are specialised; stack: bytes of local memory a thread, spills
+    and more; shared: bytes a block, static and dynamic together."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+class _Section(NamedTuple):
+    name: str
+    start: int
+    size: int
+    link: int
+
+
+def resources(cubin: bytes, function: str, dynamic: int = 0) -> Resources:
+    """Of one kernel in the cubin; dynamic: shared memory (bytes) that the launch adds.  Refusal where it is not there."""
+    sections = _sections(cubin)
+    named = {s.name: s for s in sections}
+    info = named.get(".nv.info")
+    if info is None:
+        raise Refusal("the cubin has no section .nv.info")
+    symbols = _symbols(cubin, named[".symtab"], sections[named[".symtab"].link])
+    found: dict[int, int] = {}
+    at, end = info.start, info.start + info.size
+    while at < end:
+        form, attribute, size = struct.unpack_from("<BBH", cubin, at)
+        at += 4
+        if form != 4:   # other forms hold their value in place of a size
+            continue
+        if attribute in (_FRAME, _REGISTERS) and size == 8:
+            symbol, value = struct.unpack_from("<II", cubin, at)
+            if symbols[symbol] == function:
+                found[attribute] = value
+        at += size
+    if _REGISTERS not in found:
+        raise Refusal(f"the cubin tells no registers of {function!r}")
+    static = named.get(f".nv.shared.{function}")
+    return Resources(found[_REGISTERS], found.get(_FRAME, 0), dynamic + (static.size if static else 0))
+
+
+def _sections(elf: bytes) -> list[_Section]:
+    if elf[:5] != b"\x7fELF\x02":
+        raise Refusal("this is no cubin: no ELF file of 64 bits")
+    table, = struct.unpack_from("<Q", elf, 0x28)
+    size, count, strings = struct.unpack_from("<HHH", elf, 0x3A)
+    # name, type, flags, address, offset, size, link, info, alignment, entry size
+    rows = [struct.unpack_from("<IIQQQQIIQQ", elf, table + k * size) for k in range(count)]
+    texts = rows[strings][4]
+    return [_Section(_text(elf, texts + r[0]), r[4], r[5], r[6]) for r in rows]
+
+
+def _symbols(elf: bytes, table: _Section, strings: _Section) -> list[str]:
+    return [_text(elf, strings.start + struct.unpack_from("<I", elf, at)[0])
+            for at in range(table.start, table.start + table.size, 24)]
+
+
+def _text(elf: bytes, start: int) -> str:
+    return elf[start:elf.index(b"\0", start)].decode()

@@ -1,0 +1,199 @@
+"""Kernel text -> machine code for a GPU that need not be there: no driver, no device, nothing printed, no file kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import linecache
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from memcomp.codegen.triton.elf import Resources, resources
+from memcomp.ir.errors import Refusal
+
+# one at a time: Triton's knobs and file descriptor 2 belong to the whole process
+_compiling = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """One kernel for one compute capability.
+
+    parameters: (name, Triton's type) of the arguments that the machine code takes, in order: those that are no
+        constants, then `None`-able pointers to global and to profile scratch, which are not listed.
+    warps: of 32 threads in a block as launched (specialised warps included); shared: dynamic shared memory, bytes;
+    scratch, alignment: bytes of global memory for each block; tensor_memory: columns (sm_100).
+    version: of Triton; registers differ between two of them.
+    """
+
+    name: str
+    capability: int
+    version: str
+    cubin: bytes = field(repr=False)
+    ptx: str = field(repr=False)
+    ttgir: str = field(repr=False)
+    parameters: tuple[tuple[str, str], ...]
+    warps: int
+    shared: int
+    scratch: int
+    alignment: int
+    tensor_memory: int
+    resources: Resources
+
+    @property
+    def sass(self) -> str:
+        """The machine code as text, by the nvdisasm that comes with Triton; Refusal where it cannot be read."""
+        return disassemble(self.cubin)
+
+    def instructions(self, *names: str) -> dict[str, int]:
+        """How often the machine code has each instruction, all of its variants together (`LDGSTS`, `HGMMA`, `STL`)."""
+        found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", self.sass, re.MULTILINE)
+        return {name: found.count(name) for name in names}
+
+    @property
+    def spills(self) -> int:
+        """Instructions that put a register into local memory.  A stack alone is not a spill."""
+        return self.instructions("STL")["STL"] if self.resources.stack else 0
+
+
+def compile_text(source: str, function: str, signature: Mapping[str, str], constants: Mapping[str, Any],
+                 divisible: Collection[str], capability: int, warps: int = 4, stages: int = 2,
+                 registers: int | None = None) -> Binary:
+    """Compile one `@triton.jit` function of a module's text.
+
+    signature:  type of each argument that is no constant ("*bf16", "i32", "i64", "fp32", "tensordesc<bf16[64,128]>").
+    constants:  value of each `tl.constexpr` argument; those with a default may be left out.
+    divisible:  arguments that are multiples of 16 (addresses in bytes, integers as they are).  Only then are loads
+                16 bytes wide and asynchronous: strides matter as much as pointers.
+    capability: 80, 89, 90, 100.  registers: the most that a thread may have.
+
+    Raises Refusal with the first line that the compiler calls an error.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    jitted = getattr(module(source), function)
+    names = list(jitted.arg_names)
+    wrong = [n for n in (*signature, *constants, *divisible) if n not in names]
+    missing = [p.name for p in jitted.params
+               if p.name not in signature and p.name not in constants and not p.has_default]
+    if wrong or missing:
+        raise Refusal(f"{function} takes ({', '.join(names)})", ", ".join(
+            [f"no argument {n!r}" for n in wrong] + [f"no type or value for {n!r}" for n in missing]))
+    fixed = {p.name: constants.get(p.name, p.default) for p in jitted.params if p.name not in signature}
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if registers is not None:
+        options["maxnreg"] = registers
+    described = ASTSource(jitted, {n: signature.get(n, "constexpr") for n in names},
+                          constexprs={(names.index(n),): v for n, v in fixed.items()},
+                          attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible})
+    printed: list[str] = []
+    try:
+        with _compiling, _alone(), _quiet(printed):
+            made = triton.compile(described, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:  # Triton raises errors of a dozen classes, RuntimeError for its passes
+        text = "".join(printed)
+        for left in re.findall(r"\S+\.ptx\b", str(error)):  # ptxas was given it, and it is kept where ptxas fails
+            Path(left).unlink(missing_ok=True)
+        raise Refusal(f"Triton {triton.__version__} does not compile {function} for sm_{capability}",
+                      _first_error(text, error)) from error
+    told = made.metadata._asdict()
+    cubin = made.asm["cubin"]
+    return Binary(
+        name=told["name"], capability=capability, version=triton.__version__, cubin=cubin, ptx=made.asm["ptx"],
+        ttgir=_without_places(made.asm["ttgir"]), parameters=tuple((n, signature[n]) for n in names if n in signature),
+        warps=int(told["num_warps"]), shared=int(told["shared"]), scratch=int(told.get("global_scratch_size") or 0),
+        alignment=int(told.get("global_scratch_align") or 1), tensor_memory=int(told.get("tmem_size") or 0),
+        resources=resources(cubin, told["name"], int(told["shared"])))
+
+
+@lru_cache(maxsize=256)
+def module(source: str) -> types.ModuleType:
+    """The text as a module.  Triton reads the text of a function through `inspect`, which finds it by a file name that
+    is made of the text's digest; no file is written, and line numbers in errors are those of the text."""
+    name = f"memcomp_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    place = f"<{name}>"
+    linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
+    made = types.ModuleType(name)
+    made.__file__ = place
+    sys.modules[name] = made   # else inspect looks through all modules for the one that a function is of
+    exec(compile(source, place, "exec"), made.__dict__)
+    return made
+
+
+def disassemble(cubin: bytes) -> str:
+    """Machine code as text."""
+    tool = _tool("nvdisasm")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        run = subprocess.run([tool, "-c", str(file)], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise Refusal("nvdisasm cannot read the machine code", run.stderr.strip().splitlines()[0])
+    return run.stdout
+
+
+def _tool(name: str) -> str:
+    """A program in Triton's own wheel."""
+    import triton
+
+    found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not found.exists():
+        raise Refusal(f"this build of Triton {triton.__version__} has no {name}")
+    return str(found)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Nothing of the user's settings or files decides what is compiled; what Triton writes is gone afterwards."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
+        knobs.cache.dir = folder
+        knobs.compilation.disable_line_info = True   # a debugger's view of text that is in no file
+        yield
+
+
+@contextlib.contextmanager
+def _quiet(printed: list[str]) -> Iterator[None]:
+    """What C++ and Python print meanwhile goes into `printed`: a failing compile writes its whole IR."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file, contextlib.redirect_stdout(io.StringIO()):
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            file.seek(0)
+            printed.append(file.read().decode(errors="replace"))
+
+
+def _first_error(printed: str, error: Exception) -> str:
+    """What the compiler says first: of C++ the line with `error:`, else the exception, the caret picture included."""
+    lines = [line.strip() for line in (*printed.splitlines(), *str(error).splitlines())]
+    for line in lines:
+        if "error:" in line:
+            return line[line.index("error:"):]
+    kept = [line for line in str(error).splitlines() if line.strip()]
+    return "\n".join([*kept[:1], *kept[1:][-3:]]) or type(error).__name__
+
+
+def _without_places(text: str) -> str:
+    """The IR without where each operation was written: some were in files of this machine."""
+    lines = [line for line in text.splitlines() if not line.startswith("#loc")]
+    return re.sub(r" loc\((?:#loc\w*|\"[^\"]*\"[^)]*\)*|unknown)\)", "", "\n".join(lines)) + "\n"
