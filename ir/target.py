@@ -105,6 +105,14 @@ class Target:
     def has(self, feature: str) -> bool:
         return feature in self.features
 
+    @property
+    def capability(self) -> int:
+        """CUDA's compute capability, 90 for 9.0: the highest among the features `sm..`.  OptionError where it has none."""
+        known = [int(f[2:]) for f in self.features if f.startswith("sm") and f[2:].isdigit()]
+        if not known:
+            raise OptionError(f"target {self.name} has no compute capability", hint="features: " + ", ".join(self.features))
+        return max(known)
+
 
 def targets() -> tuple[str, ...]:
     """Names of the known machines."""

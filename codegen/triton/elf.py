@@ -14,11 +14,12 @@ _FRAME, _REGISTERS = 0x11, 0x2F   # attributes of .nv.info, as `cuobjdump --dump
 @dataclass(frozen=True, slots=True)
 class Resources:
     """registers: of a thread, at entry where warps are specialised; stack: bytes of local memory a thread, spills
-    and more; shared: bytes a block, static and dynamic together."""
+    and more; static: bytes of shared memory that every block has, before what a launch asks for.  From sm_90 on 1,024
+    of them are the system's, which no limit of a block counts."""
 
     registers: int
     stack: int
-    shared: int
+    static: int
 
 
 class _Section(NamedTuple):
@@ -28,8 +29,8 @@ class _Section(NamedTuple):
     link: int
 
 
-def resources(cubin: bytes, function: str, dynamic: int = 0) -> Resources:
-    """Of one kernel in the cubin; dynamic: shared memory (bytes) that the launch adds.  Refusal where it is not there."""
+def resources(cubin: bytes, function: str) -> Resources:
+    """Of one kernel in the cubin.  Refusal where it is not there."""
     sections = _sections(cubin)
     named = {s.name: s for s in sections}
     info = named.get(".nv.info")
@@ -51,7 +52,7 @@ def resources(cubin: bytes, function: str, dynamic: int = 0) -> Resources:
     if _REGISTERS not in found:
         raise Refusal(f"the cubin tells no registers of {function!r}")
     static = named.get(f".nv.shared.{function}")
-    return Resources(found[_REGISTERS], found.get(_FRAME, 0), dynamic + (static.size if static else 0))
+    return Resources(found[_REGISTERS], found.get(_FRAME, 0), static.size if static else 0)
 
 
 def _sections(elf: bytes) -> list[_Section]:

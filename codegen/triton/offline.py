@@ -31,7 +31,7 @@ class Binary:
     """One kernel for one compute capability.
 
     parameters: (name, Triton's type) of the arguments that the machine code takes, in order: those that are no
-        constants, then `None`-able pointers to global and to profile scratch, which are not listed.
+        constants.  Two pointers that are not listed follow: to global and to profile scratch, null where none is asked.
     warps: of 32 threads in a block as launched (specialised warps included); shared: dynamic shared memory, bytes;
     scratch, alignment: bytes of global memory for each block; tensor_memory: columns (sm_100).
     version: of Triton; registers differ between two of them.
@@ -116,7 +116,7 @@ def compile_text(source: str, function: str, signature: Mapping[str, str], const
         ttgir=_without_places(made.asm["ttgir"]), parameters=tuple((n, signature[n]) for n in names if n in signature),
         warps=int(told["num_warps"]), shared=int(told["shared"]), scratch=int(told.get("global_scratch_size") or 0),
         alignment=int(told.get("global_scratch_align") or 1), tensor_memory=int(told.get("tmem_size") or 0),
-        resources=resources(cubin, told["name"], int(told["shared"])))
+        resources=resources(cubin, told["name"]))
 
 
 @lru_cache(maxsize=256)
@@ -195,5 +195,18 @@ def _first_error(printed: str, error: Exception) -> str:
 
 def _without_places(text: str) -> str:
     """The IR without where each operation was written: some were in files of this machine."""
-    lines = [line for line in text.splitlines() if not line.startswith("#loc")]
-    return re.sub(r" loc\((?:#loc\w*|\"[^\"]*\"[^)]*\)*|unknown)\)", "", "\n".join(lines)) + "\n"
+    kept: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("#loc"):
+            continue
+        while (start := line.find(" loc(")) >= 0:
+            depth, quoted, at = 0, False, start + 4
+            while True:
+                quoted ^= line[at] == '"'
+                depth += 0 if quoted else (line[at] == "(") - (line[at] == ")")
+                at += 1
+                if not depth:
+                    break
+            line = line[:start] + line[at:]
+        kept.append(line)
+    return "\n".join(kept) + "\n"

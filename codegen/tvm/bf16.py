@@ -162,8 +162,11 @@ def pair_up(low: Value, high: Value | None = None) -> Value:
         if _machine_has(BF16_PAIRS) and width(low) == 16:
             return T.call_extern("int32x16", "memcomp_pair_up", low, high)
         low, high = to_bf16(low), to_bf16(high)
-    low, high = cast("uint32", low), cast("uint32", high)
-    return bits(low | (high << like(high, 16)), "int32")
+    n = width(low)
+    if n == 1:
+        low, high = cast("uint32", low), cast("uint32", high)
+        return bits(low | (high << like(high, 16)), "int32")
+    return T.reinterpret(vector("int32", n), T.Shuffle([low, high], [k + h for k in range(n) for h in (0, n)]))
 
 
 def in_pairs(x: Value) -> Value:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from memcomp.codegen.names import Names
 from memcomp.codegen.tvm import dot as contraction
 from memcomp.codegen.tvm import pairs
 from memcomp.codegen.tvm.access import load, some_element, store, view
@@ -18,7 +19,7 @@ from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
 from memcomp.codegen.tvm.isa import Isa, isa
 from memcomp.codegen.tvm.launcher import CHUNKS
 from memcomp.codegen.tvm.words import WORDS
-from memcomp.codegen.tvm.writer import BITS, TILE_ELEMENT, Names, Point, Writer, element, read_tiles
+from memcomp.codegen.tvm.writer import BITS, TILE_ELEMENT, Point, Writer, element, read_tiles
 from memcomp.ir.expr import Call, Const, variables
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.tile import (
@@ -53,7 +54,7 @@ def emit(tp: TileProgram, target: Target | Isa | str, layout: Layout | None = No
 
 def _program(tp: TileProgram, shape: Isa, units: Layout) -> tuple[str, int]:
     """The text, and the bytes of the buffers of its largest launch."""
-    names = Names(set(WORDS))
+    names = Names({*WORDS, "main"})
     for p in tp.params:
         names[p.name]
     arguments = [f"{names[p.name]}_arg: T.handle" for p in tp.params] + [f"{names[s]}: T.int64" for s in tp.sizes]

@@ -301,8 +301,10 @@ def _across(w: Writer, to: Pairs, q: Point, pairs: str, stop: str) -> None:
             got = to.raw.pairs(w, q.at(**{k: i}), k, last, lanes, base, mask, whole)
             w.line(f"{to.at(w, q, i, f'at({lanes}, {base})')} = {got}")
 
-        strips(w, last, strip)
+        strips(w, last, strip, wide)
 
+    across = w.fixed(last)
+    wide = 0 if to.raw.tile or across is None or across % (2 * LANES) else 2 * LANES  # bits: a whole register a row
     with w.repeat("i", f"i64({n // 2})" if n is not None else f"T.truncdiv({w.count(k)}, 2)") as i:
         row(i, True)
     if n is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import keyword
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from memcomp.codegen.names import Names
 from memcomp.codegen.tvm.isa import Isa
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, walk
@@ -21,7 +21,6 @@ ELEMENT = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat
            "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
 BITS = {"bf16": "uint16", "bool": "uint8"}  # what is read and written in memory where it is not ELEMENT
 TILE_ELEMENT = {"f64": "float64", "f32": "float32", "i64": "int64", "bool": "int32"}
-_TAKEN = {"T", "I", "inf", "nan", "f32", "f64", "i64", "main", *keyword.kwlist}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,34 +132,6 @@ class Writer:
         t = self.tiles[tile]
         index = [dims[d] for d in t.dims[:-1]] + [last if last is not None else dims[t.dims[-1]]] if t.dims else ["0"]
         return f"{self.names[tile]}[{', '.join(index)}]"
-
-
-class Names:
-    """Identifiers that are free in kernel text; the user's names where they are identifiers."""
-
-    def __init__(self, taken: set[str]) -> None:
-        self.used = set(taken) | _TAKEN
-        self.known: dict[str, str] = {}
-
-    def __getitem__(self, name: str) -> str:
-        if name not in self.known:
-            self.known[name] = self.fresh(re.sub(r"\W", "_", name.replace("'", "_new")), plain=True)
-        return self.known[name]
-
-    def fresh(self, stem: str, plain: bool = False) -> str:
-        if not stem.isidentifier():
-            stem = f"v{stem}" if f"v{stem}".isidentifier() else "v"
-        name, k = (stem if plain else f"{stem}1"), 1
-        while name in self.used:
-            k += 1
-            name = f"{stem}{k}"
-        self.used.add(name)
-        return name
-
-    def forget(self, names: set[str]) -> None:
-        """Let another kernel bind these names anew."""
-        for n in names:
-            self.known.pop(n, None)
 
 
 def plus(a: str, k: int) -> str:

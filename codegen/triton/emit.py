@@ -1,0 +1,371 @@
+"""TileProgram -> Triton text: one `@triton.jit` function per launch, one program instance per grid point.
+
+Text only; nothing here imports triton.  Tiles are tensors over axes (`layout`); what runs past the counts of dims is
+masked where it is loaded, reduced, contracted or stored, and nowhere else.  A loop whose tiles are full, or whose
+branches go one way, from some step on or up to some step is written as up to three loops (`parts`), so that the long
+one has no masks.
+"""
+
+from __future__ import annotations
+
+import re
+
+from memcomp.codegen.names import Names
+from memcomp.codegen.rounding import rounds
+from memcomp.codegen.triton.arguments import Arguments, arguments
+from memcomp.codegen.triton.express import DTYPES, Scope, dims_of, number
+from memcomp.codegen.triton.layout import Axis, layout, sides
+from memcomp.codegen.triton.memory import Memory
+from memcomp.codegen.triton.parts import Part, parts
+from memcomp.codegen.triton.words import FUNCTIONS, HEAD, used
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Access, Const, Expr, call, variables
+from memcomp.ir.ops import MONOIDS
+from memcomp.ir.target import BYTES, Target
+from memcomp.ir.tile import (
+    Dim,
+    Dot,
+    Fold,
+    Kernel,
+    Load,
+    Loop,
+    Map,
+    Statement,
+    Store,
+    TileKernel,
+    TileProgram,
+    When,
+    statements,
+)
+
+STORED = ("bf16", "f16")  # formats that tensor cores multiply, and that f32 holds exactly
+_FOLDS = {"sum": "plus", "prod": "times", "max": "highest", "min": "lowest", "and": "both", "or": "either"}
+_WHOLE = {"max": "most", "min": "least"}
+_JOINS = {"sum": "{} + {}", "prod": "{} * {}", "and": "{} & {}", "or": "{} | {}"}
+TAKEN = {"tl", "triton", "INTERPRET", "NAN", *FUNCTIONS}
+
+
+def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = None) -> Kernel:
+    """Kernel text; deterministic.
+
+    units: for each param the position whose stride is 1 in memory, -1 where there is none; the last by default.
+    Raises Refusal where a stored format, an operator or a contraction has no form here.
+    """
+    places = units if units is not None else tuple(len(p.shape) - 1 for p in tp.params)
+    words: set[str] = set()
+    allowed = rounds(tp)
+    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words).kernel(name)
+             for k, name in zip(tp.kernels, function_names(tp), strict=True)]
+    source = "\n\n".join([HEAD, *used(words), *texts])
+    return Kernel(tp.name, "triton", source, "launch", tp, target if isinstance(target, str) else target.name)
+
+
+def function_names(tp: TileProgram) -> list[str]:
+    """The names of the launches' functions in the text."""
+    names = Names(TAKEN)
+    return [names.fresh(re.sub(r"\W", "_", k.name), plain=True) for k in tp.kernels]
+
+
+class _Writer:
+    """Text of one launch."""
+
+    def __init__(self, tp: TileProgram, k: TileKernel, given: Arguments, allowed: set[tuple[str, str]],
+                 words: set[str]) -> None:
+        self.k, self.given, self.allowed = k, given, allowed
+        self.params = {p.name: p for p in tp.params}
+        for p in tp.params:
+            if p.dtype in ("e4m3", "e5m2"):
+                raise Refusal(f"{p.name} is stored as {p.dtype}", tp.name, "the triton backend reads f64, f32, f16, "
+                              "bf16, integers and bool")
+        self.layout = layout(k)
+        names = Names(TAKEN)
+        for a in given.args:
+            names[a.name]
+        writers: dict[str, list[Statement]] = {}
+        for s in statements(k.body):
+            if isinstance(s, (Load, Map, Fold, Dot)):
+                writers.setdefault(s.tile, []).append(s)
+        self.stored = {t: self.params[s.source.tensor].dtype for t, (s, *more) in writers.items()
+                       if isinstance(s, Load) and not more and self.params[s.source.tensor].dtype in STORED}
+        integers = {t.name for t in k.tiles if t.dtype == "i64"}
+        self.small = {t: self.params[s.source.tensor].dtype for t, (s, *more) in writers.items()
+                      if isinstance(s, Load) and not more and self.params[s.source.tensor].dtype == "i8"} if integers \
+            else {}
+        dtypes = {p.name: p.dtype for p in tp.params} | {t.name: t.dtype for t in k.tiles}
+        tiles = {t.name: self.layout.of(t.dims) for t in k.tiles}
+        self.scope = Scope(names, self.layout, dtypes, tiles, set(self.stored), {d.name: d.capacity for d in k.dims},
+                           words)
+        self.names = names
+        self.full: set[str] = {a.name for a in self.layout.axes if self._always_full(a)}
+        self.memory = Memory(self)
+        self.scope.element = self.memory.element
+        self.lines: list[str] = []
+        self.depth = 1
+
+    # -- the function ------------------------------------------------------------------------------------------------
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self.depth + text)
+
+    def kernel(self, name: str) -> str:
+        self._grid()
+        for a in self.layout.axes:
+            self._axis(a)
+        inside = {s.var for s in statements(self.k.body) if isinstance(s, Loop)}
+        self._counts([a for a in self.layout.axes if not self._changes(a, inside)])
+        self.body(self.k.body)
+        args = ", ".join(self.names[a.name] for a in self.given.args)
+        text = "\n".join(self.lines)
+        self.lines = [line for line in self.lines if not self._idle(line, text)]
+        return f"@triton.jit\ndef {name}({args}):\n" + ("\n".join(self.lines) or "    pass")
+
+    def _idle(self, line: str, text: str) -> bool:
+        """Is the line the definition of an index that nothing reads?"""
+        found = re.match(r"\s+([in]_\w+) = tl\.(arange|full)", line)
+        return bool(found) and len(re.findall(rf"\b{found[1] if found else ''}\b", text)) == 1
+
+    def _grid(self) -> None:
+        rest = "tl.program_id(0)"
+        for n in range(len(self.k.grid) - 1, -1, -1):
+            v, extent = self.k.grid[n]
+            name = self.names[v]
+            if n == 0:
+                self.line(f"{name} = {rest}")
+            else:
+                held = self.names.fresh("rest")
+                self.line(f"{held} = {rest}")
+                size = self.scope.scalar(extent)
+                self.line(f"{name} = {held} % {size}")
+                rest = f"{held} // {size}"
+
+    def _axis(self, a: Axis) -> None:
+        name = self.names[f"i_{a.name}"]
+        self.line(f"{name} = tl.arange(0, {a.size})")
+        step = 1
+        for d in reversed(a.dims if len(a.dims) > 1 else ()):
+            size = self.k.dim(d).capacity
+            at = name if step == 1 else f"{name} // {step}"
+            self.line(f"{self.names[f'i_{a.name}__{d}']} = ({at}) % {size}")
+            step *= size
+
+    def _changes(self, a: Axis, names: set[str]) -> bool:
+        return any(variables(self.k.dim(d).count) & names for d in a.dims)
+
+    def _always_full(self, a: Axis) -> bool:
+        return a.points == a.size and all(self._filled(self.k.dim(d)) for d in a.dims)
+
+    def _filled(self, d: Dim) -> bool:
+        return d.count == Const(d.capacity)
+
+    def _counts(self, axes: list[Axis]) -> None:
+        """The points of each axis that count, where they are not all."""
+        for a in axes:
+            if a.name in self.full:
+                continue
+            tests = [f"{self.names[f'i_{a.name}']} < {a.points}"] if a.points < a.size and len(a.dims) > 1 else []
+            for d in a.dims:
+                dim = self.k.dim(d)
+                if not self._filled(dim) or (len(a.dims) == 1 and a.points < a.size):
+                    tests.append(f"{self.scope.local(d, (a,))} < {self.scope.scalar(dim.count)}")
+            self.line(f"{self.names[f'live_{a.name}']} = " + " & ".join(f"({t})" if len(tests) > 1 else t for t in tests))
+
+    def live(self, axes: tuple[Axis, ...], want: tuple[Axis, ...] | None = None) -> list[str]:
+        """Texts, broadcast over `axes`, of the conditions that points of the axes `want` (all) count."""
+        return [self.scope.spread(self.names[f"live_{a.name}"], (a,), axes)
+                for a in (axes if want is None else want) if a.name not in self.full]
+
+    # -- statements --------------------------------------------------------------------------------------------------
+
+    def body(self, body: tuple[Statement, ...]) -> None:
+        for s in body:
+            if isinstance(s, Loop):
+                self.loop(s)
+            elif isinstance(s, When):
+                self.when(s)
+            elif isinstance(s, Store):
+                self.memory.store(s)
+            elif isinstance(s, Load):
+                self.memory.load(s)
+            elif isinstance(s, Map):
+                self.assign(s.tile, self.filled(s.body, self.scope.tiles[s.tile], self.scope.dtypes[s.tile]))
+            elif isinstance(s, Fold):
+                self.fold(s)
+            else:
+                self.dot(s)
+
+    def assign(self, tile: str, text: str) -> None:
+        self.line(f"{self.names[tile]} = {text}")
+
+    def when(self, s: When) -> None:
+        self.line(f"if {self.scope.scalar(s.cond)}:")
+        self._block(s.body)
+        if s.orelse:
+            self.line("else:")
+            self._block(s.orelse)
+
+    def _block(self, body: tuple[Statement, ...]) -> None:
+        self.depth += 1
+        self.body(body)
+        if not body:
+            self.line("pass")
+        self.depth -= 1
+
+    def loop(self, s: Loop) -> None:
+        lo, hi = self.scope.scalar(s.lo), self.scope.scalar(s.hi)
+        changing = [a for a in self.layout.axes if self._changes(a, {s.var})]
+        if not (pieces := parts(self.k, s)):
+            self._loop(s.var, lo, hi, s.body, changing)
+            return
+        ends = [lo]
+        for p in pieces:
+            end = hi
+            if p.end is not None:
+                end = self.names.fresh("end")
+                self.line(f"{end} = tl.minimum(tl.maximum({self.scope.scalar(p.end)}, {ends[-1]}), {hi})")
+            ends.append(end)
+        for p, start, end in zip(pieces, ends, ends[1:], strict=False):
+            self._part(s, p, start, end, changing)
+
+    def _part(self, s: Loop, p: Part, lo: str, hi: str, changing: list[Axis]) -> None:
+        before = set(self.full)
+        self.full |= {a.name for a in changing if a.points == a.size and set(a.dims) <= p.full}
+        self._loop(s.var, lo, hi, p.body, changing)
+        self.full = before
+
+    def _loop(self, var: str, lo: str, hi: str, body: tuple[Statement, ...], changing: list[Axis]) -> None:
+        self.line(f"for {self.names[var]} in range({lo}, {hi}):")
+        self.depth += 1
+        self._counts(changing)
+        self.body(body)
+        if not body:
+            self.line("pass")
+        self.depth -= 1
+
+    def filled(self, e: Expr, axes: tuple[Axis, ...], dtype: str) -> str:
+        """The expression as a tensor over all of `axes`, of the tile's dtype."""
+        text = self.scope.text(e, axes)
+        shape = f"[{', '.join(str(a.size) for a in axes)}]"
+        if isinstance(e, Const):
+            return f"tl.full({shape}, {text}, {DTYPES[dtype]})"
+        held = {"f32": "real", "i64": "int", "bool": "bool"}.get(dtype)
+        got = self.exact(e)
+        if self.scope.kind(e) != held or got != dtype:
+            text = f"tl.cast({text}, {DTYPES[dtype]})"
+        dims = dims_of(e, self.scope.dims)
+        if any(not dims & set(a.dims) for a in axes):
+            return f"tl.broadcast_to({text}, {shape})"
+        return text
+
+    def exact(self, e: Expr) -> str:
+        """The dtype that Triton surely gives an expression; "" where it may be another."""
+        if isinstance(e, Access) and e.tensor in self.scope.tiles:
+            return "f32" if e.tensor in self.stored else self.scope.dtypes[e.tensor]
+        args = getattr(e, "args", ())
+        kind = self.scope.kind(e)
+        if kind != "real" or not args:
+            return "bool" if kind == "bool" and args and e.op not in ("where",) else ""  # type: ignore[union-attr]
+        found = {self.exact(a) for a in args if self.scope.kind(a) == "real" and not isinstance(a, Const)}
+        return found.pop() if len(found) == 1 else ""
+
+    def fold(self, s: Fold) -> None:
+        axes, dtype = self.scope.tiles[s.tile], self.scope.dtypes[s.tile]
+        gone = self.layout.of(s.over)
+        every = tuple(a for a in self.layout.axes if a in axes or a in gone)
+        body, value = s.body, self.filled(s.body, every, dtype)
+        conditions = self.live(every, gone)
+        if conditions and not (isinstance(body, Const) and not gone):
+            value = f"tl.where({' & '.join(conditions)}, {value}, {self.identity(s.monoid, dtype)})"
+        word = _FOLDS[s.monoid] if dtype[0] == "f" else _WHOLE.get(s.monoid, _FOLDS[s.monoid])
+        for a in reversed(gone):
+            value = f"tl.reduce({value}, {every.index(a)}, {self.scope.word(word)})"
+            if dtype == "bool":
+                value = f"({value} != 0)"
+        if s.accumulate:
+            old = self.names[s.tile]
+            value = _JOINS[s.monoid].format(old, value) if s.monoid in _JOINS else \
+                f"{self.scope.word(word)}({old}, {value})"
+        self.assign(s.tile, value)
+
+    def identity(self, monoid: str, dtype: str) -> str:
+        x = MONOIDS[monoid].identity
+        if dtype == "i64" and x in (float("inf"), float("-inf")):
+            return str(2**63 - 1) if x > 0 else f"({-2**63})"
+        return number(bool(x) if dtype == "bool" else int(x) if dtype == "i64" else float(x))
+
+    # -- contractions ------------------------------------------------------------------------------------------------
+
+    def dot(self, s: Dot) -> None:
+        x = sides(self.k, s)
+        axes, dtype = self.scope.tiles[s.tile], self.scope.dtypes[s.tile]
+        a, b = s.a, s.b
+        left, right = self.layout.of(x.left), self.layout.of(x.right)
+        at = self.layout.axes.index
+        if left and right and at(right[0]) < at(left[0]) or not left and right:
+            a, b, left, right = b, a, right, left
+        over, batch = self.layout.of(x.over), self.layout.of(x.batch)
+        form = self.form(s, a, b)
+        if len(batch) > 1 or len(left) != 1 or len(right) != 1 or len(over) != 1 or not form:
+            self.product_sum(s, a, b, axes, over, dtype)
+            return
+        first = self.operand(a, (*batch, *left, *over), over, form)
+        second = self.operand(b, (*batch, *over, *right), over, form)
+        exactly = ', input_precision="tf32x3"' if form == "f32" else ""
+        made = (*batch, *left, *right)
+        turned = made != axes
+        if s.accumulate and not turned and dtype == "f32":
+            self.assign(s.tile, f"tl.dot({first}, {second}, {self.names[s.tile]}{exactly})")
+            return
+        value = f"tl.dot({first}, {second}{exactly})"
+        if turned:
+            value = self.turned(value, made, axes)
+        if form == "i8":
+            value = f"{value}.to(tl.int64)"
+        self.assign(s.tile, f"{self.names[s.tile]} + {value}" if s.accumulate else value)
+
+    def form(self, s: Dot, a: Access, b: Access) -> str:
+        """The format that tensor cores read both operands in; "" where they cannot serve.
+
+        A computed operand is rounded to bf16 where the other is stored so and `rounding` allows it.
+        """
+        held = [self.stored.get(x.tensor, "") for x in (a, b)]
+        if self.scope.dtypes[s.tile] == "i64":
+            return "i8" if all(x.tensor in self.small for x in (a, b)) else ""
+        if self.scope.dtypes[s.tile] != "f32":
+            return ""
+        if held[0] and held[0] == held[1]:
+            return held[0]
+        if "bf16" in held and "" in held and (self.k.name, s.tile) in self.allowed:
+            return "bf16"
+        return "f32" if all(self.scope.dtypes[x.tensor] in ("f32", *STORED) for x in (a, b)) else ""
+
+    def operand(self, a: Access, want: tuple[Axis, ...], over: tuple[Axis, ...], form: str) -> str:
+        """A tile as an operand: in the format, over `want` in this order, 0 where the contracted points do not count."""
+        own = self.scope.tiles[a.tensor]
+        text = self.names[a.tensor]
+        if a.tensor not in self.stored and a.tensor not in self.small:
+            if conditions := self.live(own, over):
+                text = f"tl.where({' & '.join(conditions)}, {text}, 0.0)"
+            if form == "bf16":
+                text = f"{self.scope.word('to_bf16')}({text})"
+        elif form == "f32":
+            text = f"{text}.to(tl.float32)"
+        return self.turned(text, own, want)
+
+    def turned(self, text: str, own: tuple[Axis, ...], want: tuple[Axis, ...]) -> str:
+        if own == want:
+            return text
+        order = [own.index(a) for a in want]
+        return f"tl.trans({text}{''.join(f', {n}' for n in order)})"
+
+    def product_sum(self, s: Dot, a: Access, b: Access, axes: tuple[Axis, ...], over: tuple[Axis, ...],
+                    dtype: str) -> None:
+        """A contraction that is no product of matrices of a format that tensor cores read."""
+        points = 1
+        for x in (*axes, *over):
+            points *= x.size
+        if points * BYTES.get(dtype, 4) > 1 << 18:
+            raise Refusal(f"{s.tile} is no product of two matrices that tensor cores read", self.k.name,
+                          "a smaller tile, or operands of f32 or bf16")
+        kept = Access(a.tensor, tuple(a.index)), Access(b.tensor, tuple(b.index))
+        body = call("mul", *kept)
+        self.fold(Fold(s.tile, "sum", s.over, body, s.accumulate))

@@ -1,0 +1,141 @@
+"""Expressions as Triton text: over the axes of a tile, broadcast where they lack one; or as one scalar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from memcomp.codegen.lower_fuse import kind
+from memcomp.codegen.names import Names
+from memcomp.codegen.triton.layout import Axis, Layout
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, variables, walk
+from memcomp.ir.ops import OPS
+
+# an operator -> text of its arguments; words in braces with a name are functions of `words`
+_FORMS: dict[str, str] = {
+    "neg": "(-{0})", "square": "({0} * {0})", "abs": "tl.abs({0})", "exp": "tl.exp({0})", "exp2": "tl.exp2({0})",
+    "log": "tl.log({0})", "log2": "tl.log2({0})", "sin": "tl.sin({0})", "cos": "tl.cos({0})", "erf": "tl.erf({0})",
+    "sigmoid": "tl.sigmoid({0})", "floor": "tl.floor({0})", "where": "tl.where({0}, {1}, {2})", "not": "(({0}) == 0)",
+    "and": "({0} & {1})", "or": "({0} | {1})", "recip": "(1.0 / {0})", "rsqrt": "(1.0 / tl.sqrt_rn({0}))",
+    "sqrt": "tl.sqrt_rn({0})", "int": "tl.cast({0}, tl.int64)", "real": "tl.cast({0}, tl.float32)",
+}
+_WORDS = {"tanh": "tanh", "expm1": "expm1", "log1p": "log1p", "xlogx": "xlogx", "round": "nearest"}
+DTYPES = {"f32": "tl.float32", "f64": "tl.float64", "i64": "tl.int64", "bool": "tl.int1"}
+
+
+@dataclass(slots=True)
+class Scope:
+    """What text may name: axes, tiles, sizes; and what it turns out to need.
+
+    tiles: (axes, dtype of the tile, the name, is it held as it is stored) by tile name.
+    words: functions of `words` that the text calls.
+    """
+
+    names: Names
+    layout: Layout
+    dtypes: dict[str, str]
+    tiles: dict[str, tuple[Axis, ...]]
+    stored: set[str]
+    dims: dict[str, int]
+    words: set[str] = field(default_factory=set)
+    element: Callable[[Access, tuple[Axis, ...]], str] = field(default=lambda a, axes: "")
+
+    def word(self, name: str) -> str:
+        self.words.add(name)
+        return name
+
+    def local(self, dim: str, axes: tuple[Axis, ...]) -> str:
+        """The local index of a dim over axes."""
+        a = self.layout.axis(dim)
+        name = f"i_{a.name}" if len(a.dims) == 1 else f"i_{a.name}__{dim}"
+        return self.spread(self.names[name], (a,), axes)
+
+    def spread(self, text: str, own: tuple[Axis, ...], axes: tuple[Axis, ...]) -> str:
+        """A tensor over `own` axes, made to broadcast over `axes`."""
+        if own == axes or not own:
+            return text
+        return f"{text}[{', '.join(':' if a in own else 'None' for a in axes)}]"
+
+    def kind(self, e: Expr) -> str:
+        return kind(e, self.dtypes)
+
+    def scalar(self, e: Expr) -> str:
+        return self.text(e, ())
+
+    def text(self, e: Expr, axes: tuple[Axis, ...]) -> str:
+        """Raises Refusal for an operator that Triton text has no form for."""
+        if isinstance(e, Const):
+            return number(e.value)
+        if isinstance(e, Size):
+            return self.names[e.rank]
+        if isinstance(e, Var):
+            return self.local(e.name, axes) if e.name in self.dims else self.names[e.name]
+        if isinstance(e, Access):
+            if e.tensor not in self.tiles:
+                return self.element(e, axes)
+            got = self.spread(self.names[e.tensor], self.tiles[e.tensor], axes)
+            return f"{got}.to(tl.float32)" if e.tensor in self.stored else got
+        return self.call(e, axes)
+
+    def call(self, e: Call, axes: tuple[Axis, ...]) -> str:
+        args = [self.text(a, axes) for a in e.args]
+        real = any(self.kind(a) == "real" for a in e.args)
+        if e.op in ("max", "min"):
+            word = ("highest" if e.op == "max" else "lowest") if real else ("most" if e.op == "max" else "least")
+            return f"{self.word(word)}({args[0]}, {args[1]})"
+        if e.op == "relu":
+            return f"{self.word('highest')}({args[0]}, 0.0)" if real else f"{self.word('most')}({args[0]}, 0)"
+        if e.op in ("floordiv", "mod"):
+            if all(natural(a) for a in e.args):
+                return f"({args[0]} {'//' if e.op == 'floordiv' else '%'} {args[1]})"
+            return f"{self.word(e.op)}({args[0]}, {args[1]})"
+        if e.op == "ceildiv":
+            if all(natural(a) for a in e.args):
+                return f"tl.cdiv({args[0]}, {args[1]})"
+            return f"(-{self.word('floordiv')}(-({args[0]}), {args[1]}))"
+        if e.op == "pow":
+            return self.power(e, args)
+        if e.op in _WORDS:
+            return f"{self.word(_WORDS[e.op])}({', '.join(args)})"
+        if e.op in _FORMS:
+            return _FORMS[e.op].format(*args)
+        infix = OPS[e.op].infix
+        if infix:
+            return f"({args[0]} {infix} {args[1]})"
+        raise Refusal(f"the operator {e.op} has no form in Triton", hint="known: the operators of `ir.ops`")
+
+    def power(self, e: Call, args: list[str]) -> str:
+        exponent = e.args[1]
+        if isinstance(exponent, Const) and float(exponent.value).is_integer() and 0 <= exponent.value <= 8:
+            return "(" + " * ".join([args[0]] * int(exponent.value)) + ")" if exponent.value else "1.0"
+        return f"tl.exp2({args[1]} * tl.log2({args[0]}))"  # of non-negative numbers: the operator's domain
+
+
+def number(x: bool | int | float) -> str:
+    if isinstance(x, bool):
+        return str(x)
+    if isinstance(x, float) and not math.isfinite(x):
+        return 'float("nan")' if math.isnan(x) else 'float("inf")' if x > 0 else 'float("-inf")'
+    return repr(x) if x >= 0 else f"({x!r})"
+
+
+def natural(e: Expr) -> bool:
+    """Is an integer of sizes, indices and counts surely not negative?"""
+    if isinstance(e, Const):
+        return e.value >= 0
+    if isinstance(e, (Var, Size)):
+        return True
+    if isinstance(e, Call) and e.op in ("add", "mul", "floordiv", "mod", "max", "min", "ceildiv"):
+        return all(natural(a) for a in e.args)
+    return False
+
+
+def dims_of(e: Expr, dims: dict[str, int]) -> set[str]:
+    """Dims that an expression depends on, through its indices too."""
+    return variables(e) & set(dims)
+
+
+def gathers(e: Expr, tiles: dict[str, tuple[Axis, ...]]) -> bool:
+    return any(isinstance(n, Access) and n.tensor not in tiles for n in walk(e))

@@ -1,0 +1,88 @@
+"""Kernels by Triton's interpreter, on the CPU: slow, and the way to their numbers where there is no GPU.
+
+Triton reads TRITON_INTERPRET when it is imported, so this runs in a process of its own, kept for the next call.
+The interpreter multiplies the bit patterns of bf16: it is given f32 tensors of the same values, and the text rounds
+what goes into bf16 by itself (`words.to_bf16`).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import IO, Any
+
+from memcomp.codegen.triton.build import Call, Launch
+from memcomp.ir.errors import Refusal
+from memcomp.ir.tile import Kernel
+
+_lock = threading.Lock()
+_worker: list[subprocess.Popen[bytes]] = []
+
+
+def interpreted(kernel: Kernel) -> Callable[..., None]:
+    """A callable like that of `build`, for tensors in the memory of this machine.  Raises Refusal with what the
+    interpreter says where the text cannot run."""
+    launch = Launch(kernel)
+
+    def run(*given: Any) -> None:
+        tensors, source, calls = launch.prepared(given)
+        half = {p.name for p in kernel.program.params if p.dtype == "bf16"}
+        plain = {n: t.float() if n in half else t for n, t in tensors.items()}
+        done = _ask(source, calls, plain)
+        for p in kernel.program.params:
+            if p.role != "in":
+                tensors[p.name].copy_(done[p.name])
+
+    return run
+
+
+def _ask(source: str, calls: list[Call], tensors: dict[str, Any]) -> dict[str, Any]:
+    with _lock:
+        if not _worker or _worker[0].poll() is not None:
+            _worker[:] = [subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE,
+                                           stdout=subprocess.PIPE, env=os.environ | {"TRITON_INTERPRET": "1"})]
+        process = _worker[0]
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            pickle.dump((source, calls, tensors), process.stdin)
+            process.stdin.flush()
+            error, done = pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError) as stopped:
+            raise Refusal("the process of Triton's interpreter ended") from stopped
+        except BaseException:
+            process.kill()  # an answer that nobody waited for must not be taken for the next one
+            raise
+    if error:
+        raise Refusal("Triton's interpreter cannot run the kernel", error)
+    return done  # type: ignore[no-any-return]
+
+
+def _serve(given: IO[bytes], answers: IO[bytes]) -> None:
+    from memcomp.codegen.triton.offline import module
+
+    while True:
+        try:
+            source, calls, tensors = pickle.load(given)
+        except EOFError:
+            return
+        error = ""
+        try:
+            functions = module(source)
+            for c in calls:
+                if c.grid:
+                    args = (tensors[a] if isinstance(a, str) else a for a in c.args)
+                    getattr(functions, c.function)[(c.grid,)](*args)
+        except Exception as failed:  # whatever it is, the caller hears of it
+            error = f"{type(failed).__name__}: {failed}"
+        pickle.dump((error, tensors), answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the interpreter prints is no answer
+    _serve(sys.stdin.buffer, out)

@@ -1,0 +1,128 @@
+"""How the dims of a kernel's tiles become axes of Triton tensors.
+
+An axis has a size that is a power of two.  Dims that a contraction treats alike (query heads and query rows, against
+one key) become one axis, since Triton multiplies matrices: the rows are then as many as there are, not the longest of
+the dims.  The order of axes is one for the whole kernel, chosen so that contractions need the fewest transpositions
+and what a kernel computes stands on the left, where tensor cores read it from registers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import permutations
+
+from memcomp.ir.errors import Refusal
+from memcomp.ir.tile import Dot, Fold, Map, Statement, TileKernel, statements
+
+K_LEAST = 16  # contracted points of a tensor core instruction on 16-bit operands
+ORDERED = 6   # axes whose order is searched
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """dims: the last one runs fastest; points: of them all; size: points, rounded up to what Triton takes."""
+
+    dims: tuple[str, ...]
+    points: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return "_".join(self.dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The dims of a contraction by what they are to it."""
+
+    batch: tuple[str, ...]
+    left: tuple[str, ...]   # of the first operand only
+    right: tuple[str, ...]
+    over: tuple[str, ...]
+
+
+def sides(k: TileKernel, s: Dot) -> Sides:
+    """What each dim is to a contraction; the contracted dims in both operands.
+
+    Raises Refusal where a contracted dim is in one operand alone: that is a sum, no product of matrices.
+    """
+    a, b = ({v.name for v in x.index if hasattr(v, "name")} for x in (s.a, s.b))
+    own = k.tile(s.tile).dims
+    if {*s.over} - (a & b):
+        raise Refusal(f"{s.tile} sums over a dim that one operand lacks", k.name, "sum that operand first")
+    return Sides(tuple(d for d in own if d in a and d in b), tuple(d for d in own if d in a and d not in b),
+                 tuple(d for d in own if d in b and d not in a), s.over)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The axes of a kernel in order."""
+
+    axes: tuple[Axis, ...]
+
+    def of(self, dims: Iterable[str]) -> tuple[Axis, ...]:
+        """The axes of a tile with these dims; a tile of some dims of an axis is as long as the axis."""
+        wanted = set(dims)
+        return tuple(a for a in self.axes if wanted & set(a.dims))
+
+    def axis(self, dim: str) -> Axis:
+        return next(a for a in self.axes if dim in a.dims)
+
+
+def layout(k: TileKernel) -> Layout:
+    """The axes of a kernel's tiles.  Raises Refusal where a reduction would take part of an axis."""
+    dots = [s for s in statements(k.body) if isinstance(s, Dot)]
+    every = [sides(k, s) for s in dots]
+    together: dict[str, frozenset[str]] = {d.name: frozenset({d.name}) for d in k.dims}
+    for group in (g for x in every for g in (x.batch, x.left, x.right, x.over)):
+        joined = frozenset[str]().union(*(together[d] for d in group))
+        together |= dict.fromkeys(joined, joined)
+    for s in statements(k.body):
+        over = set(s.over) if isinstance(s, (Fold, Dot)) else set()
+        if cut := next((g for g in together.values() if len(g) > 1 and 0 < len(g & over) < len(g)), None):
+            raise Refusal(f"{', '.join(sorted(cut))} are one axis of a product and a reduction takes a part of them",
+                          k.name, "map the group so that a kernel holds one of them")
+    contracted = {d for x in every for d in x.over}
+    dims = [d.name for d in k.dims]
+    axes: list[Axis] = []
+    for d in dims:
+        members = tuple(x for x in dims if x in together[d])
+        if members[0] != d:
+            continue
+        points = math.prod(k.dim(x).capacity for x in members)
+        size = 1 << max(points - 1, 0).bit_length()
+        axes.append(Axis(members, points, max(size, K_LEAST) if contracted & set(members) else size))
+    return Layout(_ordered(k, axes, dots, every))
+
+
+def _ordered(k: TileKernel, axes: list[Axis], dots: list[Dot], every: list[Sides]) -> tuple[Axis, ...]:
+    used = [a for a in axes if any({*a.dims} & {*x.batch, *x.left, *x.right, *x.over} for x in every)]
+    rest = [a for a in axes if a not in used]
+    if not dots or len(used) > ORDERED:
+        return (*used, *rest)
+    computed = _computed(k.body)
+
+    def price(order: tuple[Axis, ...]) -> float:
+        at = {d: n for n, a in enumerate(order) for d in a.dims}
+        return sum(_price(s, x, at, computed) for s, x in zip(dots, every, strict=True))
+
+    return (*min(permutations(used), key=price), *rest)
+
+
+def _price(s: Dot, x: Sides, at: dict[str, int], computed: set[str]) -> float:
+    """Transpositions of one contraction, and the operands that must go through shared memory though computed."""
+    left = max((at[d] for d in x.left), default=-1)
+    right = max((at[d] for d in x.right), default=-1)
+    over = max(at[d] for d in x.over) if x.over else -1
+    first, second = (s.a.tensor, s.b.tensor) if left <= right else (s.b.tensor, s.a.tensor)
+    m, n = sorted((left, right))
+    turned = (3.0 if first in computed else 1.0) * (m > over) + (3.0 if second in computed else 1.0) * (over > n >= 0)
+    batch = sum(at[d] > min((c for c in (m, n, over) if c >= 0), default=99) for d in x.batch)
+    return turned + 8.0 * batch + 2.0 * (second in computed)
+
+
+def _computed(body: tuple[Statement, ...]) -> set[str]:
+    """Tiles that something other than a load writes."""
+    return {s.tile for s in statements(body) if isinstance(s, (Dot, Fold, Map))}
