@@ -24,6 +24,7 @@ from memcomp.ir.expr import Access, Const, Expr, Size, call, transform, walk
 from memcomp.ir.program import Program, knobs
 from memcomp.ir.register import expanded
 from memcomp.ir.show import show_einsum
+from memcomp.ir.target import target
 from memcomp.ir.tile import Param, TileKernel, TileProgram
 from memcomp.ir.tile_verify import verify_tile
 
@@ -126,10 +127,12 @@ def _kernel(
     _workspace_reads(g, dropped)
     dtype = _dtypes(c, g, params)
     declared = {o.target for o in g.ops if c.declared(o.target.removesuffix("'")) is not None}
-    small = small_sums(g, dtype, declared)
+    long = not program.target or target(program.target).long_sums == "f64"
+    small = small_sums(g, dtype, declared) if long else set[str]()
     dtype |= dict.fromkeys(small | references(g, small), "f64")
     compose(g, small)
-    in_parts(g, dtype, declared)
+    if long:
+        in_parts(g, dtype, declared)
     split_products(g)
     split_costly(g)
     split_deep(g)

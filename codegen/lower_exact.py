@@ -1,6 +1,6 @@
 """Running sums, made exact: a loop adds a thousand tiles one after the other, and their roundings add up.
 
-A carried sum of few elements is held in f64, and so is what is computed from it at as few points; where more points
+On targets that say so (`Target.long_sums`): a carried sum of few elements is held in f64, and so is what is computed from it at as few points; where more points
 read such a value it is rounded to f32 first, once.  References of frames are such values: any reference is legal, as
 long as all read the same.  A sum of many elements would pay for that at each step: where steps only add to it, a few
 of them are summed in f32 and their sums in f64.  (One that steps scale, in an exponential frame, stays in f32.)  The
@@ -51,6 +51,9 @@ def in_parts(g: GroupOps, dtype: dict[str, str], declared: Collection[str]) -> N
 
     For composed operations; changes them and `dtype`.
     """
+    if isinstance(g.steps, Const) and g.steps.value < PART:
+        return
+    some = None if reads(g.steps) else call("ge", g.steps, PART)  # else nothing is moved, and the second sum idles
     for name in list(g.carried):
         writes = [k for k, o in enumerate(g.ops) if o.phase == LOOP and o.target == name]
         if name in declared or name in g.each_step or dtype[name] != "f32" or not _only_added(g, name, writes):
@@ -59,13 +62,14 @@ def in_parts(g: GroupOps, dtype: dict[str, str], declared: Collection[str]) -> N
         at = tuple(Var(d) for d in dims)
         both = call("add", Access(whole + OLD, at), Access(name, at))
         full = call("eq", call("mod", Var(g.loop), PART), PART - 1)
+        full = full if some is None else call("and", some, full)
         end = next((k for k, o in enumerate(g.ops) if o.phase == POST), len(g.ops))
-        g.ops.insert(end, Op(name, dims, call("add", Access(whole, at), Access(name, at)), phase=POST))
+        g.ops.insert(end, Op(name, dims, call("add", Access(whole, at), Access(name, at)), phase=POST, when=some))
         g.ops[writes[-1] + 1 : writes[-1] + 1] = [
             Op(whole, dims, both, phase=LOOP, when=full),
             Op(name, dims, Const(0.0), phase=LOOP, when=full),
         ]
-        g.ops.insert(0, Op(whole, dims, Const(0.0)))
+        g.ops.insert(0, Op(whole, dims, Const(0.0), when=some))
         g.carried[whole] = g.carried[name]
         dtype[whole] = "f64"
 

@@ -27,7 +27,8 @@ X stays in that level, and takes no room in those behind it.
 
 Time: per group the largest of operations / peak, transcendentals / their peak, and traffic / bandwidth of each level
 behind the second, at the points that its loops visit (`memcomp.ir.visits`); what maps inside
-the loop read and write moves between the nearest two levels besides their operations.  Where the last round of tasks
+the loop read and write, and what its steps load, moves between the nearest two levels besides their operations.  Where
+the last round of tasks
 leaves cores idle it takes as long as a full one (what waits for a level, by the share of its bandwidth that so few
 cores draw).  Groups follow one another, each after its launch.  What else moves between the nearest two (registers and
 cache) is counted but bounds nothing: an emitter cuts tiles into registers once more.
@@ -276,6 +277,12 @@ class _Nest:
             if e.reduce is None and self._split(set(e.space())) & steps:
                 touched = (*e.names, *(a.tensor for a in walk(e.body) if isinstance(a, Access)))
                 self.passed += reached * again * sum(width(c, name) for name in touched)  # bytes
+        self.passed += self.made * self._loaded(steps)
+
+    def _loaded(self, steps: set[str]) -> float:
+        """Bytes of arguments that all steps of all tasks bring into their tiles."""
+        return sum(self._bytes(name, vs, 0) * math.prod(self._extent(v) for v in self.loops if v not in vs)
+                   for name, ways in self.outer.items() for vs in ways if vs & steps)
 
     def _again(self) -> dict[str, int]:
         """How often each tensor of the group is made: the points of the space ranks that it lacks and a reader has."""

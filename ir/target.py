@@ -62,7 +62,8 @@ class Unit:
 class Target:
     """A machine.  backend: the codegen folder that writes for it; levels: nearest first, memory last;
     threads: cores or multiprocessors; lanes: f32 values in a vector register; clock: Hz, where units are arrays;
-    launch: seconds that a kernel takes to start; source: where the figures come from."""
+    launch: seconds that a kernel takes to start; long_sums: dtype of running sums of few elements, where f64 costs next
+    to nothing; source: where the figures come from."""
 
     name: str
     backend: str
@@ -74,6 +75,7 @@ class Target:
     source: str = ""
     clock: float = 0.0
     launch: float = 0.0
+    long_sums: str = "f32"
 
     def level(self, name: str) -> Level:
         for level in self.levels:
@@ -151,7 +153,7 @@ def _read(name: str, data: dict[str, Any]) -> Target:
             units.append(Unit("special", (("f32", rate / cost["exp"]),)))
     return Target(name, data["backend"], levels, tuple(units), tuple(data.get("features", ())),
                   int(data.get("threads", 1)), int(data.get("lanes", 32)), data.get("source", ""), clock,
-                  float(data.get("launch", 0.0)))
+                  float(data.get("launch", 0.0)), data.get("long_sums", "f32"))
 
 
 def _detected(name: str, data: dict[str, Any]) -> Target:
@@ -179,4 +181,4 @@ def _detected(name: str, data: dict[str, Any]) -> Target:
     elif "avx512_bf16" in features:
         units.append(Unit("dot", (("bf16", 2 * base),)))
     return Target(name, data["backend"], tuple(levels), tuple(units), features, found.cores, lanes,
-                  data["source"], launch=float(data["launch"]))
+                  data["source"], launch=float(data["launch"]), long_sums=data["long_sums"])

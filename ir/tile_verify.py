@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from memcomp.ir.cascade import DTYPES
 from memcomp.ir.errors import VerifyError, nearest
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, children, reads, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, children, conjuncts, reads, variables, walk
 from memcomp.ir.inside import Facts
 from memcomp.ir.ops import MONOIDS, OPS
 from memcomp.ir.show import show_expr
@@ -73,6 +73,7 @@ class _Kernel:
         self.dims = {d.name: d for d in k.dims}
         self.grid = [v for v, _ in k.grid]
         self.counted: set[str] = set()  # dims whose counts were looked at
+        self.some: dict[Expr, set[str]] = {}  # condition -> tiles that are written where it holds
         self.facts = Facts(
             {p.name for p in tp.params if p.dtype[0] in "iu"} | {t.name for t in k.tiles if t.dtype == "i64"}
         )
@@ -114,7 +115,10 @@ class _Kernel:
             elif isinstance(s, When):
                 self.value(s.cond, (), written, loops, where)
                 self.facts = outside if reads(s.cond) else outside.where(s.cond)  # tiles may be written again inside
-                yes = self.block(s.body, set(written), loops)
+                known = set[str]().union(*(self.some.get(c, set()) for c in conjuncts(s.cond)))
+                yes = self.block(s.body, written | known, loops)
+                if body is self.k.body and not reads(s.cond) and variables(s.cond) <= set(self.grid):  # for all the task
+                    self.some.setdefault(s.cond, set()).update(yes)
                 self.facts = outside
                 written |= yes & self.block(s.orelse, set(written), loops)
             elif isinstance(s, Store):

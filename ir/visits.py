@@ -16,7 +16,8 @@ class Visits:
 
     A point that is needed for nothing is not visited: loops begin and end where a guard of all that is summed in their
     steps first and last holds, and so do the statements that only such sums read.  A statement that lacks a dim of the
-    guard is made where the guard holds for some point of that dim's tile.
+    guard is made where the guard holds for some point of that dim's tile, and so is one whose dim the mapping cuts: its
+    tile is made as a whole.
     cut: variables that the mapping cuts into `v1` and `v0`, with their tiles.  extent: of a variable, cut or not.
     """
 
@@ -31,7 +32,7 @@ class Visits:
         """Points of a statement that are visited; of one outside the steps those that its guard leaves."""
         if e.names[0] not in self.guards:
             return self.n.live(e)
-        conds = self._conditions(self.common | self.guards[e.names[0]], set(e.space()))
+        conds = self._conditions(self.common | self.guards[e.names[0]], set(e.space()) - self.cut.keys())
         return self.n.points(e.space()) * self._share(conds)
 
     def share(self) -> float:

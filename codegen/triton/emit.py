@@ -244,7 +244,7 @@ class _Writer:
     def filled(self, e: Expr, axes: tuple[Axis, ...], dtype: str) -> str:
         """The expression as a tensor over all of `axes`, of the tile's dtype."""
         text = self.scope.text(e, axes)
-        shape = f"[{', '.join(str(a.size) for a in axes)}]"
+        shape = self.shape(axes)
         if isinstance(e, Const):
             return f"tl.full({shape}, {text}, {DTYPES[dtype]})"
         held = {"f32": "real", "i64": "int", "bool": "bool"}.get(dtype)
@@ -291,6 +291,9 @@ class _Writer:
         if dtype == "i64" and x in (float("inf"), float("-inf")):
             return str(2**63 - 1) if x > 0 else f"({-2**63})"
         return number(bool(x) if dtype == "bool" else int(x) if dtype == "i64" else float(x))
+
+    def shape(self, axes: tuple[Axis, ...]) -> str:
+        return f"[{', '.join(str(a.size) for a in axes)}]"
 
     # -- contractions ------------------------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ class Memory:
         if s.tile not in w.stored and s.tile not in w.small and stored != dtype:
             text = f"({text} != 0)" if dtype == "bool" else f"tl.cast({text}, {DTYPES[dtype]})"
         if own != axes:
-            text = f"tl.broadcast_to({text}, [{', '.join(str(a.size) for a in axes)}])"
+            text = f"tl.broadcast_to({text}, {w.shape(axes)})"
         w.assign(s.tile, text)
 
     def store(self, s: Store) -> None:
@@ -102,9 +102,14 @@ class Memory:
             value = f"({value} != 0)" if dtype == "bool" else f"tl.cast({value}, {_ELEMENT[dtype]})"
         conditions = self.masks(axes)
         if s.mask is not None:
-            conditions.append(w.scope.text(s.mask, axes))
+            test = w.scope.text(s.mask, axes)
+            if axes and not dims_of(s.mask, w.scope.dims):
+                # the interpreter of 3.9 makes no mask of a single truth value
+                i = w.scope.spread(w.scope.names[f"i_{axes[0].name}"], (axes[0],), axes)
+                test = f"tl.where({test}, {i} >= 0, {i} < 0)"
+            conditions.append(test)
         mask = f", mask={' & '.join(conditions)}" if conditions else ""
         address = self.address(s.target, axes)
         if axes and not dims_of(s.target, w.scope.dims):
-            address = f"{address} + tl.full([{', '.join(str(a.size) for a in axes)}], 0, tl.int32)"
+            address = f"{address} + tl.full({w.shape(axes)}, 0, tl.int32)"
         w.line(f"tl.store({address}, {value}{mask})")

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from memcomp.codegen.tvm.emit import Layout, emit
-from memcomp.codegen.tvm.isa import ALL, BF16_TILES, Isa
+from memcomp.codegen.tvm.isa import Isa, named_isa
 from memcomp.codegen.tvm.words import WORDS
 from memcomp.ir.errors import Refusal
 from memcomp.ir.tile import Kernel
 
-_ISA = {i.name: i for i in ALL}
 _compiling = threading.Lock()
 
 
@@ -53,7 +52,7 @@ class Launch:
         layout = tuple(_unit(t) for t in tensors)
         known = self.forms.get(layout)
         if known is None:
-            known = compiled(emit(self.kernel.program, _ISA[self.kernel.isa], layout))
+            known = compiled(emit(self.kernel.program, named_isa(self.kernel.isa), layout))
             self.forms[layout] = known
         known(*tensors, *args[len(self.usual):])
 
@@ -79,7 +78,7 @@ def compiled(kernel: Kernel) -> Callable[..., Any]:
     """Compile the text and load it; parallel loops run on torch's threads where it has loaded its OpenMP."""
     from memcomp.codegen.tvm import launcher
 
-    if set(BF16_TILES) <= set(_ISA[kernel.isa].attributes):
+    if named_isa(kernel.isa).tiles:
         launcher.allow_tiles()
     loaded = machine_code(kernel)
     launcher.install(loaded)
@@ -90,17 +89,17 @@ def machine_code(kernel: Kernel) -> Any:
     """The compiled module, which need not be able to run on this machine; `inspect_source("asm")` is its text."""
     from tvm import tirx
 
-    from memcomp.codegen.tvm import bf16, launcher
+    from memcomp.codegen.tvm import instructions, launcher
     from memcomp.codegen.tvm.script import read
 
-    form = _ISA[kernel.isa]
+    form = named_isa(kernel.isa)
     try:
         with machine(form):
             function = read(kernel.source, vocabulary())["main"]
-        instructions = bf16.text(form.attributes)
-        if instructions:
+        own = instructions.text(form) if form.attributes else ""  # what is emulated is told nothing
+        if own:
             function = function.with_body(
-                tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", instructions, function.body))
+                tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", own, function.body))
         module = launcher.with_launcher({"main": function})
         with _compiling:
             tirx.compilation_pipeline.register_tir_pipeline("memcomp", _pipeline)

@@ -1,28 +1,69 @@
-"""Instruction sets as the emitter sees them: vector width, number of registers, and how LLVM is told."""
+"""Instruction sets as the emitter sees them: vector width, number of registers, products, and how LLVM is told."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from memcomp.ir.target import Target
 from memcomp.ir.target import target as named
 
 
 @dataclass(frozen=True, slots=True)
-class Isa:
-    """lanes: f32 values of a vector register; registers: how many there are; cpu and attributes: for LLVM.
+class Multiply:
+    """An instruction that multiplies stored numbers, several in each lane of 32 bits, and adds the products to a sum.
 
-    bf16: how products of bf16 run: "" (widened to f32), "pairs" (two at a time in each lane) or "tiles" (blocks of
-    16 x 16 sums, short ones as pairs).
+    left, right: dtypes of its operands.  each: numbers of a lane.  sums: dtype of the sum (i32 wraps around).
+    tiles:       of 16 x 16 sums, else one sum a lane of a vector.  features: what a target must have; attributes: what
+    LLVM is told then.
     """
+
+    instruction: str
+    left: str
+    right: str
+    each: int
+    sums: str
+    tiles: bool
+    features: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+    def takes(self, a: str, b: str) -> bool:
+        """Operands of these dtypes, in either order."""
+        return (a, b) in ((self.left, self.right), (self.right, self.left))
+
+
+# A machine's products are the rows whose features it has; where two serve, tiles come first.  What no row takes is
+# widened and multiplied as f32 or, integers, as i64.
+_INT8 = ("amx_tile", "amx_int8"), ("+amx-tile", "+amx-int8")
+PRODUCTS = (
+    Multiply("vdpbf16ps", "bf16", "bf16", 2, "f32", False, ("avx512_bf16",), ("+avx512bf16",)),
+    Multiply("vpdpbusd", "u8", "i8", 4, "i32", False, ("avx512_vnni",), ("+avx512vnni",)),
+    Multiply("tdpbf16ps", "bf16", "bf16", 2, "f32", True, ("amx_tile", "amx_bf16"), ("+amx-tile", "+amx-bf16")),
+    Multiply("tdpbssd", "i8", "i8", 4, "i32", True, *_INT8),
+    Multiply("tdpbsud", "i8", "u8", 4, "i32", True, *_INT8),
+    Multiply("tdpbusd", "u8", "i8", 4, "i32", True, *_INT8),
+    Multiply("tdpbuud", "u8", "u8", 4, "i32", True, *_INT8),
+)
+TILE = 16  # rows of a tile register, each of 16 sums or 16 lanes of operands
+
+
+@dataclass(frozen=True, slots=True)
+class Isa:
+    """lanes: f32 values of a vector register; registers: how many there are; cpu and attributes: for LLVM; products:
+    of short numbers."""
 
     name: str
     lanes: int
     registers: int
     cpu: str
     attributes: tuple[str, ...] = ()
-    bf16: str = ""
+    products: tuple[Multiply, ...] = ()
+
+    @property
+    def tiles(self) -> bool:
+        """Has it tile registers?"""
+        return any(m.tiles for m in self.products)
 
     def block(self, rows: int, most: int = 4) -> tuple[int, int]:
         """(rows, vectors) of the largest register block of an outer product with `rows` output rows, `most` vectors.
@@ -40,29 +81,42 @@ class Isa:
 # x86-64 levels as the psABI names them: v4 has avx512f/bw/cd/dq/vl, v3 avx2/fma/f16c.  LLVM splits 512-bit vectors of a
 # generic v4 machine unless told not to.
 AVX512 = Isa("avx512", 16, 32, "x86-64-v4", ("-prefer-256-bit",))
-TILE = 16  # rows of a tile register, each of 16 sums or 16 pairs
-BF16_PAIRS = ("+avx512bf16",)
-BF16_TILES = ("+amx-tile", "+amx-bf16")
-AVX512_BF16 = replace(AVX512, name="avx512_bf16", attributes=(*AVX512.attributes, *BF16_PAIRS), bf16="pairs")
-AMX = replace(AVX512_BF16, name="amx_bf16", attributes=(*AVX512_BF16.attributes, *BF16_TILES), bf16="tiles")
 AVX2 = Isa("avx2", 8, 16, "x86-64-v3")
 SSE = Isa("sse", 4, 16, "x86-64")
 NEON = Isa("neon", 4, 32, "generic", ("+neon",))
 PLAIN = Isa("plain", 4, 16, "")
-# the text of AMX with every instruction spelled out in plain operations: any machine runs it, none is given it
-EMULATED = Isa("amx_emulated", 16, 32, "", bf16="tiles")
-ALL = (AMX, AVX512_BF16, AVX512, AVX2, SSE, NEON, PLAIN, EMULATED)
+
+
+def having(base: Isa, features: Collection[str]) -> Isa:
+    """A base with the products of these features, named by them."""
+    rows = tuple(m for m in PRODUCTS if set(m.features) <= set(features))
+    added = dict.fromkeys(f for m in rows for f in m.features)
+    told = dict.fromkeys((*base.attributes, *(a for m in rows for a in m.attributes)))
+    return Isa("+".join([base.name, *added]), base.lanes, base.registers, base.cpu, tuple(told), rows)
+
+
+AVX512_BF16 = having(AVX512, ("avx512_bf16",))
+AVX512_VNNI = having(AVX512, ("avx512_bf16", "avx512_vnni"))
+AMX = having(AVX512, ("avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"))
+# the texts of these two with every instruction spelled out in plain operations: any machine runs it, none is given it
+EMULATED = Isa("amx_emulated", 16, 32, "", products=AMX.products)
+EMULATED_LANES = Isa("lanes_emulated", 16, 32, "", products=AVX512_VNNI.products)
+_BASES = {i.name: i for i in (AVX512, AVX2, SSE, NEON, PLAIN, EMULATED, EMULATED_LANES)}
 _V4 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _V3 = {"avx2", "fma", "f16c"}
+
+
+def named_isa(name: str) -> Isa:
+    """The instruction set that a kernel's text was written for."""
+    base, *features = name.split("+")
+    return having(_BASES[base], features) if features else _BASES[base]
 
 
 def isa(target: Target | str) -> Isa:
     """The widest form that the target's features allow."""
     features = set((named(target) if isinstance(target, str) else target).features)
     if features >= _V4:
-        if "avx512_bf16" not in features:
-            return AVX512
-        return AMX if features >= {"amx_tile", "amx_bf16"} else AVX512_BF16
+        return having(AVX512, features)
     if features >= _V3:
         return AVX2
     if "neon" in features:

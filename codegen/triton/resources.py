@@ -1,0 +1,219 @@
+"""What a block of a kernel takes of a GPU before anything is compiled: shared memory, tensor memory, registers.
+
+Triton keeps in shared memory: one copy of each operand of a product that a loop does not change; of each tensor that
+a loop streams, as many tiles as the pipeline has stages where the tensor cores read them themselves (`wgmma` and
+`tcgen05`, from 64 rows on), one less where warps fetch them (`mma.sync`); and, one after another, what passes from
+warp to warp: a computed operand whose columns are spread over warps, partial results of a reduction.  The forms below
+were read off its allocations (`benchmarks/gpu_resources.py` compares them with compiled kernels); `docs/gpu.md` says
+how exact they are.  Registers are an estimate, good enough to order candidates: fitted, not derived.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from memcomp.codegen.triton.layout import Layout, layout, sides
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Access, Const, walk
+from memcomp.ir.target import BYTES, Target
+from memcomp.ir.tile import (
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Map,
+    Statement,
+    TileKernel,
+    TileProgram,
+    expressions,
+    statements,
+)
+
+ASYNC_ROWS = 64    # fewer rows and the tensor cores of sm_90 and sm_100 are fed through registers, as before
+REGISTERS = 255    # a thread can have no more
+BARRIER = 8        # bytes
+ALIGNED = 1024     # bytes: of a tile that `tcgen05` reads; what lies before it is rounded up
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a kernel is compiled: warps of a block, stages of its loops' pipeline."""
+
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Of one block.  shared: bytes; tensor_memory: columns (sm_100); registers: of a thread, estimated and not cut
+    at what a thread can have, so that candidates beyond it are ordered too; spills: whether some are to be expected."""
+
+    shared: int
+    tensor_memory: int
+    registers: float
+    spills: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A contraction as tensor cores see it: rows of the left operand, columns of the right one, points summed over;
+    left, right: the operands' tiles; bytes: of one of their elements; exact: f32 operands, multiplied in three parts."""
+
+    tile: str
+    rows: int
+    columns: int
+    depth: int
+    left: str
+    right: str
+    bytes: int
+    exact: bool
+
+    def asynchronous(self, capability: int, warps: int) -> bool:
+        """Do the tensor cores read the right operand from shared memory?"""
+        return capability >= 90 and self.rows >= ASYNC_ROWS and warps % 4 == 0 and not self.exact
+
+
+def need(tp: TileProgram, k: TileKernel, target: Target, setting: Setting) -> Need:
+    """What a block of one launch takes.  Raises Refusal where the kernel has no layout."""
+    return _Reader(tp, k, layout(k), target.capability, setting).need()
+
+
+class _Reader:
+    """One kernel with one setting."""
+
+    def __init__(self, tp: TileProgram, k: TileKernel, axes: Layout, capability: int, setting: Setting) -> None:
+        self.k, self.layout, self.capability, self.setting = k, axes, capability, setting
+        self.params = {p.name: p.dtype for p in tp.params}
+        self.tiles = {t.name: t for t in k.tiles}
+        self.loads: dict[str, list[Load]] = {}
+        self.written: dict[str, int] = {}
+        for s in statements(k.body):
+            if isinstance(s, (Load, Map, Fold, Dot)):
+                self.written[s.tile] = self.written.get(s.tile, 0) + 1
+            if isinstance(s, Load):
+                self.loads.setdefault(s.tile, []).append(s)
+
+    def points(self, tile: str) -> int:
+        """Elements of a tile as Triton holds it, sizes rounded up to powers of two."""
+        return math.prod(a.size for a in self.layout.of(self.tiles[tile].dims))
+
+    def element(self, tile: str) -> int:
+        """Bytes of an element where the tile is kept: as stored, if it is only loaded."""
+        if tile in self.loads and self.written[tile] == 1:
+            return BYTES[self.params[self.loads[tile][0].source.tensor]]
+        return BYTES[self.tiles[tile].dtype]
+
+    def product(self, s: Dot) -> Product | None:
+        """None where the contraction is multiplied and summed without tensor cores."""
+        x = sides(self.k, s)
+        left, right, over = (self.layout.of(d) for d in (x.left, x.right, x.over))
+        if len(left) != 1 or len(right) != 1 or len(over) != 1 or len(x.batch) > 1 or self.tiles[s.tile].dtype == "f64":
+            return None
+        a, b = s.a.tensor, s.b.tensor
+        if self.layout.axes.index(right[0]) < self.layout.axes.index(left[0]):
+            a, b, left, right = b, a, right, left
+        size = min(self.element(a), self.element(b))
+        return Product(s.tile, left[0].size, right[0].size, over[0].size, a, b, size, size > 2)
+
+    # -- shared memory -----------------------------------------------------------------------------------------------
+
+    def need(self) -> Need:
+        shared = max((self.shared(body) for body in self.bodies(self.k.body)), default=0)
+        columns = max((self.tensor_memory(body) for body in self.bodies(self.k.body)), default=0)
+        registers, spills = self.registers()
+        return Need(shared, columns, registers, spills)
+
+    def bodies(self, body: tuple[Statement, ...]) -> Iterator[tuple[Statement, ...]]:
+        """What runs as one loop: the statements of each innermost loop, and those in no loop."""
+        inner = [s for s in statements(body) if isinstance(s, Loop)]
+        for s in inner:
+            if not any(isinstance(x, Loop) for x in statements(s.body)):
+                yield tuple(statements(s.body))
+        if not inner:
+            yield tuple(statements(body))
+
+    def products(self, body: Iterable[Statement]) -> list[Product]:
+        return [p for s in body if isinstance(s, Dot) if (p := self.product(s)) is not None]
+
+    def shared(self, body: tuple[Statement, ...]) -> int:
+        """Bytes that a loop needs at once."""
+        products = self.products(body)
+        stages = self.setting.stages
+        own = {s.tile: s for s in body if isinstance(s, (Load, Map, Fold, Dot))}
+        looped = body != tuple(statements(self.k.body))
+        held: dict[str, int] = {}
+        streamed: dict[str, int] = {}
+        passing = [0]
+        turns = [0]   # what lies there while one product is computed, where nothing is fetched ahead
+        for p in products:
+            fetched = p.asynchronous(self.capability, self.setting.warps)
+            turn = 0
+            for tile, left in ((p.left, True), (p.right, False)):
+                size = (p.rows if left else p.columns) * p.depth * p.bytes
+                if tile not in own and looped:
+                    held[tile] = size
+                elif isinstance(own.get(tile), Load) and not p.exact:
+                    streamed[tile] = max(streamed.get(tile, 0), size * (stages if fetched else stages - 1))
+                    turn += size
+                elif not (left and (fetched or not self.spread(products, p))):
+                    passing.append(size)
+                    turn += size
+            turns.append(turn)
+            for tile in self.feeding((p.left, p.right), own):
+                if tile not in (p.left, p.right) or p.exact:
+                    streamed.setdefault(tile, self.points(tile) * self.element(tile) * (stages - 1))
+        for s in body:
+            if isinstance(s, Fold) and s.over:
+                passing.append(self.reduction(s, products))
+        if stages == 1 or not looped:
+            return sum(held.values()) + max(*turns, *passing)
+        fetched = [p for p in products if p.asynchronous(self.capability, self.setting.warps)]
+        if fetched and self.capability >= 100:
+            passing.append(ALIGNED)
+        barriers = 2 * BARRIER * len(fetched) if self.capability >= 100 else 0
+        return sum(held.values()) + sum(streamed.values()) + max(passing) + barriers
+
+    def spread(self, products: list[Product], p: Product) -> bool:
+        """Are the columns of the operand that feeds p spread over warps?  Products that feed one another are laid out
+        alike, after the last of them: all warps along its rows if it has as many as columns."""
+        last = products[-1]
+        return last.rows < last.columns or self.setting.warps * 16 > last.rows > last.columns
+
+    def feeding(self, tiles: Iterable[str], own: dict[str, Load | Map | Fold | Dot]) -> set[str]:
+        """Tiles that the loop loads and that these are computed from; single numbers and rows are not fetched ahead."""
+        seen: set[str] = set()
+        todo = list(tiles)
+        while todo:
+            tile = todo.pop()
+            if tile in seen or tile not in own:
+                continue
+            seen.add(tile)
+            todo += [n.tensor for e in expressions(own[tile]) for n in walk(e)
+                     if isinstance(n, Access) and n.tensor in self.tiles]
+        return {t for t in seen if isinstance(own[t], Load) and len(self.layout.of(self.tiles[t].dims)) > 1}
+
+    def reduction(self, s: Fold, products: list[Product]) -> int:
+        """Bytes that a reduction over spread columns passes from warp to warp."""
+        read = {n.tensor for n in walk(s.body) if isinstance(n, Access)}
+        if self.setting.warps == 1 or any(
+                p.tile in read and (p.asynchronous(self.capability, self.setting.warps) or not self.spread(products, p))
+                for p in products):
+            return 0
+        return self.points(s.tile) * BYTES[self.tiles[s.tile].dtype] * self.setting.warps
+
+    def tensor_memory(self, body: tuple[Statement, ...]) -> int:
+        """Columns of 32-bit numbers that the sums, and operands that follow from sums, take (sm_100)."""
+        if self.capability < 100:
+            return 0
+        fetched = [p for p in self.products(body) if p.asynchronous(self.capability, self.setting.warps)]
+        sums = {p.tile for p in fetched}
+        columns = sum(p.columns + (p.depth * p.bytes // 4 if p.left not in self.loads and len(sums) > 1 else 0)
+                      for p in fetched)
+        return 1 << max(columns - 1, 0).bit_length() if columns else 0
+
+    # -- registers ---------------------------------------------------------------------------------------------------
+
+    def registers(self) -> tuple[float, bool]:
+        return 0.0, False
