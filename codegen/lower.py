@@ -172,22 +172,25 @@ def _workspace_reads(g: GroupOps, dropped: dict[str, int]) -> None:
 
 
 def _dtypes(c: Cascade, g: GroupOps, params: dict[str, Param]) -> dict[str, str]:
-    """dtype of each group tensor's tile: declared, or what its statements compute (reals are f32)."""
+    """dtype of each group tensor's tile: declared, or what its statements compute (reals are f32).
+
+    A whole number that starts a sum of integers, 0.0, is one of them.
+    """
     stored = {n: p.dtype for n, p in params.items()}
     out: dict[str, str] = {}
     for o in g.ops:
         if (t := c.declared(o.target.removesuffix("'"))) is not None:
             out[o.target] = tile_dtype(t.dtype)
     kinds: dict[str, set[str]] = {}
-    for _ in range(2):
+    real = _real(params)
+    for start in ("i64", "i64", real, real):  # what starts with a whole number is an integer until more is known
         for o in g.ops:
             if c.declared(o.target.removesuffix("'")) is None:
                 found = kinds.setdefault(o.target, set())
-                found.add(kind(o.body, {**stored, **out}))
-                real = _real(params)
-                out[o.target] = (
-                    real if "real" in found else "i64" if "int" in found else "bool" if "bool" in found else real
-                )
+                whole = isinstance(o.body, Const) and isinstance(o.body.value, float) and o.body.value.is_integer()
+                found.add("whole" if whole else kind(o.body, {**stored, **out}))
+                chosen = (("real", real), ("int", "i64"), ("whole", start), ("bool", "bool"))
+                out[o.target] = next((d for k, d in chosen if k in found), real)
     return out
 
 

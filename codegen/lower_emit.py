@@ -139,9 +139,9 @@ class Emitter(Starts):
         if len(two) != 2 or len(two) + len(rest) != len(parts) or (rest and o.accumulate):
             return None
         a, b = two
-        if {*o.dims, *o.over} - variables(a) - variables(b) or any(
-            self.dtype_of(x) not in ("f32", "f64") for x in (a, b)
-        ):
+        kinds = {self.dtype_of(x) for x in (a, b)}
+        integers = kinds == {"i64"} == {self.dtype[self.home[o.target]]} and not rest
+        if {*o.dims, *o.over} - variables(a) - variables(b) or not (integers or kinds <= {"f32", "f64"}):
             return None
         out: list[Statement] = [Dot(name, a, b, o.over, o.accumulate)]
         if rest:

@@ -27,8 +27,8 @@ X stays in that level, and takes no room in those behind it.
 
 Time: per group the largest of operations / peak, transcendentals / their peak, and traffic / bandwidth of each level
 behind the second, at the points that its loops visit (`memcomp.ir.visits`); what maps inside
-the loop read and write, and what its steps load, moves between the nearest two levels besides their operations.  Where
-the last round of tasks
+the loop read and write moves between the nearest two levels besides their operations, and what its steps load comes from
+the level after these, over and over.  The lanes of a tile are computed all.  Where the last round of tasks
 leaves cores idle it takes as long as a full one (what waits for a level, by the share of its bandwidth that so few
 cores draw).  Groups follow one another, each after its launch.  What else moves between the nearest two (registers and
 cache) is counted but bounds nothing: an emitter cuts tiles into registers once more.
@@ -198,6 +198,7 @@ def _seconds(x: _Nest, target: Target, phases: tuple[PhaseCost, ...], share: flo
     else:
         idle = _idle(x.tasks, target.threads, 1.0 / target.threads)
         busy = sum(n / target.peak(dtype) for dtype, n in x.visited.items()) + x.passed / target.levels[1].bandwidth
+        busy += x.loaded / target.levels[min(2, len(target.levels) - 1)].bandwidth
         times = [busy * idle, x.special_visited / target.special * idle]
     for at, level in enumerate(target.levels[2:], 1):
         known = share if level is target.memory else x.made
@@ -263,7 +264,7 @@ class _Nest:
         self.made = visits.share()  # of the steps
         for e in einsums:
             plain, special = operations(e.body)
-            live, reached, again = n.live(e), visits.points(e), self.again[e.names[0]]
+            live, reached, again = n.live(e), visits.points(e) * self._padded(e), self.again[e.names[0]]
             self.points.append((e, live * again))
             plain += e.reduce is not None
             self.flops += plain * live * again
@@ -277,7 +278,15 @@ class _Nest:
             if e.reduce is None and self._split(set(e.space())) & steps:
                 touched = (*e.names, *(a.tensor for a in walk(e.body) if isinstance(a, Access)))
                 self.passed += reached * again * sum(width(c, name) for name in touched)  # bytes
-        self.passed += self.made * self._loaded(steps)
+        self.loaded = self.made * self._loaded(steps)  # bytes
+
+    def _padded(self, e: Einsum) -> float:
+        """How many times more points than its rank has the tiles across the lanes hold."""
+        lane = (self.group.lane or "").lower().removesuffix("0")
+        if lane not in self.cut or lane not in e.space():
+            return 1.0
+        n = self.n(lane.upper())
+        return -(-n // self.cut[lane]) * self.cut[lane] / n if n else 1.0
 
     def _loaded(self, steps: set[str]) -> float:
         """Bytes of arguments that all steps of all tasks bring into their tiles."""

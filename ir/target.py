@@ -12,6 +12,15 @@ from memcomp.ir.errors import OptionError, nearest
 
 BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1,
          "bool": 1}
+INTEGERS = {"i64": (-2**63, 2**63 - 1), "i32": (-2**31, 2**31 - 1), "i16": (-2**15, 2**15 - 1), "i8": (-128, 127),
+            "u8": (0, 255), "bool": (0, 1)}  # the least and the greatest of each dtype
+
+
+def sums_fit(terms: int, a: str, b: str, into: str = "i32") -> bool:
+    """Is every sum of at most `terms` products of integers of dtypes a and b one of dtype `into`?"""
+    ends = [x * y for x in INTEGERS[a] for y in INTEGERS[b]]
+    least, greatest = INTEGERS[into]
+    return least <= min(0, terms * min(ends)) and terms * max(ends) <= greatest
 
 
 @dataclass(frozen=True, slots=True)

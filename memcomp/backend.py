@@ -22,7 +22,7 @@ from memcomp.binding import function, make_entry
 from memcomp.config import Config, config
 from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
 from memcomp.passes.generalize import numbers
-from memcomp.pipeline import ABI, Compiled, build, compile_program, overwritable, overwriting
+from memcomp.pipeline import ABI, Compiled, build, compile_program, device_of, overwritable, overwriting
 from memcomp.reuse import dies, overwrite, tensors_of
 from memcomp.sizes import input_shapes, solve, sources
 from memcomp.surgery import autocast_at, checks, computes, example, hint, original, replace_region
@@ -160,18 +160,24 @@ def _compiles(region: Region, settings: Config) -> bool:
 def _install_region(gm: fx.GraphModule, region: Region,
                     settings: Config) -> tuple[Compiled, dict[fx.Node, fx.Node]]:
     symbols = [name for name, _ in region.sizes]
+    here, there = {example(n).device.type for n in region.inputs}, device_of(settings)
+    if here - {there} and not settings.interpret:
+        raise Refusal(f"kernels for {settings.target} take tensors on {there}, these are on {min(here - {there})}",
+                      region.source, "name a target of that device (`memcomp targets`)")
     compiled = compile_program(region.program, config=settings, sizes=region_sizes(region))
     kept = original(region) if _differentiated(region) else None
     recompute = runtime.Recompute(kept.module, autocast_at(gm, region.outputs[0])) if kept else None
     checked, named = checks(region, kept)
     # all that a call's result depends on: Inductor keeps graphs on disk, and they hold only this key
     key = hashlib.sha256("\n".join((
-        str(ABI), torch.__version__, compiled.kernel.source, region.program.digest, str(region.out_order), *symbols,
+        str(ABI), torch.__version__, compiled.kernel.source, str(settings.interpret), region.program.digest,
+        str(region.out_order), *symbols,
         f"{kept.text}\n{recompute.autocast}" if kept and recompute else "",
         *(f"{at} {size} {x.wraps} {x.ignored}" for at, size, x in named),
     )).encode()).hexdigest()
     if not runtime.registered(key):
-        entry = make_entry(key, region.program, compiled.tiles, compiled.entry, region.out_order, symbols, recompute)
+        entry = make_entry(key, region.program, compiled.tiles, compiled.entry, region.out_order, symbols, recompute,
+                           min(here, default=there))
         tests = tuple(runtime.Check(at, function([size]), x.wraps, x.ignored) for at, size, x in named)
         runtime.register(replace(entry, checks=tests, checked=len(checked)))
     outs = replace_region(gm, region, key, kept, checked)
@@ -195,7 +201,8 @@ def _reuse(one: Installed, made: Mapping[fx.Node, fx.Node], settings: Config) ->
     new = hashlib.sha256(f"{key}\n{kernel.source}".encode()).hexdigest()
     if not runtime.registered(new):
         entry, symbols = runtime.entry(key), [name for name, _ in region.sizes]
-        same = make_entry(new, region.program, tiles, build(kernel), region.out_order, symbols, None)
+        same = make_entry(new, region.program, tiles, build(kernel, settings), region.out_order, symbols, None,
+                           example(region.inputs[0]).device.type)
         runtime.register(replace(same, checks=entry.checks, checked=entry.checked))
     overwrite(call, out, at, new)
 

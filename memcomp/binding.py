@@ -25,11 +25,12 @@ DTYPES = {
 
 
 def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[..., Any],
-               order: tuple[tuple[int, ...], ...], symbols: Sequence[str], recompute: Recompute | None) -> Entry:
+               order: tuple[tuple[int, ...], ...], symbols: Sequence[str], recompute: Recompute | None,
+               device: str = "cpu") -> Entry:
     """The entry that runs `kernel` on tensors shaped as the inputs of `program`.
 
     program: as read; tiles: what the kernel was emitted from, its tensors in the same order; symbols: the names of the
-    leading `sizes` of a call.  Raises Refusal where an extent that is needed is found in no input.
+    leading `sizes` of a call; device: "cpu" or "cuda", of the results.  Raises Refusal where an extent that is needed is found in no input.
     """
     cascade = program.cascade
     ins, outs = cascade.inputs(), cascade.outputs()
@@ -49,7 +50,7 @@ def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[
     work = [([spell(x, sizes) for x in p.shape], DTYPES[p.dtype], ()) for p in tiles.params if p.role == "work"]
     over = next((k for k, p in enumerate(params) for q in tiles.params if q.over == p.name), -1)
     prepare = preparation([len(t.ranks) for t in ins], list(zip(shapes, dtypes, order, strict=True)), work,
-                          [sizes[s] for s in tiles.sizes], over)
+                          [sizes[s] for s in tiles.sizes], over, device)
     return Entry(key, kernel, len(tiles.kernels), prepare, tuple(map(function, shapes)), dtypes, order, recompute,
                  over=over)
 
@@ -65,15 +66,15 @@ def function(parts: Sequence[str]) -> Extents:
 
 
 def preparation(dims: Sequence[int], outs: Sequence[Fresh], work: Sequence[Fresh], ints: Sequence[str],
-                over: int = -1) -> Prepare:
+                over: int = -1, device: str = "cpu") -> Prepare:
     """What runs before every launch, as straight code: `(t, s) -> (outs, arguments)`, the arguments being the leading
     tensors of `t` with last stride 1 (copied where it is another), new outs, new work, and the integers.
 
     dims: number of dimensions of each of the leading tensors; extents and ints: texts over (t, s), each computed once;
-    over: the tensor that is the only output too, as it is.
+    over: the tensor that is the only output too, as it is; device: "cpu" or "cuda", of what is made.
     """
     # as Inductor's code allocates
-    known: dict[str, Any] = {"empty": torch._C._dynamo.guards._empty_strided_cpu}  # type: ignore[attr-defined]
+    known: dict[str, Any] = {"empty": getattr(torch._C._dynamo.guards, f"_empty_strided_{device}")}  # type: ignore[attr-defined]
     shapes: dict[str, str] = {}
     names: dict[str, str] = {}
 

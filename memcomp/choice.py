@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
+from math import ceil
 from typing import Any
 
 from memcomp.ir.program import Program
@@ -27,8 +28,10 @@ def alternatives(closed: Program, sizes: Mapping[str, int]) -> tuple[str, dict[s
     if weighted_frames(closed):
         ways.append({"a weighted frame": {}, "another pass": {"weighted": False}})
     counts = [tasks(closed, g, sizes) for g in closed.mapping.groups if g.loop_order]
-    if any(n and (-n % threads) / (n + -n % threads) > IDLE for n in counts):
-        ways.append({"one share": {}, f"{threads} shares": {"splits": threads}})
+    if few := [n for n in counts if n and (-n % threads) / (n + -n % threads) > IDLE]:
+        # each task's share of the machine, twice that (they end at different times), or one for every core
+        shares = {ceil(rounds * threads / n) for n in few for rounds in (1, 2)} | {threads}
+        ways.append({"one share": {}, **{f"{n} shares": {"splits": n} for n in sorted(shares) if 1 < n <= threads}})
     forms: dict[str, dict[str, Any]] = {
         " in ".join(words): {k: v for way, word in zip(ways, words, strict=True) for k, v in way[word].items()}
         for words in product(*ways)

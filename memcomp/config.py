@@ -25,6 +25,7 @@ class Config:
     tune:         "off" closes knobs by the cost model.
     chains:       reductions without a product: "gain" takes those whose result is small and needs fewer passes than it
                   was written with; "all" also those that write as much as they read, as torch's own kernels do.
+    interpret:    kernels for a GPU are run by their language's interpreter, on the CPU: slow, and exact enough to check.
     dump:         stations whose program is printed to stderr (MEMCOMP_DUMP=capture,reduce_passes,tvm).
     """
 
@@ -34,14 +35,15 @@ class Config:
     strict: bool = False
     tune: str = "off"
     chains: str = "gain"
+    interpret: bool = False
     dump: tuple[str, ...] = ()
 
 
 def config(options: Mapping[str, Any] | None = None) -> Config:
     """The `Config` of user options (names and values as the user wrote them) and the environment.
 
-    Variables: MEMCOMP_DUMP, MEMCOMP_TARGET, MEMCOMP_REST, MEMCOMP_STRICT (1 or 0), MEMCOMP_TUNE, MEMCOMP_CHAINS; an
-    explicit option wins.  Raises OptionError for an unknown name or an illegal value.
+    Variables: MEMCOMP_DUMP, MEMCOMP_TARGET, MEMCOMP_REST, MEMCOMP_STRICT and MEMCOMP_INTERPRET (1 or 0),
+    MEMCOMP_TUNE, MEMCOMP_CHAINS; an explicit option wins.  Raises OptionError for an unknown name or an illegal value.
     """
     given = {**_environment(), **dict(options or {})}
     known = {f.name for f in fields(Config)}
@@ -51,8 +53,9 @@ def config(options: Mapping[str, Any] | None = None) -> Config:
     _choice(given, "rest", RESTS)
     _choice(given, "tune", TUNES)
     _choice(given, "chains", CHAINS)
-    if not isinstance(given.get("strict", False), bool):
-        raise OptionError(f"option strict={given['strict']!r} is not a truth value", hint="use True or False")
+    for name in ("strict", "interpret"):
+        if not isinstance(given.get(name, False), bool):
+            raise OptionError(f"option {name}={given[name]!r} is not a truth value", hint="use True or False")
     rest = given.get("rest_options", {})
     if not isinstance(rest, Mapping):
         raise OptionError(f"option rest_options={rest!r} is not a mapping", hint='e.g. {"max_autotune": True}')
@@ -93,10 +96,11 @@ def _environment() -> dict[str, Any]:
     for name in ("target", "rest", "tune", "chains"):
         if value := os.environ.get(f"MEMCOMP_{name.upper()}"):
             env[name] = value
-    if value := os.environ.get("MEMCOMP_STRICT"):
-        if value not in ("0", "1"):
-            raise OptionError(f"MEMCOMP_STRICT={value!r} is not 0 or 1", hint="unset it for the default (0)")
-        env["strict"] = value == "1"
+    for name in ("strict", "interpret"):
+        if value := os.environ.get(f"MEMCOMP_{name.upper()}"):
+            if value not in ("0", "1"):
+                raise OptionError(f"MEMCOMP_{name.upper()}={value!r} is not 0 or 1", hint="unset it for the default (0)")
+            env[name] = value == "1"
     if value := os.environ.get("MEMCOMP_DUMP"):
         env["dump"] = value
     return env

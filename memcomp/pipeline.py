@@ -54,8 +54,8 @@ class Compiled:
 
 
 _LOCK = threading.RLock()
-_READ: dict[tuple[Program, tuple[str, ...], str, str], Compiled] = {}  # equal layers take the first exit
-_BUILT: dict[tuple[str, tuple[str, ...], str, str, str], Compiled] = {}
+_READ: dict[tuple[Program, tuple[str, ...], str, str, bool], Compiled] = {}  # equal layers take the first exit
+_BUILT: dict[tuple[str, tuple[str, ...], str, str, str, bool], Compiled] = {}
 
 
 def observers(config: Config, observe: Observer | None = None) -> Observer:
@@ -132,10 +132,18 @@ def overwritable(compiled: Compiled) -> list[int]:
     return [k for k, p in enumerate(compiled.tiles.params) if p.name in names]
 
 
-def build(kernel: Kernel) -> Callable[..., Any]:
-    """A callable(*tensors, *sizes) of the emitted text."""
+def device_of(config: Config) -> str:
+    """Where the tensors are that kernels take: "cpu" or "cuda"."""
+    return str(_codegen(backend_of(config.target)).DEVICE)
+
+
+def build(kernel: Kernel, config: Config) -> Callable[..., Any]:
+    """A callable(*tensors, *sizes) of the emitted text.  Raises Refusal where its compiler is not installed."""
+    backend = _codegen(kernel.backend)
     try:
-        return _codegen(kernel.backend).build(kernel)  # type: ignore[no-any-return]
+        if config.interpret and backend.DEVICE != "cpu":
+            return backend.interpreted(kernel)  # type: ignore[no-any-return]
+        return backend.build(kernel)  # type: ignore[no-any-return]
     except ModuleNotFoundError as error:
         raise Refusal(f"the backend {kernel.backend} needs {error.name}, which is not installed") from error
 
@@ -162,7 +170,7 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
     """
     backend = backend or backend_of(config.target)
     read = replace(read, target=config.target)
-    same = (replace(read, name=""), definitions(read), backend, config.tune)
+    same = (replace(read, name=""), definitions(read), backend, config.tune, config.interpret)
     with _LOCK:
         if same in _READ and observe is None:
             return _READ[same]
@@ -174,13 +182,13 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
         # a digest does not know names, and sizes that no shape shows are passed by name
         shown = sources(input_shapes(general.cascade))
         named = tuple(r.name for r in general.cascade.ranks if r.extent is None and r.name not in shown)
-        key = (general.digest, named, config.target, backend, config.tune)
+        key = (general.digest, named, config.target, backend, config.tune, config.interpret)
         if key not in _BUILT or observe is not None:
             closed = closed_form(general, PIPELINE[GENERAL:], read, sizes or {}, config, see)
             tiles, kernel = emit(closed, config=config, observe=see, backend=backend)
             if key not in _BUILT:
                 recheck(general, closed)
-                _BUILT[key] = Compiled(general.digest, before, closed, tiles, kernel, build(kernel))
+                _BUILT[key] = Compiled(general.digest, before, closed, tiles, kernel, build(kernel, config))
         return _READ.setdefault(same, _BUILT[key])
 
 

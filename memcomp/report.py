@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +133,8 @@ class Explanation:
 
 
 def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: Any) -> Explanation:
-    """What memcomp makes of `fn` on these inputs: it runs once, eagerly around the kernels.
+    """What memcomp makes of `fn` on these inputs: it runs once, eagerly around the kernels (without them, where they
+    are for another device).
 
     fn: a function, an nn.Module, or a `Program` (then without inputs).  options: as for `compile`.
     Traffic is in bytes a call, at the sizes of these inputs (of a `Program`: its bounds, or 1024).  Raises OptionError
@@ -144,18 +146,24 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
         return Explanation((describe(fn.name, fn, compiled, {}),))
     import torch
 
+    from torch import fx
+
     from memcomp.backend import install, region_sizes, uncompiled
+    from memcomp.pipeline import device_of
     from memcomp.runtime import Fallback
 
     regions: list[RegionReport] = []
     refusals: list[Refused] = []
+    elsewhere = device_of(settings) != "cpu"  # the kernels may have no device here: what torch wrote runs
+    settings = replace(settings, interpret=elsewhere)
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        plain = fx.GraphModule(gm, copy.deepcopy(gm.graph)) if elsewhere else gm
         installed, failed = install(gm, settings)
         regions.extend(describe(i.region.source, i.region.program, i.compiled, region_sizes(i.region))
                        for i in installed)
         refusals.extend(Refused(f.where, f.why) for f in failed)
-        return gm.forward
+        return plain.forward
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Fallback)  # they are in the result

@@ -214,7 +214,7 @@ def _call_fake(inputs: list[torch.Tensor], sizes: list[Any], key: str) -> list[t
 
 def _call_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes: list[int],
                    key: str) -> list[torch.Tensor]:
-    """Straight to the kernel where no gradient is asked for and nothing but the CPU comes below autograd: the way there
+    """Straight to the kernel where no gradient is asked for and nothing but the device comes below autograd: the way there
     through torch's dispatcher costs more than all the rest of a call."""
     if torch.is_grad_enabled():
         for t in inputs:
@@ -226,7 +226,7 @@ def _call_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes
     seen = keys.raw_repr()
     direct = _DIRECT.get(seen)
     if direct is None:
-        direct = _DIRECT[seen] = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() == torch._C.DispatchKey.CPU
+        direct = _DIRECT[seen] = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICES
     return run(_ENTRIES[key], inputs, sizes) if direct else _below_autograd(keys, inputs, sizes, key)
 
 
@@ -235,6 +235,7 @@ def _tangent(t: torch.Tensor) -> bool:
 
 
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _DIRECT: dict[int, bool] = {}  # set of dispatch keys -> is the kernel next below autograd?
 
 
@@ -309,10 +310,11 @@ _LIBRARY = torch.library.Library("memcomp", "DEF")  # type: ignore[no-untyped-ca
 _LIBRARY.define("call(Tensor[] inputs, SymInt[] sizes, str key) -> Tensor[]")  # type: ignore[no-untyped-call]
 _LIBRARY.define("overwrite(Tensor(a!) over, Tensor[] inputs, SymInt[] sizes, str key) -> ()")  # type: ignore[no-untyped-call]
 _LIBRARY.define("backward(Tensor[] grads, Tensor[] inputs, SymInt[] sizes, str key, bool[] needs) -> Tensor[]")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("call", _call, "CPU")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("overwrite", _overwrite, "CPU")  # type: ignore[no-untyped-call]
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("call", _call, _device)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("overwrite", _overwrite, _device)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("backward", _backward, _device)  # type: ignore[no-untyped-call]
 _LIBRARY.impl("call", _call_autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
-_LIBRARY.impl("backward", _backward, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("memcomp::call", _call_fake, lib=_LIBRARY)
 torch.library.register_fake("memcomp::overwrite", lambda over, inputs, sizes, key: None, lib=_LIBRARY)
 torch.library.register_fake("memcomp::backward", _backward_fake, lib=_LIBRARY)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 import re
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,18 @@ pytest.importorskip("tvm")
 from memcomp.codegen.rounding import rounds  # noqa: E402
 from memcomp.codegen.tvm import build, emit  # noqa: E402
 from memcomp.codegen.tvm.build import machine_code  # noqa: E402
-from memcomp.codegen.tvm.isa import AMX, AVX2, AVX512, AVX512_BF16, EMULATED, Isa, isa  # noqa: E402
+from memcomp.codegen.tvm import isa as machines  # noqa: E402
+from memcomp.codegen.tvm.isa import (  # noqa: E402
+    AMX,
+    AVX2,
+    AVX512,
+    AVX512_BF16,
+    AVX512_VNNI,
+    EMULATED,
+    Isa,
+    isa,
+    named_isa,
+)
 
 HAS_PAIRS, HAS_TILES = (set(f) <= set(cpu().features) for f in (("avx512_bf16",), ("amx_tile", "amx_bf16")))
 FORMS = [
@@ -189,9 +199,9 @@ def test_what_is_packed_and_rounded() -> None:
 def test_forms_are_chosen_by_feature() -> None:
     here = target("cpu")
     v4 = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
-    for more, want in (((), AVX512), (("avx512_bf16",), AVX512_BF16), (("avx512_bf16", "amx_tile", "amx_bf16"), AMX),
-                       (("amx_tile", "amx_bf16"), AVX512)):
-        assert isa(replace(here, features=v4 + more)) is want
+    every = ("avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
+    for more, want in (((), AVX512), (("avx512_bf16",), AVX512_BF16), (every[:2], AVX512_VNNI), (every, AMX)):
+        assert isa(replace(here, features=v4 + more)) == want == named_isa(want.name)
     assert isa(replace(here, features=v4[:3])) is AVX2
     tp = lower(mapped(parse(PRODUCT.format(e=64, out="f32")), 2))
     words = {f: set(re.findall(r"\b(dot_pairs|tile_product|tile_start|tile_stop)\b", emit(tp, f).source))
@@ -205,7 +215,7 @@ def test_forms_are_chosen_by_feature() -> None:
 @pytest.mark.parametrize("model", ["x86-64-v4", "sapphirerapids"])
 def test_tiles_assemble(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tile registers are shaped before their first use and given back after the last; other forms have none of it."""
-    monkeypatch.setitem(import_module("memcomp.codegen.tvm.build")._ISA, AMX.name, replace(AMX, cpu=model))
+    monkeypatch.setitem(machines._BASES, AVX512.name, replace(AVX512, cpu=model))
     tp = lower(mapped(parse(PRODUCT.format(e=64, out="f32")), 2))
     code = machine_code(emit(tp, AMX)).inspect_source("asm")
     order = re.findall(r"^\s+(ldtilecfg|tilezero|tdpbf16ps|tilestored|tilerelease)\b", code, re.M)

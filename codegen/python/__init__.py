@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["build", "emit"]
+__all__ = ["DEVICE", "build", "emit"]
+
+DEVICE = "cpu"
 
 
 def emit(tp: TileProgram, target: object = None) -> Kernel:

@@ -2,5 +2,8 @@
 
 from memcomp.codegen.triton.build import build
 from memcomp.codegen.triton.emit import emit
+from memcomp.codegen.triton.interpreter import interpreted
 
-__all__ = ["build", "emit"]
+__all__ = ["DEVICE", "build", "emit", "interpreted"]
+
+DEVICE = "cuda"

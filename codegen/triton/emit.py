@@ -167,7 +167,8 @@ class _Writer:
                 dim = self.k.dim(d)
                 if not self._filled(dim) or (len(a.dims) == 1 and a.points < a.size):
                     tests.append(f"{self.scope.local(d, (a,))} < {self.scope.scalar(dim.count)}")
-            self.line(f"{self.names[f'live_{a.name}']} = " + " & ".join(f"({t})" if len(tests) > 1 else t for t in tests))
+            test = " & ".join(f"({t})" if len(tests) > 1 else t for t in tests)
+            self.line(f"{self.names[f'live_{a.name}']} = {test}")
 
     def live(self, axes: tuple[Axis, ...], want: tuple[Axis, ...] | None = None) -> list[str]:
         """Texts, broadcast over `axes`, of the conditions that points of the axes `want` (all) count."""
@@ -342,7 +343,7 @@ class _Writer:
         return "f32" if all(self.scope.dtypes[x.tensor] in ("f32", *STORED) for x in (a, b)) else ""
 
     def operand(self, a: Access, want: tuple[Axis, ...], over: tuple[Axis, ...], form: str) -> str:
-        """A tile as an operand: in the format, over `want` in this order, 0 where the contracted points do not count."""
+        """A tile as an operand: in the format, over `want` in this order, 0 where contracted points do not count."""
         own = self.scope.tiles[a.tensor]
         text = self.names[a.tensor]
         if a.tensor not in self.stored and a.tensor not in self.small:

@@ -24,14 +24,14 @@ _worker: list[subprocess.Popen[bytes]] = []
 
 
 def interpreted(kernel: Kernel) -> Callable[..., None]:
-    """A callable like that of `build`, for tensors in the memory of this machine.  Raises Refusal with what the
-    interpreter says where the text cannot run."""
+    """A callable like that of `build`, for tensors on any device, copied to this machine's memory and back.  Raises
+    Refusal with what the interpreter says where the text cannot run."""
     launch = Launch(kernel)
 
     def run(*given: Any) -> None:
         tensors, source, calls = launch.prepared(given)
         half = {p.name for p in kernel.program.params if p.dtype == "bf16"}
-        plain = {n: t.float() if n in half else t for n, t in tensors.items()}
+        plain = {n: t.float().cpu() if n in half else t.cpu() for n, t in tensors.items()}
         done = _ask(source, calls, plain)
         for p in kernel.program.params:
             if p.role != "in":

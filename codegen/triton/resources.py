@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
 
 from memcomp.codegen.triton.layout import Layout, layout, sides
 from memcomp.ir.errors import Refusal
@@ -33,6 +34,7 @@ from memcomp.ir.tile import (
 
 ASYNC_ROWS = 64    # fewer rows and the tensor cores of sm_90 and sm_100 are fed through registers, as before
 REGISTERS = 255    # a thread can have no more
+COLUMNS = 512      # of tensor memory
 BARRIER = 8        # bytes
 ALIGNED = 1024     # bytes: of a tile that `tcgen05` reads; what lies before it is rounded up
 
@@ -43,6 +45,9 @@ class Setting:
 
     warps: int
     stages: int
+
+
+SETTINGS = tuple(Setting(w, s) for w in (4, 8, 1, 2) for s in (3, 2, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,56 @@ class Product:
 def need(tp: TileProgram, k: TileKernel, target: Target, setting: Setting) -> Need:
     """What a block of one launch takes.  Raises Refusal where the kernel has no layout."""
     return _Reader(tp, k, layout(k), target.capability, setting).need()
+
+
+def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
+    """The setting to compile a launch with: one that fits and does not spill, if there is one; of these the most stages,
+    and warps that each have rows of their own.
+
+    Raises Refusal where none fits: with the bytes needed and there, and the nearest tile sizes that would fit.
+    """
+    axes = layout(k)
+    fitting = list(_fitting(tp, k, axes, target))
+    if fitting:
+        wanted = _Reader(tp, k, axes, target.capability, Setting(4, 1)).warps()
+        return min(fitting, key=lambda x: (x[1].spills, -x[0].stages, abs(x[0].warps - wanted), x[1].registers))[0]
+    least = min((need(tp, k, target, s) for s in SETTINGS), key=lambda n: n.shared)
+    there = target.level("smem").bytes
+    what = f"{k.name} needs {least.shared:,} bytes of shared memory, and a block of {target.name} has {there:,}"
+    if least.shared <= there:
+        what = f"{k.name} needs {least.tensor_memory} columns of tensor memory, and a block of {target.name} has {COLUMNS}"
+    near = nearest_fit(tp, k, target)
+    raise Refusal(what, tp.name, "it fits with " + ", ".join(f"{d} = {n}" for d, n in near.items()) if near else
+                  "no smaller tile of the ranks that are cut fits: cut the others")
+
+
+def nearest_fit(tp: TileProgram, k: TileKernel, target: Target) -> dict[str, int]:
+    """The capacities of tile dims, of those that are cut from a longer rank, that differ least from the kernel's and
+    fit; {} where none do."""
+    cut = [d for d in k.dims if d.start != Const(0) and d.capacity > 1]
+    for steps in range(1, sum(d.capacity.bit_length() for d in cut) + 1):
+        found: list[dict[str, int]] = []
+        for halved in combinations_with_replacement(cut, steps):
+            sizes = {d.name: d.capacity >> halved.count(d) for d in cut}
+            if min(sizes.values()) < 1:
+                continue
+            smaller = replace(k, dims=tuple(replace(d, capacity=sizes.get(d.name, d.capacity)) for d in k.dims))
+            if any(_fitting(tp, smaller, layout(smaller), target)):
+                found.append(sizes)
+        if found:
+            best = max(found, key=lambda sizes: min(sizes.values()))
+            return {d.name: best[d.name] for d in cut if best[d.name] != d.capacity}
+    return {}
+
+
+def _fitting(tp: TileProgram, k: TileKernel, axes: Layout, target: Target) -> Iterator[tuple[Setting, Need]]:
+    multiplies = any(isinstance(s, Dot) for s in statements(k.body))
+    for s in SETTINGS:
+        if multiplies and s.warps < 4:
+            continue   # tensor cores of one processor are fed by four warps
+        n = _Reader(tp, k, axes, target.capability, s).need()
+        if n.shared <= target.level("smem").bytes and n.tensor_memory <= COLUMNS:
+            yield s, n
 
 
 class _Reader:
@@ -165,7 +220,7 @@ class _Reader:
                 if tile not in (p.left, p.right) or p.exact:
                     streamed.setdefault(tile, self.points(tile) * self.element(tile) * (stages - 1))
         for s in body:
-            if isinstance(s, Fold) and s.over:
+            if isinstance(s, (Fold, Dot)) and s.over and not any(p.tile == s.tile for p in products):
                 passing.append(self.reduction(s, products))
         if stages == 1 or not looped:
             return sum(held.values()) + max(*turns, *passing)
@@ -194,9 +249,9 @@ class _Reader:
                      if isinstance(n, Access) and n.tensor in self.tiles]
         return {t for t in seen if isinstance(own[t], Load) and len(self.layout.of(self.tiles[t].dims)) > 1}
 
-    def reduction(self, s: Fold, products: list[Product]) -> int:
-        """Bytes that a reduction over spread columns passes from warp to warp."""
-        read = {n.tensor for n in walk(s.body) if isinstance(n, Access)}
+    def reduction(self, s: Fold | Dot, products: list[Product]) -> int:
+        """Bytes that a reduction passes from warp to warp, at most: none where each warp has whole rows of a product."""
+        read = {n.tensor for e in expressions(s) for n in walk(e) if isinstance(n, Access)}
         if self.setting.warps == 1 or any(
                 p.tile in read and (p.asynchronous(self.capability, self.setting.warps) or not self.spread(products, p))
                 for p in products):
@@ -213,7 +268,53 @@ class _Reader:
                       for p in fetched)
         return 1 << max(columns - 1, 0).bit_length() if columns else 0
 
+    def warps(self) -> int:
+        """Warps for which there is work: 16 rows of a product each, else 32 numbers a thread at most."""
+        products = [p for body in self.bodies(self.k.body) for p in self.products(body)]
+        if products:
+            return 8 if max(p.rows for p in products) >= 128 else 4
+        most = max((self.points(t) for t in self.tiles), default=1)
+        return max(1, min(8, most // (32 * 32)))
+
     # -- registers ---------------------------------------------------------------------------------------------------
 
     def registers(self) -> tuple[float, bool]:
         return 0.0, False
+
+    def held(self, body: tuple[Statement, ...]) -> dict[str, float]:
+        """What a thread holds in 32-bit registers in a loop, by kind.
+
+        sums:      of tiles that one step hands to the next.
+        values:    at most at once of the tiles that a step computes.
+        rows:      of numbers for rows, which several threads hold alike.
+        fragments: of operands that warps fetch for their tensor cores and that the loop does not change.
+        chunks:    addresses, one for each 16 bytes that a thread fetches.
+        """
+        threads, products = 32 * self.setting.warps, self.products(body)
+        own = [s for s in body if isinstance(s, (Load, Map, Fold, Dot))]
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        carried: set[str] = set()
+        for n, s in enumerate(own):
+            read = {x.tensor for e in expressions(s) for x in walk(e) if isinstance(x, Access)} & set(self.tiles)
+            if isinstance(s, (Fold, Dot)) and s.accumulate:
+                read.add(s.tile)
+            carried |= {t for t in read if t not in first and any(x.tile == t for x in own)}
+            last |= dict.fromkeys(read, n)
+            first.setdefault(s.tile, n)
+        straight = {t for p in products for t in (p.left, p.right) if t in first and isinstance(own[first[t]], Load)}
+        local = [t for t in first if t not in carried and t not in straight]
+        matrices = [t for t in local if len(self.layout.of(self.tiles[t].dims)) > 1]
+        sums = sum(self.points(t) for t in carried if len(self.layout.of(self.tiles[t].dims)) > 1) / threads
+        values = max((sum(self.points(t) for t in matrices if first[t] <= n <= last.get(t, first[t]))
+                      for n in range(len(own))), default=0) / threads
+        fragments, along = 0.0, 1
+        for p in products:
+            if not p.asynchronous(self.capability, self.setting.warps):
+                along = 1 if self.spread(products, p) else self.setting.warps
+                if p.left not in first:
+                    fragments += p.rows * p.depth * p.bytes / 4 / (32 * along)
+        vectors = [t for t in (*carried, *local) if len(self.layout.of(self.tiles[t].dims)) == 1]
+        rows = sum(max(2.0, self.points(t) / (8 * along)) for t in vectors)
+        chunks = sum(self.points(t) * self.element(t) / 16 / threads for t in straight)
+        return {"sums": sums, "values": values, "rows": rows, "fragments": fragments, "chunks": chunks}

@@ -3,4 +3,6 @@
 from memcomp.codegen.tvm.build import build
 from memcomp.codegen.tvm.emit import emit
 
-__all__ = ["build", "emit"]
+__all__ = ["DEVICE", "build", "emit"]
+
+DEVICE = "cpu"

@@ -153,4 +153,4 @@ def tile_product(total: Value, at_total: Sequence[Value], a: Value, at_a: Sequen
             T.buffer_store(total, tirx.const(0, total.dtype), place)
         with T.serial(cast("int64", steps) * i64(TILE)) as k:
             x, y = one(a, at_a, r, k), one(b, at_b, k, c)
-            T.buffer_store(total, dot_pairs(total[tuple(place)], x, y, instruction[3:5]), place)
+            T.buffer_store(total, dot_pairs(total[tuple(place)], x, y, instruction[4:6]), place)

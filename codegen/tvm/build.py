@@ -78,7 +78,7 @@ def compiled(kernel: Kernel) -> Callable[..., Any]:
     """Compile the text and load it; parallel loops run on torch's threads where it has loaded its OpenMP."""
     from memcomp.codegen.tvm import launcher
 
-    if named_isa(kernel.isa).tiles:
+    if any(m.tiles for m in named_isa(kernel.isa).instructions):
         launcher.allow_tiles()
     loaded = machine_code(kernel)
     launcher.install(loaded)
@@ -96,7 +96,7 @@ def machine_code(kernel: Kernel) -> Any:
     try:
         with machine(form):
             function = read(kernel.source, vocabulary())["main"]
-        own = instructions.text(form) if form.attributes else ""  # what is emulated is told nothing
+        own = instructions.text(form.instructions)
         if own:
             function = function.with_body(
                 tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", own, function.body))

@@ -1,6 +1,6 @@
 """Contractions on registers: two micro-kernels, and the general reduction where neither fits.
 
-Both run on f32 values or, where `pairs` says so, on bf16 pairs; `tiles` has the third form of those.
+Both run on f32 values or, where `pairs` says so, on pairs of short numbers; `tiles` has the third form of those.
 
 outer: the tile's vector dim belongs to one operand, whose neighbours along it lie together; the other gives one number
     per row.  Rows x vectors of accumulators stay in registers over the whole contraction, or over a part of a long one,
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from memcomp.codegen.tvm import pairs, tiles
 from memcomp.codegen.tvm.access import contiguous, over_points, scalar_element, strips, vector
 from memcomp.codegen.tvm.ahead import LINE, ahead
-from memcomp.codegen.tvm.pairs import Pairs
+from memcomp.codegen.tvm.pairs import Pairs, Product
 from memcomp.codegen.tvm.writer import Point, Writer, plus, power_of_two, times
 from memcomp.ir.expr import Access, call, variables
 from memcomp.ir.target import BYTES
@@ -25,6 +25,7 @@ from memcomp.ir.tile import Dot, Fold, Load
 
 PART = 256  # terms that one accumulator takes
 NEAR = 24 << 10  # bytes of the nearest cache that a part of an operand may fill
+SIGNS = "T.int32(-0x7F7F7F80)"  # four times 128, as numbers without sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,9 @@ def dot(w: Writer, s: Dot, point: Point) -> Fold | None:
         if product.form == "tiles":
             tiles.product(w, s, product, rows, columns, point)
         elif product.form == "inner":
-            _inner(w, s, rows, columns, product.k, point)
+            _inner(w, s, rows, columns, product.k, point, product)
         else:
-            _outer(w, s, rows, columns, point)
+            _outer(w, s, rows, columns, point, product)
         return None
     t = w.tiles[s.tile]
     a, b = Operand.of(w, s.a), Operand.of(w, s.b)
@@ -152,9 +153,10 @@ def _part(w: Writer, dim: str, lanes: int, sides: tuple[Operand | Pairs, ...]) -
         return None
     packed = [x for x in sides if isinstance(x, Pairs)]
     if packed:
-        if n % 2 and any(x.buffer == "" for x in packed):
+        each = packed[0].side.each
+        if n % each and any(x.buffer == "" for x in packed):
             return None
-        n = (n + 1) // 2
+        n = -(-n // each)
     most = min(PART, NEAR // (4 * lanes))
     fits = [k for k in range(most, most // 2, -1) if n % k == 0]
     return n, fits[0] if fits else most
@@ -177,40 +179,53 @@ def _rows(w: Writer, dim: str, size: int, point: Point, body: Callable[[list[Poi
         body([point.at(**{dim: r})])
 
 
-def _added(total: str, lanes: int, a: Operand | Pairs, x: str, y: str) -> str:
+def _added(total: str, lanes: int, by: Product | None, x: str, y: str) -> str:
     """Text of a multiply-add."""
     old = f"{total}[at({lanes})]"
-    return f"{old} = dot_pairs({old}, {x}, {y})" if isinstance(a, Pairs) else f"{old} = {old} + {x} * {y}"
+    if by is None:
+        return f"{old} = {old} + {x} * {y}"
+    return f"{old} = dot_pairs({old}, {f'{y}, {x}' if by.swapped else f'{x}, {y}'})"
+
+
+def _zero(by: Product | None, lanes: int) -> str:
+    """Text of a sum of nothing."""
+    return f"splat({'f32(0.0)' if by is None or by.by.sums == 'f32' else 'T.int32(0)'}, {lanes})"
+
+
+def _held(w: Writer, tile: str, value: str) -> str:
+    """Text of a sum as its tile holds it."""
+    return f"cast('int64', {value})" if w.tiles[tile].dtype == "i64" else value
 
 
 def _pairs_then_last(w: Writer, sides: tuple[Pairs, ...], over: tuple[str, ...], point: Point,
-                     body: Callable[[Point, bool], None]) -> None:
-    """All pairs of the contracted dims; in place, a last number without a partner has a step of its own."""
-    k = sides[0].side.k
+                     body: Callable[[Point, int], None]) -> None:
+    """All pairs of the contracted dims, and how many numbers they have; in place, the last ones that do not fill a
+    pair have a step of their own."""
+    k, each = sides[0].side.k, sides[0].side.each
 
     def along(q: Point) -> None:
         n, count = w.fixed(k), w.count(k)
-        whole = any(x.buffer == "" for x in sides) and (n is None or n % 2 > 0)
-        round_up = 0 if whole else 1
-        stop = f"i64({(n + round_up) // 2})" if n is not None else f"T.truncdiv({plus(count, round_up)}, 2)"
+        whole = any(x.buffer == "" for x in sides) and (n is None or n % each > 0)
+        round_up = 0 if whole else each - 1
+        stop = f"i64({(n + round_up) // each})" if n is not None else f"T.truncdiv({plus(count, round_up)}, {each})"
         with w.repeat("i", stop) as i:
-            body(q.at(**{k: i}), True)
+            body(q.at(**{k: i}), each)
         if whole:
-            with w.block(f"if T.truncmod({count}, 2) == 1:"):
-                body(q.at(**{k: stop}), False)
+            for given in pairs.remainders(w, k, each):
+                body(q.at(**{k: stop}), given)
 
     _loops(w, [d for d in over if d != k], point, along)
 
 
-def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Point) -> None:
+def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Point, by: Product | None = None) -> None:
     t = w.tiles[s.tile]
     lane = t.dims[-1]
     free = [d for d in t.dims[:-1] if d not in b.dims]
     row = max(free, key=lambda d: w.dims[d].capacity) if free else ""
     outside = [d for d in t.dims[:-1] if d != row]
     rows = w.fixed(row) or w.dims[row].capacity if row else 1
-    size, vectors = w.isa.block(rows, w.padded(lane) // w.vector(lane) if isinstance(b, Pairs) else 4)
-    k, each = (b.side.k, 2) if isinstance(b, Pairs) else (s.over[-1], 1)  # along what, and numbers of a step
+    size, vectors = w.isa.block(rows, w.padded(lane) // w.vector(lane))
+    k, each = (b.side.k, b.side.each) if isinstance(b, Pairs) else (s.over[-1], 1)  # along what, and numbers of a step
     parts = _part(w, k, vectors * w.vector(lane), (a, b))
 
     def all_parts(q: Point) -> None:
@@ -220,7 +235,7 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
         if not s.accumulate:
             over_points(w, tuple(d for d in t.dims[:-1] if d not in outside), q, lambda p: strips(
                 w, lane, lambda base, m, _: w.line(f"{w.tile_at(t.name, p.scalars, f'at({m}, {base})')} = "
-                                                   f"splat(f32(0.0), {m})")))
+                                                   f"{_held(w, t.name, _zero(by, m))}")))
         n, most = parts
         with w.repeat("part", f"i64({n // most})") as i:
             columns(q, (times(i, most), most))
@@ -244,51 +259,63 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
             start += many * lanes
 
     def block(q: Point, base: str, lanes: int, part: tuple[str, int] | None) -> None:
-        _rows(w, row, size, q, lambda rows: _tile(rows, base, lanes, part))
+        begin = _zero(by, lanes)
+        if isinstance(a, Pairs) and a.side.more:  # what its numbers are more than they should be
+            owed = w.names.fresh("owed")
+            w.line(f"{owed} = acc({begin})")
+            every(q, part, lambda p, given: w.line(_added(owed, lanes, by, SIGNS, across(p, base, lanes, given))))
+            begin = f"{begin} - {owed}[at({lanes})]"
+        _rows(w, row, size, q, lambda rows: _tile(rows, base, lanes, part, begin))
 
-    def _tile(rows: list[Point], base: str, lanes: int, part: tuple[str, int] | None) -> None:
+    def across(q: Point, base: str, lanes: int, given: int) -> str:
+        """What lies across the lanes at a step, in a register."""
+        x, mask = w.names.fresh("b"), _edge(w, b, lane, base, lanes)
+        if not b.tile and given == each:
+            for n in range(each):
+                here = q if each == 1 else q.at(**{k: plus(f"{q.scalars[k]} * {each}", n)})
+                ahead(w, b.access, here, lane, lanes, base, k)
+        if isinstance(b, Pairs):
+            w.let(x, f"reg({b.vec(w, q, lane, lanes, base, mask, given)})")
+        else:
+            w.let(x, b.vec(w, q, lane, lanes, base, mask))
+        return x
+
+    def every(q: Point, part: tuple[str, int] | None, step: Callable[[Point, int], None]) -> None:
+        """All steps of the contraction, or of a part of it."""
+        if part is not None:
+            def along(p: Point) -> None:
+                with w.repeat("i", f"i64({part[1]})") as i:
+                    step(p.at(**{k: f"({i} + {part[0]})"}), each)
+
+            _loops(w, [d for d in s.over if d != k], q, along)
+        elif isinstance(a, Pairs) and isinstance(b, Pairs):
+            _pairs_then_last(w, (a, b), s.over, q, step)
+        else:
+            _loops(w, list(s.over), q, lambda p: step(p, each))
+
+    def _tile(rows: list[Point], base: str, lanes: int, part: tuple[str, int] | None, begin: str) -> None:
         totals = []
         for _ in rows:
             totals.append(w.names.fresh("total"))
-            w.line(f"{totals[-1]} = acc(splat(f32(0.0), {lanes}))")
+            w.line(f"{totals[-1]} = acc({begin})")
 
-        def step(q: Point, whole: bool = True) -> None:
+        def step(q: Point, given: int) -> None:
             inside = {d: q.scalars[d] for d in s.over}
-            x = w.names.fresh("b")
-            mask = _edge(w, b, lane, base, lanes)
-            if isinstance(b, Pairs):
-                if not b.tile and whole:
-                    for half in (0, 1):
-                        here = q.at(**{k: plus(f"{q.scalars[k]} * 2", half)})
-                        ahead(w, b.access, here, lane, lanes, base, k)
-                w.let(x, f"reg({b.vec(w, q, lane, lanes, base, mask, whole)})")
-            else:
-                if not b.tile:
-                    ahead(w, b.access, q, lane, lanes, base, k)
-                w.let(x, b.vec(w, q, lane, lanes, base, mask))
+            x = across(q, base, lanes, given)
             for r, total in zip(rows, totals, strict=True):
                 at = r.at(**inside)
-                w.line(_added(total, lanes, a, a.one(w, at, whole) if isinstance(a, Pairs) else a.one(w, at), x))
+                one = a.one(w, at, given) if isinstance(a, Pairs) else a.one(w, at)
+                w.line(_added(total, lanes, by, one, x))
 
-        if part is not None:
-            if not a.tile:  # its rows are left before their ends: no machine guesses what comes next
-                for r in rows:
-                    here = r.at(**{d: "i64(0)" for d in s.over})
-                    ahead(w, a.access, here, k, each * part[1], times(part[0], each))
-
-            def along(q: Point) -> None:
-                with w.repeat("i", f"i64({part[1]})") as i:
-                    step(q.at(**{k: f"({i} + {part[0]})"}))
-
-            _loops(w, [d for d in s.over if d != k], rows[0], along)
-        elif isinstance(a, Pairs) and isinstance(b, Pairs):
-            _pairs_then_last(w, (a, b), s.over, rows[0], step)
-        else:
-            _loops(w, list(s.over), rows[0], step)
+        if part is not None and not a.tile:  # its rows are left before their ends: no machine guesses what comes next
+            for r in rows:
+                here = r.at(**{d: "i64(0)" for d in s.over})
+                ahead(w, a.access, here, k, each * part[1], times(part[0], each))
+        every(rows[0], part, step)
         for r, total in zip(rows, totals, strict=True):
             out = w.tile_at(t.name, r.scalars, f"at({lanes}, {base})")
             old = f"{out} + " if s.accumulate or part is not None else ""
-            w.line(f"{out} = {old}{total}[at({lanes})]")
+            w.line(f"{out} = {old}{_held(w, t.name, f'{total}[at({lanes})]')}")
 
     _loops(w, outside, point, all_parts)
 
@@ -300,14 +327,15 @@ def _edge(w: Writer, b: Operand | Pairs, lane: str, base: str, lanes: int) -> st
     return f"lane({lanes}) < clip({w.count(lane)} - {base})"
 
 
-def _inner(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, along: str, point: Point) -> None:
+def _inner(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, along: str, point: Point,
+           by: Product | None = None) -> None:
     t = w.tiles[s.tile]
     key = t.dims[-1]
     free = [d for d in t.dims[:-1] if d not in b.dims]
     row = max(free, key=lambda d: w.dims[d].capacity) if free else ""
     outside = [d for d in t.dims[:-1] if d != row]
     deeper = [d for d in s.over if d != along]
-    lanes, each = (pairs.LANES, 2) if isinstance(b, Pairs) else (w.vector(along), 1)
+    lanes, each = (pairs.LANES, b.side.each) if isinstance(b, Pairs) else (w.vector(along), 1)
     most = min(w.isa.registers // 2, lanes)       # accumulators; at most one result per lane
     rows = w.fixed(row) or w.dims[row].capacity if row else 1
     size = min(rows, 4 if most >= 16 else 2) if rows not in (3, 5, 6) or rows > most else rows
@@ -321,9 +349,26 @@ def _inner(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, along: str
             with w.repeat("k", f"i64({outs})") as later:
                 here = points[0].at(**{key: f"({base} + {later})"} | {d: "i64(0)" for d in s.over})
                 ahead(w, b.access, here, along, w.dims[along].capacity, "i64(0)", key)
+        begins = [_zero(by, lanes)] * len(points)
+        if isinstance(b, Pairs) and b.side.more:  # what its numbers are more than they should be
+            owed = [w.names.fresh("owed") for _ in points]
+            for name in owed:
+                w.line(f"{name} = acc({_zero(by, lanes)})")
+
+            def rows_alone(q: Point) -> None:
+                def strip(at: str, n: int, mask: str) -> None:
+                    for p, name in zip(points, owed, strict=True):
+                        x = a.vec(w, p.at(**{d: q.scalars[d] for d in deeper}), along, n, at, mask)
+                        w.line(_added(name, lanes, by, x, SIGNS))
+
+                strips(w, along, strip, lanes * each)
+
+            _loops(w, deeper, points[0], rows_alone)
+            begins = [f"{_zero(by, lanes)} - {name}[at({lanes})]" for name in owed]
         totals = [[w.names.fresh("total") for _ in range(outs)] for _ in points]
-        for name in (n for r in totals for n in r):
-            w.line(f"{name} = acc(splat(f32(0.0), {lanes}))")
+        for r, begin in zip(totals, begins, strict=True):
+            for name in r:
+                w.line(f"{name} = acc({begin})")
 
         def step(q: Point) -> None:
             def strip(at: str, n: int, mask: str) -> None:
@@ -340,19 +385,19 @@ def _inner(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, along: str
                         ahead(w, b.access, here, along, n, at, key)
                 for r, x in zip(totals, xs, strict=True):
                     for total, y in zip(r, ys, strict=True):
-                        w.line(_added(total, lanes, a, x, y))
+                        w.line(_added(total, lanes, by, x, y))
 
             strips(w, along, strip, lanes * each)
 
         _loops(w, deeper, points[0], step)
         flat = [f"{n}[at({lanes})]" for r in totals for n in r]
-        flat += [f"splat(f32(0.0), {lanes})"] * (power_of_two(len(flat)) - len(flat))
+        flat += [_zero(by, lanes)] * (power_of_two(len(flat)) - len(flat))
         sums = w.names.fresh("sums")
         w.let(sums, f"row_sums([{', '.join(flat)}])")
         for r, p in enumerate(points):
             out = w.tile_at(t.name, p.scalars, f"at({outs}, {base})")
             got = f"piece({sums}, {r * outs}, {outs})" if len(flat) > outs else sums
-            w.line(f"{out} = {out + ' + ' if s.accumulate else ''}{got}")
+            w.line(f"{out} = {out + ' + ' if s.accumulate else ''}{_held(w, t.name, got)}")
 
     def columns(q: Point) -> None:
         n = w.fixed(key)

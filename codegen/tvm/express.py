@@ -11,6 +11,7 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
 from memcomp.ir.ops import OPS
 
+LEAST = 2.0**-64  # of a factor that products of numbers are joined to: none of them comes near the ends of f32
 ELEMENT_OF = {"f32": "float32", "f64": "float64", "i64": "int64"}
 _ARITHMETIC = {"add": "+", "sub": "-", "mul": "*"}
 _COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
@@ -127,6 +128,8 @@ class Expressions:
     def _call(self, e: Call) -> Val:
         if e.op in _COMPARE and (v := self._lane_compare(e)) is not None:
             return v
+        if (v := self._scaled(e)) is not None:
+            return v
         args = [self._value(a) for a in e.args]
         vec = any(a.vec for a in args)
         if e.op in ("and", "or"):
@@ -159,6 +162,17 @@ class Expressions:
         if kind == "i64" and e.op in _ARITHMETIC:
             return _integers(e.op, args[0], args[1], vec)
         return Val(self._operator(e.op, texts, kind), kind, vec)
+
+    def _scaled(self, e: Call) -> Val | None:
+        """A value that is multiplied and divided by several numbers, or divided by one, as one product in f32."""
+        inner: Expr = e
+        by, steps = 1.0, 0
+        while isinstance(inner, Call) and (found := _factor(inner)) and (inner is e or self.repeated[inner] < 2):
+            by, steps, inner = by * found[1], steps + (2 if inner.op == "div" else 1), found[0]
+        if steps < 2 or not LEAST <= abs(by) <= 1 / LEAST:
+            return None
+        v = self._value(inner)
+        return Val(f"({v.text} * f32({number(by)}))", "f32", v.vec) if v.kind == "f32" and v.const is None else None
 
     def _operator(self, op: str, x: list[str], kind: str) -> str:
         zero = f"{kind}({'0' if kind == 'i64' else '0.0'})"
@@ -200,6 +214,17 @@ class Expressions:
             bound = bound.removesuffix(" - i64(0)")
         op = e.op if got[0] == 1 else {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}.get(e.op, e.op)
         return Val(compared(op, f"lane({p.width})", f"clip({bound})"), "bool", True)
+
+
+def _factor(e: Call) -> tuple[Expr, float] | None:
+    """(x, c) with e = x * c."""
+    for k, x in enumerate(e.args):
+        if isinstance(x, Const) and isinstance(x.value, float) and x.value:
+            if e.op == "mul":
+                return e.args[1 - k], x.value
+            if e.op == "div" and k == 1:
+                return e.args[0], 1 / x.value
+    return None
 
 
 def _integers(op: str, a: Val, b: Val, vec: bool) -> Val:

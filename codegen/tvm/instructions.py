@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memcomp.codegen.tvm.isa import TILE, Isa, Multiply
+from memcomp.codegen.tvm.isa import TILE, Multiply
 
 _LLVM = {"f32": "float", "i32": "i32"}
 _BF16 = """
@@ -99,10 +99,10 @@ def _block(m: Multiply, rows: int, columns: int, add: bool) -> str:
     return "\n".join([*lines, "  ret void", "}", ""])
 
 
-def text(isa: Isa) -> str:
-    """LLVM text of the products that a machine has."""
-    parts = [_TILES] if isa.tiles else []
-    for m in isa.products:
+def text(products: tuple[Multiply, ...]) -> str:
+    """LLVM text of these instructions, and of what goes with them."""
+    parts = [_TILES] if any(m.tiles for m in products) else []
+    for m in products:
         if m.tiles:
             parts.append(f"declare void @llvm.x86.{m.instruction}(i8, i8, i8)\n")
             parts += [_block(m, r, c, add) for r in (1, 2) for c in (1, 2) for add in (False, True)]

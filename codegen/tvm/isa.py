@@ -61,9 +61,9 @@ class Isa:
     products: tuple[Multiply, ...] = ()
 
     @property
-    def tiles(self) -> bool:
-        """Has it tile registers?"""
-        return any(m.tiles for m in self.products)
+    def instructions(self) -> tuple[Multiply, ...]:
+        """The products that LLVM is told of; others are spelled out."""
+        return tuple(m for m in self.products if set(m.attributes) <= set(self.attributes))
 
     def block(self, rows: int, most: int = 4) -> tuple[int, int]:
         """(rows, vectors) of the largest register block of an outer product with `rows` output rows, `most` vectors.
@@ -71,9 +71,9 @@ class Isa:
         The accumulators, one row of vectors and a broadcast value are live together.
         """
         choices = ((6, 4), (5, 4), (4, 4), (3, 4), (8, 2), (6, 2), (5, 2), (4, 2), (3, 2), (2, 4), (2, 2), (1, 4),
-                   (1, 2))
+                   (1, 2), (16, 1), (12, 1), (8, 1), (6, 1), (4, 1), (2, 1), (1, 1))
         fit = [(r, v) for r, v in choices
-               if r * v + v + 1 <= self.registers and r <= max(rows, 1) and v <= max(most, 2)]
+               if r * v + v + 1 <= self.registers and r <= max(rows, 1) and v <= max(most, 1)]
         # loads per multiply-add are (r + v) / (r v); a remainder of rows runs one by one, so blocks that divide win
         return min(fit, key=lambda b: (rows % b[0] > 0, (b[0] + b[1]) / (b[0] * b[1])))
 

@@ -1,21 +1,30 @@
-"""Contractions of bf16 operands: which there are, and how their operands become pairs of neighbours.
+"""Contractions of short operands: which there are, and how their operands become pairs of neighbours.
 
-A contraction runs on pairs where both operands are stored as bf16.  A computed operand is rounded to it where that is
-allowed (`rounding`) and buys time: where more than 2 products share each number of the stored one, so that arithmetic
-and not memory is what they wait for.  Sums stay in f32.  Operands that a Load brings are packed there, once, and never
-widened, or read in place where a pair that serves all lanes lies as one; computed ones are packed where they are used.
-A missing last partner, and in tiles all that is missing up to 16 pairs, is 0 on both sides.
+A pair is what one lane of 32 bits holds: two bf16, or four integers of 8 bits.  A contraction runs on pairs where both
+operands are stored as a product of the machine takes them (`isa.PRODUCTS`).  bf16: a computed operand is rounded to it
+where that is allowed (`rounding`) and buys time: where more than 2 products share each number of the stored one, so
+that arithmetic and not memory is what they wait for; sums stay in f32.  Integers: where no sum of as many products can
+leave 32 bits, so that it is exact; where a product takes numbers with sign and numbers without and both have one, 128
+is added to those of one side, and as many times the sum of the other side's numbers taken off again.
+
+Operands that a Load brings are packed there, once, and never widened, or read in place where a pair that serves all
+lanes lies as one; computed ones are packed where they are used.  A missing last partner, and in tiles all that is
+missing up to 16 pairs, is 0 on both sides.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from memcomp.codegen.rounding import rounds
 from memcomp.codegen.tvm.access import contiguous, over_points, place, strips
-from memcomp.codegen.tvm.writer import Point, Writer, plus
+from memcomp.codegen.tvm.isa import Multiply
+from memcomp.codegen.tvm.writer import BITS, ELEMENT, Point, Writer, plus
 from memcomp.ir.expr import Access
+from memcomp.ir.target import sums_fit
 from memcomp.ir.tile import Dot, Load, Store, Tile, statements
 
 LANES = 16  # of a vector of pairs or of f32: every form that multiplies pairs has 512 bits
@@ -27,19 +36,23 @@ SHARED = 2  # products on one stored number from which on arithmetic costs as mu
 class Side:
     """An operand as int32 pairs along `k`: a buffer over [other dims.., pair], or [other dims.., pair, last].
 
-    beside: which of the other dims lies beside the pairs, where that matters.
+    beside: which of the other dims lies beside the pairs, where that matters.  each: numbers of a pair.  more: numbers
+    with sign go as numbers without, 128 more.
     """
 
     tile: str
     k: str
     last: str = ""
     beside: str = ""
+    each: int = 2
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
     """form: outer and inner as in `dot`, or tiles; k: the dim that pairs run along; row: the dim of the rows, if any;
-    rows: how many there are at most; x gives the rows, y holds the last dim of the result."""
+    rows: how many there are at most; x gives the rows, y holds the last dim of the result; by: the instruction;
+    swapped: it takes y before x."""
 
     form: str
     k: str
@@ -47,6 +60,8 @@ class Product:
     rows: int
     x: Side
     y: Side
+    by: Multiply
+    swapped: bool = False
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -55,36 +70,50 @@ class Product:
 
 def products(w: Writer) -> dict[int, Product]:
     """The contractions of a kernel that run on pairs, by `id` of the statement."""
-    if not w.isa.bf16:
+    if not w.isa.products:
         return {}
     everything = list(statements(w.kernel.body))
     writers: dict[str, list[object]] = {}
     for s in everything:
         if not isinstance(s, Store) and hasattr(s, "tile"):
             writers.setdefault(s.tile, []).append(s)
+    short = {d for m in w.isa.products for d in (m.left, m.right)}
     stored = {t: s for t, (s, *more) in writers.items()
-              if isinstance(s, Load) and not more and w.params[s.source.tensor].dtype == "bf16"}
+              if isinstance(s, Load) and not more and w.params[s.source.tensor].dtype in short}
     allowed = rounds(w.program)
     found = {id(s): _product(w, s, stored, (w.kernel.name, s.tile) in allowed)
              for s in everything if isinstance(s, Dot)}
     return {n: p for n, p in found.items() if p is not None}
 
 
+def _dtypes(w: Writer, s: Dot, stored: dict[str, Load], may_round: bool) -> tuple[str, str] | None:
+    """How the operands of a contraction may be stored; None where no product of short numbers gives its result."""
+    names = s.a.tensor, s.b.tensor
+    kinds = {w.tiles[n].dtype for n in (s.tile, *names)}
+    if len(kinds) > 1:
+        return None
+    a, b = (w.params[stored[n].source.tensor].dtype if n in stored else "" for n in names)
+    if kinds == {"i64"} and a and b:
+        terms = math.prod(w.dims[d].capacity for d in s.over)
+        return (a, b) if sums_fit(terms, a, b) else None
+    for mine, given in (names, names[::-1]):
+        if mine not in stored and not (
+                may_round and given in stored and _shared(w, w.tiles[s.tile], w.tiles[given]) > SHARED):
+            return None
+    return a or b, b or a
+
+
 def _product(w: Writer, s: Dot, stored: dict[str, Load], may_round: bool) -> Product | None:
     t, names = w.tiles[s.tile], (s.a.tensor, s.b.tensor)
     if not t.dims or names[0] == names[1] or any(n not in w.tiles for n in names):
         return None
-    if any(w.tiles[n].dtype != "f32" for n in (s.tile, *names)):
-        return None
-    for mine in (n for n in names if n not in stored):
-        given = names[1 - names.index(mine)]
-        if not (may_round and given in stored and _shared(w, t, w.tiles[given]) > SHARED):
-            return None
+    dtypes = _dtypes(w, s, stored, may_round)
     lane = t.dims[-1]
-    for x, y in (names, names[::-1]):
+    for x, y, kinds in ((*names, dtypes), (*names[::-1], dtypes and dtypes[::-1])):
         dims, other = w.tiles[y].dims, w.tiles[x].dims
         both = [d for d in s.over if d in dims and d in other]
-        if lane not in dims or lane in other or not both:
+        ways = [m for m in w.isa.products if kinds and m.takes(*kinds)]
+        if not kinds or not ways or lane not in dims or lane in other or not both:
             continue
         free = [d for d in t.dims[:-1] if d not in dims]
         row = max(free, key=lambda d: w.dims[d].capacity) if free else ""
@@ -97,15 +126,25 @@ def _product(w: Writer, s: Dot, stored: dict[str, Load], may_round: bool) -> Pro
 
         k = max(both, key=lambda d: w.dims[d].capacity)
         wide, deep = w.dims[lane].capacity, w.dims[k].capacity
-        if w.isa.bf16 == "tiles" and min(wide, deep, rows) >= LANES:
-            return Product("tiles", k, row, rows, Side(x, k, beside=row), Side(y, k, lane))
+        tiles = next((m for m in ways if m.tiles and (m.left, m.right) == kinds), None)
+        if tiles and min(wide, deep, rows) >= LANES:
+            return Product("tiles", k, row, rows, Side(x, k, beside=row, each=tiles.each),
+                           Side(y, k, lane, each=tiles.each), tiles)
+        lanes = next((m for m in w.isa.products if not m.tiles and m.sums == ways[0].sums), None)
+        if lanes is None or "i8" not in kinds and "i8" in (lanes.left, lanes.right):
+            continue
+        # who has no sign already goes first; else numbers of one side lose it
+        differ = lanes.left != lanes.right
+        lose, swapped = differ and kinds[0] == kinds[1], differ and kinds == (lanes.right, lanes.left)
         along = [d for d in both if runs(x, d) and runs(y, d) and w.dims[d].capacity > LANES]
         if not runs(y, lane) and along and (rows <= FEW or wide < LANES):
-            return Product("inner", along[0], row, rows, Side(x, along[0]), Side(y, along[0]))
+            return Product("inner", along[0], row, rows, Side(x, along[0], each=lanes.each),
+                           Side(y, along[0], each=lanes.each, more=lose), lanes, swapped or lose)
         direct = y in stored and runs(y, lane)
         if w.vector(lane) == LANES and deep > 1 and (direct or rows >= FEW // 2):
             across = row and runs(x, row) and not runs(x, k)
-            return Product("outer", k, row, rows, Side(x, k, row if across else ""), Side(y, k, lane))
+            return Product("outer", k, row, rows, Side(x, k, row if across else "", each=lanes.each, more=lose),
+                           Side(y, k, lane, each=lanes.each), lanes, swapped)
     return None
 
 
@@ -121,7 +160,7 @@ def in_place(w: Writer, load: Load, ways: list[Product]) -> bool:
     """
     def direct(p: Product) -> bool:
         if p.x.tile == load.tile:
-            return p.form == "outer" and not p.x.last and contiguous(w, load.source, p.k)
+            return p.form == "outer" and not (p.x.last or p.x.more) and contiguous(w, load.source, p.k)
         return p.form != "tiles" and p.rows <= FEW and contiguous(w, load.source, p.y.last or p.k)
 
     return all(map(direct, ways))
@@ -138,7 +177,7 @@ def packed(load: Load, readers: list[Product]) -> Side | None:
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """Where pairs come from: a tile (f32, rounded on the way) or, with `tile` "", a bf16 param (bits)."""
+    """Where pairs come from: a tile (f32, rounded on the way, or i64) or, with `tile` "", a param (bits)."""
 
     access: Access
     tile: str
@@ -153,17 +192,24 @@ class Raw:
         """Text of neighbours; lanes that the mask excludes are 0 and not read."""
         if self.tile:
             got = w.tile_at(self.tile, q.scalars, f"at({lanes}, {base})")
-            return f"select({mask}, {got}, f32(0.0))" if mask else got
+            zero = "i64(0)" if w.tiles[self.tile].dtype == "i64" else "f32(0.0)"
+            return f"select({mask}, {got}, {zero})" if mask else got
         if mask:
-            return f"masked_load(T.address_of({place(w, self.access, q.at(**{lane: base}))}), {mask}, 'uint16')"
+            p = w.params[self.access.tensor]
+            address = f"T.address_of({place(w, self.access, q.at(**{lane: base}))})"
+            return f"masked_load({address}, {mask}, {BITS.get(p.dtype, ELEMENT[p.dtype])!r})"
         return place(w, self.access, q, lane, lanes, base)
 
-    def pairs(self, w: Writer, q: Point, k: str, lane: str, lanes: int, base: str, mask: str, whole: bool = True,
-              ) -> str:
-        """Text of pairs number q[k], of `lanes` neighbours along another dim; not `whole`: without the second."""
-        first, second = (q.at(**{k: plus(f"{q.scalars[k]} * 2", n)}) for n in (0, 1))
-        both = [self.vec(w, p, lane, lanes, base, mask) for p in ((first, second) if whole else (first,))]
-        return f"pair_up({', '.join(both)})"
+    def pairs(self, w: Writer, q: Point, side: Side, lane: str, lanes: int, base: str, mask: str, given: int) -> str:
+        """Text of pairs number q[k], of `lanes` neighbours along another dim; of each its first `given` numbers."""
+        first = f"{q.scalars[side.k]} * {side.each}"
+        rows = [self.vec(w, q.at(**{side.k: plus(first, n)}), lane, lanes, base, mask) for n in range(given)]
+        return sign(side, f"pair_up({', '.join(rows)})")
+
+
+def sign(side: Side, pairs: str) -> str:
+    """Text of pairs as the product takes them."""
+    return f"unsigned({pairs})" if side.more else pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,25 +238,28 @@ class Pairs:
         values = q.scalars | {self.side.k: pair} | ({self.side.last: last} if self.side.last else {})
         return f"{self.buffer}[{', '.join(values[d] for d in dims)}]"
 
-    def one(self, w: Writer, q: Point, whole: bool = True) -> str:
-        """Text of one pair; not `whole`: without the second."""
-        k = self.side.k
+    def one(self, w: Writer, q: Point, given: int = 0) -> str:
+        """Text of one pair, or of its first `given` numbers."""
+        k, each = self.side.k, self.side.each
         if self.buffer:
             return self.at(w, q, q.scalars[k], q.scalars.get(self.side.last, ""))
-        first = f"{q.scalars[k]} * 2"
-        if whole:
-            return f"in_pairs({place(w, self.raw.access, q, k, 2, first)})"
-        return f"pair_up({place(w, self.raw.access, q.at(**{k: first}))})"
+        first = f"{q.scalars[k]} * {each}"
+        if given in (0, each):
+            return sign(self.side, f"in_pairs({place(w, self.raw.access, q, k, each, first)})")
+        numbers = (place(w, self.raw.access, q.at(**{k: plus(first, n)})) for n in range(given))
+        return sign(self.side, f"pair_up({', '.join(numbers)})")
 
-    def vec(self, w: Writer, q: Point, lane: str, lanes: int, base: str, mask: str = "", whole: bool = True) -> str:
-        """Pairs of neighbours: `lanes` / 2 along k from element `base` on, or `lanes` along another dim."""
+    def vec(self, w: Writer, q: Point, lane: str, lanes: int, base: str, mask: str = "", given: int = 0) -> str:
+        """Pairs of neighbours: those of `lanes` numbers along k from element `base` on, or `lanes` along another dim;
+        of each its first `given` numbers."""
+        each = self.side.each
         if lane == self.side.k:
             if self.buffer:
-                return self.at(w, q, f"at({lanes // 2}, T.truncdiv({base}, 2))", "")
-            return f"in_pairs({self.raw.vec(w, q, lane, lanes, base, mask)})"
+                return self.at(w, q, f"at({lanes // each}, T.truncdiv({base}, {each}))", "")
+            return sign(self.side, f"in_pairs({self.raw.vec(w, q, lane, lanes, base, mask)})")
         if self.buffer:
             return self.at(w, q, q.scalars[self.side.k], f"at({lanes}, {base})")
-        return self.raw.pairs(w, q, self.side.k, lane, lanes, base, mask, whole)
+        return self.raw.pairs(w, q, self.side, lane, lanes, base, mask, given or each)
 
 
 def operand(w: Writer, side: Side, point: Point, deep: bool) -> Pairs:
@@ -247,7 +296,7 @@ def new_buffer(w: Writer, side: Side) -> str:
     name = w.names.fresh(f"{w.names[side.tile]}_pairs")
     dims = order(w, side)
     room = {d: -(-w.dims[d].capacity // LANES) * LANES for d in (side.last, *dims[-2:]) if d}
-    shape = [-(-w.dims[d].capacity // (2 * LANES)) * LANES if d == side.k else room.get(d, w.dims[d].capacity)
+    shape = [-(-w.dims[d].capacity // (side.each * LANES)) * LANES if d == side.k else room.get(d, w.dims[d].capacity)
              for d in dims]
     w.buffers[name] = (tuple(shape), "int32")
     return name
@@ -265,10 +314,12 @@ def pack(w: Writer, to: Pairs, point: Point, deep: bool) -> None:
     inner = side.last or (dims[-2] if len(dims) > 1 else "")  # the dim beside the pairs
     others = tuple(d for d in dims if d not in (k, inner))
     count = w.count(k)
-    pairs = f"i64({(n + 1) // 2})" if n is not None else f"T.truncdiv({count} + 1, 2)"
+    each, whole = side.each, side.each * LANES
+    pairs = f"i64({-(-n // each)})" if n is not None else f"T.truncdiv({plus(count, each - 1)}, {each})"
     stop = pairs
     if deep:
-        stop = f"i64({-(-n // 32) * 16})" if n is not None else f"T.truncdiv({count} + 31, 32) * 16"
+        stop = f"i64({-(-n // whole) * LANES})" if n is not None else \
+            f"T.truncdiv({plus(count, whole - 1)}, {whole}) * {LANES}"
 
     def plane(q: Point) -> None:
         if raw.runs_along(w, k) and not side.last:
@@ -284,34 +335,45 @@ def pack(w: Writer, to: Pairs, point: Point, deep: bool) -> None:
 
 
 def _along(w: Writer, to: Pairs, q: Point) -> None:
-    """Both run along k: 32 numbers a time, 0 beyond the last."""
-    def strip(base: str, lanes: int, mask: str) -> None:
-        got = f"in_pairs({to.raw.vec(w, q, to.side.k, lanes, base, mask)})"
-        w.line(f"{to.at(w, q, f'at({lanes // 2}, T.truncdiv({base}, 2))', '')} = {got}")
+    """Both run along k: 16 pairs a time, 0 beyond the last."""
+    each = to.side.each
 
-    strips(w, to.side.k, strip, 2 * LANES)
+    def strip(base: str, lanes: int, mask: str) -> None:
+        got = sign(to.side, f"in_pairs({to.raw.vec(w, q, to.side.k, lanes, base, mask)})")
+        w.line(f"{to.at(w, q, f'at({lanes // each}, T.truncdiv({base}, {each}))', '')} = {got}")
+
+    strips(w, to.side.k, strip, each * LANES)
+
+
+def remainders(w: Writer, k: str, each: int) -> Iterator[int]:
+    """The numbers that the last pair along a dim may have where it is not whole; what is written in a turn of the loop
+    runs where it has as many."""
+    n = w.fixed(k)
+    if n is not None:
+        yield from [n % each] if n % each else []
+        return
+    for given in range(1, each):
+        with w.block(f"if T.truncmod({w.count(k)}, {each}) == {given}:"):
+            yield given
 
 
 def _across(w: Writer, to: Pairs, q: Point, pairs: str, stop: str) -> None:
-    """Both run along the last dim: two rows a time become one of pairs."""
-    k, last, n = to.side.k, to.side.last, w.fixed(to.side.k)
+    """Both run along the last dim: rows become one of pairs."""
+    k, last, each, n = to.side.k, to.side.last, to.side.each, w.fixed(to.side.k)
+    across = w.fixed(last)
+    wide = 0 if to.raw.tile or across is None or across % (2 * LANES) else 2 * LANES  # bits: a register of bf16 a row
 
-    def row(i: str, whole: bool) -> None:
+    def row(i: str, given: int) -> None:
         def strip(base: str, lanes: int, mask: str) -> None:
-            got = to.raw.pairs(w, q.at(**{k: i}), k, last, lanes, base, mask, whole)
+            got = to.raw.pairs(w, q.at(**{k: i}), to.side, last, lanes, base, mask, given)
             w.line(f"{to.at(w, q, i, f'at({lanes}, {base})')} = {got}")
 
         strips(w, last, strip, wide)
 
-    across = w.fixed(last)
-    wide = 0 if to.raw.tile or across is None or across % (2 * LANES) else 2 * LANES  # bits: a whole register a row
-    with w.repeat("i", f"i64({n // 2})" if n is not None else f"T.truncdiv({w.count(k)}, 2)") as i:
-        row(i, True)
-    if n is None:
-        with w.block(f"if T.truncmod({w.count(k)}, 2) == 1:"):
-            row(f"({pairs} - 1)", False)
-    elif n % 2:
-        row(f"i64({n // 2})", False)
+    with w.repeat("i", f"i64({n // each})" if n is not None else f"T.truncdiv({w.count(k)}, {each})") as i:
+        row(i, each)
+    for given in remainders(w, k, each):
+        row(f"({pairs} - 1)" if n is None else f"i64({n // each})", given)
     if stop and stop != pairs:
         i = w.names.fresh("i")
         with w.block(f"for {i} in T.serial({pairs}, {stop}):"):
@@ -321,25 +383,25 @@ def _across(w: Writer, to: Pairs, q: Point, pairs: str, stop: str) -> None:
 
 def _squares(w: Writer, to: Pairs, q: Point, inner: str, stop: str) -> None:
     """16 neighbours of `inner` by 16 pairs, turned in registers; the edges one by one."""
-    k, last = to.side.k, to.side.last
+    k, last, wide = to.side.k, to.side.last, to.side.each * LANES
     whole = {}
-    for d, size in ((k, 2 * LANES), (inner, LANES)):
+    for d, size in ((k, wide), (inner, LANES)):
         n = w.fixed(d)
         whole[d] = f"T.truncdiv({w.count(d)}, {size})" if n is None else f"i64({n // size})"
     i, j = w.names.fresh("i"), w.names.fresh("j")
     with w.block(f"for {i} in T.serial({whole[inner]}):"), w.block(f"for {j} in T.serial({whole[k]}):"):
         if last:   # the source runs along k
-            rows = [f"in_pairs({to.raw.vec(w, q.at(**{inner: f'({i} * {LANES} + {r})'}), k, 2 * LANES, f'{j} * 32')})"
-                    for r in range(LANES)]
+            points = [q.at(**{inner: f"({i} * {LANES} + {r})"}) for r in range(LANES)]
+            rows = [sign(to.side, f"in_pairs({to.raw.vec(w, p, k, wide, f'{j} * {wide}')})") for p in points]
         else:
-            rows = [to.raw.pairs(w, q.at(**{k: f"({j} * {LANES} + {r})"}), k, inner, LANES, f"{i} * {LANES}", "")
-                    for r in range(LANES)]
+            rows = [to.raw.pairs(w, q.at(**{k: f"({j} * {LANES} + {r})"}), to.side, inner, LANES, f"{i} * {LANES}", "",
+                                 to.side.each) for r in range(LANES)]
         base = q.scalars | {k: f"{j} * {LANES}", inner: f"{i} * {LANES}"}
         index = ", ".join(base[d] for d in order(w, to.side))
         turned = order(w, to.side).index(k if last else inner)
         w.line(f"put_turned({to.buffer}, [{index}], {turned}, [{', '.join(rows)}])")
     right = f"{whole[k]} * {LANES}"
-    if not w.full(k, 2 * LANES):
+    if not w.full(k, wide):
         over_points(w, (inner,), q, lambda p: _each(w, to, p, right, stop))
     if w.full(inner, LANES):
         return
@@ -350,15 +412,14 @@ def _squares(w: Writer, to: Pairs, q: Point, inner: str, stop: str) -> None:
 
 def _each(w: Writer, to: Pairs, q: Point, start: str, stop: str) -> None:
     """Pairs start .. stop-1, one by one."""
-    k, count = to.side.k, w.count(to.side.k)
+    k, each, count = to.side.k, to.side.each, w.count(to.side.k)
     i = w.names.fresh("i")
-    with w.block(f"for {i} in T.serial({start}, {stop}):"):
+    with w.block(f"for {i} in T.serial({start}, {stop}):"), ExitStack() as nested:
         here = to.at(w, q, i, q.scalars.get(to.side.last, ""))
-        first, second = (to.raw.one(w, q.at(**{k: plus(f"{i} * 2", n)})) for n in (0, 1))
-        with w.block(f"if {i} * 2 + 1 < {count}:"):
-            w.line(f"{here} = pair_up({first}, {second})")
-        with w.block("else:"):
-            with w.block(f"if {i} * 2 < {count}:"):
-                w.line(f"{here} = pair_up({first})")
-            with w.block("else:"):
-                w.line(f"{here} = cast('int32', i64(0))")
+        numbers = [to.raw.one(w, q.at(**{k: plus(f"{i} * {each}", n)})) for n in range(each)]
+        for given in range(each, 0, -1):
+            with w.block(f"if {plus(f'{i} * {each}', given - 1)} < {count}:"):
+                made = f"pair_up({', '.join(numbers[:given])})"
+                w.line(f"{here} = {sign(to.side, made)}")
+            nested.enter_context(w.block("else:"))
+        w.line(f"{here} = cast('int32', i64(0))")

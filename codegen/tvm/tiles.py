@@ -1,4 +1,4 @@
-"""Contractions of bf16 pairs on tile registers: blocks of up to 32 x 32 sums, whole tiles along the contracted dim."""
+"""Contractions of pairs on tile registers: blocks of up to 32 x 32 sums, whole tiles along the contracted dim."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from memcomp.codegen.tvm.access import over_points
 from memcomp.codegen.tvm.isa import TILE
 from memcomp.codegen.tvm.pairs import Pairs, Product, order
-from memcomp.codegen.tvm.writer import Point, Writer, plus, times
+from memcomp.codegen.tvm.writer import ELEMENT, Point, Writer, plus, times
 from memcomp.ir.tile import Dot
 
 
@@ -21,13 +21,14 @@ def product(w: Writer, s: Dot, p: Product, x: Pairs, y: Pairs, point: Point) -> 
     lane = t.dims[-1]
     batch = tuple(d for d in t.dims[:-1] if d != p.row)
     deeper = tuple(d for d in s.over if d != p.k)
-    deep = 2 * TILE
+    deep = p.by.each * TILE
     steps = f"i64({-(-n // deep)})" if n is not None else f"T.truncdiv({w.count(p.k)} + {deep - 1}, {deep})"
     rows, columns = (-(-c // TILE) for c in (w.dims[p.row].capacity, w.dims[lane].capacity))
-    direct = t.dims[-2] == p.row and not deeper and w.dims[p.row].capacity % TILE == 0 == w.padded(lane) % TILE
+    whole = t.dims[-2] == p.row and w.dims[p.row].capacity % TILE == 0 == w.padded(lane) % TILE
+    direct = whole and not deeper and t.dtype == p.by.sums
     sums = w.names[s.tile] if direct else w.names.fresh(f"{w.names[s.tile]}_sums")
     if not direct:
-        w.buffers[sums] = ((2 * TILE, 2 * TILE), "float32")
+        w.buffers[sums] = ((2 * TILE, 2 * TILE), ELEMENT[p.by.sums])
 
     def block(q: Point, r: str, c: str, down: int, right: int) -> None:
         def multiply(inside: Point, add: bool) -> None:
@@ -36,21 +37,24 @@ def product(w: Writer, s: Dot, p: Product, x: Pairs, y: Pairs, point: Point) -> 
             at_a, at_b = (", ".join(v[d] for d in order(w, o.side)) for o, v in ((x, a), (y, b)))
             to = ", ".join([*(inside.scalars[d] for d in t.dims[:-2]), r, c] if direct else ["i64(0)", "i64(0)"])
             w.line(f"tile_product({sums}, [{to}], {x.buffer}, [{at_a}], {y.buffer}, [{at_b}], {steps}, {down}, "
-                   f"{right}, {add})")
+                   f"{right}, {add}, {p.by.instruction!r})")
 
         if direct:
             multiply(q, s.accumulate)
             return
         if deeper:
+            zero = "f32(0.0)" if p.by.sums == "f32" else "T.int32(0)"
             i, j = w.names.fresh("i"), w.names.fresh("j")
             with w.block(f"for {i} in T.serial({down * TILE}):"), w.block(f"for {j} in T.serial({right}):"):
-                w.line(f"{sums}[{i}, at({TILE}, {j} * {TILE})] = splat(f32(0.0), {TILE})")
+                w.line(f"{sums}[{i}, at({TILE}, {j} * {TILE})] = splat({zero}, {TILE})")
         over_points(w, deeper, q, lambda inside: multiply(inside, bool(deeper)))
         i = w.names.fresh("i")
         with w.block(f"for {i} in T.serial(T.min(i64({down * TILE}), {w.count(p.row)} - {r})):"):
             for start in range(0, right * TILE, TILE):
+                got = f"{sums}[{i}, at({TILE}, {start})]"
+                got = got if t.dtype == "f32" else f"cast('int64', {got})"
                 out = w.tile_at(t.name, q.scalars | {p.row: f"({r} + {i})"}, f"at({TILE}, {plus(c, start)})")
-                w.line(f"{out} = {out + ' + ' if s.accumulate else ''}{sums}[{i}, at({TILE}, {start})]")
+                w.line(f"{out} = {out + ' + ' if s.accumulate else ''}{got}")
 
     over_points(w, batch, point, lambda q: _blocks(
         w, p.row, rows, lambda r, down: _blocks(w, lane, columns, lambda c, right: block(q, r, c, down, right))))
