@@ -197,7 +197,8 @@ def _seconds(x: _Nest, target: Target, phases: tuple[PhaseCost, ...], share: flo
         times = [sum(p.cycles for p in phases) / target.clock]
     else:
         idle = _idle(x.tasks, target.threads, 1.0 / target.threads)
-        busy = sum(n / target.peak(dtype) for dtype, n in x.visited.items()) + x.passed / target.levels[1].bandwidth
+        busy = sum(n * max(1.0, target.rows(dtype) / rows) / target.peak(dtype)
+                   for (dtype, rows), n in x.visited.items()) + x.passed / target.levels[1].bandwidth
         busy += x.loaded / target.levels[min(2, len(target.levels) - 1)].bandwidth
         times = [busy * idle, x.special_visited / target.special * idle]
     for at, level in enumerate(target.levels[2:], 1):
@@ -256,7 +257,8 @@ class _Nest:
         self.tasks = math.prod(self._extent(v) for v in self.loops if v.upper() in g.space)
         self.again = self._again()
         self.flops = self.special = self.once = 0.0  # once: of both, without what is computed again
-        self.visited: dict[str, float] = {}  # operations by dtype at every point that the loops visit
+        # operations, by dtype and rows of the smaller operand's tile, at every point that the loops visit
+        self.visited: dict[tuple[str, int], float] = {}
         self.needed: dict[str, float] = {}  # of them at points that own guards leave too, once
         self.special_visited = self.special_needed = self.passed = 0.0
         steps = {v for v in self.loops if v.upper() not in g.space}
@@ -265,13 +267,15 @@ class _Nest:
         for e in einsums:
             plain, special = operations(e.body)
             live, reached, again = n.live(e), visits.points(e) * self._padded(e), self.again[e.names[0]]
+            rows = self._rows(e)
             self.points.append((e, live * again))
             plain += e.reduce is not None
             self.flops += plain * live * again
             self.special += special * live * again
             self.once += (plain + special) * live
             dtype = self._dtype(e)
-            self.visited[dtype] = self.visited.get(dtype, 0.0) + plain * reached * again
+            key = dtype, rows
+            self.visited[key] = self.visited.get(key, 0.0) + plain * reached * again
             self.needed[dtype] = self.needed.get(dtype, 0.0) + plain * min(live, reached)
             self.special_visited += special * reached * again
             self.special_needed += special * min(live, reached)
@@ -279,6 +283,14 @@ class _Nest:
                 touched = (*e.names, *(a.tensor for a in walk(e.body) if isinstance(a, Access)))
                 self.passed += reached * again * sum(width(c, name) for name in touched)  # bytes
         self.loaded = self.made * self._loaded(steps)  # bytes
+
+    def _rows(self, e: Einsum) -> int:
+        """Of a product, the points of a tile that one operand has and the other lacks: the fewer of both sides."""
+        operands = [a for a in walk(e.body) if isinstance(a, Access)] if e.reduce is not None else []
+        if len(operands) != 2:
+            return 1 << 30
+        a, b = ({v for v in self._variables(x) if v not in self.loops} for x in operands)
+        return max(1, min(math.prod(self._extent(v) for v in own) for own in (a - b, b - a)))
 
     def _padded(self, e: Einsum) -> float:
         """How many times more points than its rank has the tiles across the lanes hold."""

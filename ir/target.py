@@ -60,11 +60,13 @@ class Array:
 class Unit:
     """A kind of arithmetic unit, all instances together.  peaks: (dtype of the operands, operations/s); a
     multiply-add counts as two.  `special` does exp, log, tanh and the like, one operation each.  array: the elements
-    that it is made of, where statements are bound to it one by one."""
+    that it is made of, where statements are bound to it one by one.  rows: of an operand that one instruction takes;
+    fewer take as long."""
 
     name: str
     peaks: tuple[tuple[str, float], ...]
     array: Array | None = None
+    rows: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,11 @@ class Target:
         """Operations/s of products of this dtype on the fastest unit; a dtype no unit multiplies runs as f32."""
         best = [p for u in self.units if u.name != "special" for d, p in u.peaks if d == dtype]
         return max(best) if best else self.peak("f32")
+
+    def rows(self, dtype: str) -> int:
+        """Rows of an operand that the fastest unit for products of this dtype takes at a time."""
+        found = [(p, u.rows) for u in self.units if u.name != "special" for d, p in u.peaks if d == dtype]
+        return max(found)[1] if found else 1
 
     @property
     def special(self) -> float:
@@ -150,7 +157,8 @@ def _read(name: str, data: dict[str, Any]) -> Target:
     levels = tuple(Level(x["name"], int(x["bytes"]), float(x["bandwidth"]), int(x.get("count", 1)),
                          bool(x.get("addressed", False)), float(x.get("alone", 1.0))) for x in data["levels"])
     clock = float(data.get("clock", 0.0))
-    units = [Unit(u["name"], tuple((d, float(p)) for d, p in u["peaks"].items())) for u in data.get("units", ())]
+    units = [Unit(u["name"], tuple((d, float(p)) for d, p in u["peaks"].items()), rows=int(u.get("rows", 1)))
+             for u in data.get("units", ())]
     for u in data.get("arrays", ()):
         array = Array(int(u["rows"]), int(u.get("columns", 1)), tuple((o, float(n)) for o, n in u["cycles"].items()),
                       bool(u.get("pipelined", False)))

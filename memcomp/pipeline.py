@@ -5,6 +5,7 @@ Imports no torch; `memcomp.backend` and the command line both go through here.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -237,7 +238,7 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     """
     def form(options: Mapping[str, Any], seen: list[tuple[str, object]]) -> tuple[Program, list[tuple[str, object]]]:
         mapped = rewrite(program, observe=lambda *x: seen.append(x), names=names, options={"reduce_passes": options})
-        return close_knobs(mapped, shape_sizes(read, mapped, sizes), tune=config.tune), seen
+        return close_knobs(mapped, shape_sizes(read, mapped, sizes), tune=config.tune, strain=_strain(config)), seen
 
     begun: list[tuple[str, object]] = []
     try:
@@ -265,6 +266,25 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     for station, value in (*seen, ("tune", closed)):
         observe(station, value)
     return closed
+
+
+def _strain(config: Config) -> Callable[[Program], float] | None:
+    """How badly a closed program's kernels fit the machine, where the backend can tell before it compiles them."""
+    from memcomp.ir.target import target
+
+    admits = getattr(_codegen(backend_of(config.target)), "admits", None)
+    if admits is None:
+        return None
+
+    def strain(closed: Program) -> float:
+        from memcomp.codegen.lower import lower
+
+        try:
+            return float(admits(lower(closed), target(config.target)))
+        except Refusal:
+            return math.inf
+
+    return strain
 
 
 def _lowers(closed: Program) -> bool:

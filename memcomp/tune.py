@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
 
@@ -40,8 +40,12 @@ def assign(program: Program, values: Mapping[str, int]) -> Program:
                    mapping=replace(program.mapping, groups=tuple(map(group, program.mapping.groups))))
 
 
-def close_knobs(program: Program, sizes: Mapping[str, int], *, tune: str = "off") -> Program:
+def close_knobs(program: Program, sizes: Mapping[str, int], *, tune: str = "off",
+                strain: Callable[[Program], float] | None = None) -> Program:
     """Close every knob; "off" takes the candidate that the cost model says is fastest.
+
+    strain: 0 for what fits the machine, more for what fits it badly, infinity for what does not: the fastest candidate
+    of the least strain wins.
 
     sizes: an extent for each symbolic rank; it only ranks the candidates, the result holds for all extents.
     Ties (the model sees no difference in time) go to less traffic with memory, then to fewer operations that several
@@ -68,8 +72,17 @@ def close_knobs(program: Program, sizes: Mapping[str, int], *, tune: str = "off"
         spent = cost(closed, dict(sizes), machine)
         return spent.seconds, spent.traffic, spent.again, _idle(closed, sizes), off_middle
 
-    best = min(product(*(k.choices for k in open_knobs)), key=rating)
-    return assign(program, dict(zip((k.name for k in open_knobs), best, strict=True)))
+    candidates = product(*(k.choices for k in open_knobs))
+    ranked = [min(candidates, key=rating)] if strain is None else sorted(candidates, key=rating)
+    best, least = program, math.inf
+    for choice in ranked:
+        closed = assign(program, dict(zip((k.name for k in open_knobs), choice, strict=True)))
+        found = strain(closed) if strain is not None else 0.0
+        if best is program or found < least:
+            best, least = closed, found
+        if not least:
+            break
+    return best
 
 
 def _idle(program: Program, sizes: Mapping[str, int]) -> float:

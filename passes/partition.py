@@ -16,13 +16,14 @@ from memcomp.passes._roles import WHOLE, accesses, carried, common, largest, out
 
 PARTS = 64, 128, 256  # of a rank that is summed, or broadcast, beside a tile of sums
 SUMS = 1 << 17  # of such a tile (512 KiB of f32: half of what a core has nearby)
+LANES = 16  # of a vector, at least: a shorter one does its share of a tile several times
 ROWS = 32  # row ranks of at most so many points together stay whole tile dims
 
 
-def partition(program: Program, *, lanes: int = 16) -> Program:
+def partition(program: Program, *, lanes: int = 0) -> Program:
     """Give every group its space, loop order, cuts and lane; tile sizes stay knobs where a search may choose.
 
-    lanes: elements of a vector of the target; row tiles are one, two or four vectors wide.
+    lanes: elements of a vector, by default those of the target, at least 16; row tiles are one, two or four vectors wide.
 
     Row ranks are those that some streamed operand of a product lacks (queries: a key row serves all of them).  A long
     row rank is cut and laid across the lanes, so that elements of the streamed operands are broadcast; short ones stay
@@ -57,6 +58,7 @@ def partition(program: Program, *, lanes: int = 16) -> Program:
           space B
           loop-order M1
     """
+    lanes = lanes or max(LANES, target(program.target).lanes if program.target else 0)
     out = program
     for k, g in enumerate(program.mapping.groups):
         if not (g.space or g.loop_order or g.partition):

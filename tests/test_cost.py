@@ -233,15 +233,52 @@ SEEN = {"m1*M0 + m0 <= p": lambda p, m: m <= p,
 @pytest.mark.parametrize("rows", [1, 4, 12])
 @pytest.mark.parametrize("guard", list(SEEN))
 def test_what_no_reader_needs_is_not_visited(guard: str, rows: int, tile: int) -> None:
-    """S has no such guard itself; a step is made where some point of its tile is needed."""
+    """S has no such guard itself; a step is made where some point of its tile is needed, and for all of its rows."""
     c = parse(WINDOW.format(tile=tile, rows=rows, guard=guard)).cascade
     extents = {"p1": 24 // rows, "p0": rows, "m1": 32 // tile, "m0": tile, "p": 24}
     found = Visits(Sizes(c, {}), c.einsums, ("p1", "m1"), {"m1"}, {"p": rows}, lambda v: extents[v])
     seen = [(p, m) for p in range(24) for m in range(32) if SEEN[guard](p, m)]
     statement = {e.names[0]: e for e in c.einsums if e.names[0] in "SL"}
-    assert found.points(statement["S"]) == pytest.approx(len(seen))
-    assert found.points(statement["L"]) == pytest.approx(len(seen))
+    made = rows * len({(p // rows, m) for p, m in seen})
+    assert found.points(statement["S"]) == pytest.approx(made)
+    assert found.points(statement["L"]) == pytest.approx(made)
     assert found.share() == pytest.approx(len({(p // rows, m // tile) for p, m in seen}) / (24 // rows * 32 // tile))
+
+
+@pytest.mark.parametrize("n", [1, 12, 24, 30])
+def test_rows_of_a_tile_that_are_not_there_take_time_across_the_lanes(n: int) -> None:
+    """A tile of 12 lanes is computed whole; one of 12 rows beside them is not."""
+    text = WINDOW.format(tile=8, rows=12, guard="0 < 1").replace("rank P = 24", f"rank P = {n}")
+    text = text.replace("m0] * 2.0", "m0]" + " * 2.0" * 99)  # it waits for arithmetic
+    flat = replace(target("cpu"), launch=0.0, threads=1)
+    times = [cost(parse(text.replace("  lane P0\n", lane)), {}, flat).seconds for lane in ("  lane P0\n", "")]
+    whole = cost(parse(text.replace(f"rank P = {n}", f"rank P = {-(-n // 12) * 12}")), {}, flat).seconds
+    assert times[0] >= times[1] and (times[0] > times[1]) == (n % 12 > 0)
+    assert times[0] <= whole * (1 + 1e-9)
+
+
+def test_a_tile_that_serves_more_rows_is_loaded_less_often() -> None:
+    """Rows of 4 and of 12 take part in as many operations; the streamed rank is brought to three times as many."""
+    text = """program w on cpu
+rank P = 48
+rank M = 4096
+rank M0 = 64
+rank M1 = ceil(M/M0) iter
+in X[P]: f32
+in Y[M]: f32
+out O[P]: f32
+R[0, p] = 0.0
+L[m1, p] = sum{{m0}} X[p] * Y[m1*M0 + m0] where m1*M0 + m0 < M
+R[m1 + 1, p] = R[m1, p] + L[m1, p]
+O[p] = R[M1, p]
+group g0: R, L, O
+  partition P: {rows}
+  space P1
+  loop-order M1
+  lane P0
+"""
+    four, twelve = (cost(parse(text.format(rows=n)), {}, target("cpu")) for n in (4, 12))
+    assert four.flops == twelve.flops and four.traffic == twelve.traffic and four.seconds > twelve.seconds
 
 
 def test_tails_of_tiles_are_not_visited() -> None:

@@ -53,7 +53,8 @@ class Launch:
         functions = module(source)
         for c in calls:
             if c.grid:
-                getattr(functions, c.function)[(c.grid,)](*(tensors[a] if isinstance(a, str) else a for a in c.args))
+                args = (tensors[a] if isinstance(a, str) else a for a in c.args)
+                getattr(functions, c.function)[(c.grid,)](*args, **functions.SETTINGS[c.function])
 
     def prepared(self, given: tuple[Any, ...]) -> tuple[dict[str, Any], str, list[Call]]:
         """The tensors by param, the text for their layout, and the launches."""

@@ -17,11 +17,13 @@ from memcomp.codegen.triton.express import DTYPES, Scope, dims_of, number
 from memcomp.codegen.triton.layout import Axis, layout, sides
 from memcomp.codegen.triton.memory import Memory
 from memcomp.codegen.triton.parts import Part, parts
+from memcomp.codegen.triton.resources import chosen, need
 from memcomp.codegen.triton.words import FUNCTIONS, HEAD, used
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, call, variables
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.target import BYTES, Target
+from memcomp.ir.target import target as named
 from memcomp.ir.tile import (
     Dim,
     Dot,
@@ -56,8 +58,16 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
     allowed = rounds(tp)
     texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words).kernel(name)
              for k, name in zip(tp.kernels, function_names(tp), strict=True)]
-    source = "\n\n".join([HEAD, *used(words), *texts])
-    return Kernel(tp.name, "triton", source, "launch", tp, target if isinstance(target, str) else target.name)
+    machine = named(target) if isinstance(target, str) else target
+    settings = {name: chosen(tp, k, machine) for k, name in zip(tp.kernels, function_names(tp), strict=True)}
+    told = "".join(f"    {name!r}: dict(num_warps={s.warps}, num_stages={s.stages}),\n" for name, s in settings.items())
+    source = "\n\n".join([HEAD, *used(words), *texts, f"SETTINGS = {{\n{told}}}\n"])
+    return Kernel(tp.name, "triton", source, "SETTINGS", tp, machine.name)
+
+
+def admits(tp: TileProgram, target: Target) -> int:
+    """0: every launch fits the machine with its registers; 1: some spill.  Raises Refusal where one does not fit."""
+    return max((int(need(tp, k, target, chosen(tp, k, target)).spills) for k in tp.kernels), default=0)
 
 
 def function_names(tp: TileProgram) -> list[str]:

@@ -29,8 +29,9 @@ class Multiply:
     attributes: tuple[str, ...]
 
     def takes(self, a: str, b: str) -> bool:
-        """Operands of these dtypes, in either order."""
-        return (a, b) in ((self.left, self.right), (self.right, self.left))
+        """Operands of these dtypes, in either order; of vectors also two with sign, where one must be without."""
+        return (a, b) in ((self.left, self.right), (self.right, self.left)) or (
+            not self.tiles and self.left == "u8" and a == b == "i8")
 
 
 # A machine's products are the rows whose features it has; where two serve, tiles come first.  What no row takes is

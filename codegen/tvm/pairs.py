@@ -130,8 +130,8 @@ def _product(w: Writer, s: Dot, stored: dict[str, Load], may_round: bool) -> Pro
         if tiles and min(wide, deep, rows) >= LANES:
             return Product("tiles", k, row, rows, Side(x, k, beside=row, each=tiles.each),
                            Side(y, k, lane, each=tiles.each), tiles)
-        lanes = next((m for m in w.isa.products if not m.tiles and m.sums == ways[0].sums), None)
-        if lanes is None or "i8" not in kinds and "i8" in (lanes.left, lanes.right):
+        lanes = next((m for m in ways if not m.tiles), None)
+        if lanes is None:
             continue
         # who has no sign already goes first; else numbers of one side lose it
         differ = lanes.left != lanes.right
