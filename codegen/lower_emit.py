@@ -206,12 +206,12 @@ class Emitter(Starts):
         rest = tuple(t for t in tests if t not in by_data)
         out: tuple[Statement, ...] = (masked(_all(tests)),)
         if by_data and rest and (known := self.full(by_data)) is not None:
-            out = (When(known, (masked(_all(rest)),), out),)
+            out = (When(known, (masked(_all(rest)),), out, spare=True),)
         if (full := self.full(tests)) is None:
             return list(out)
         if full == TRUE:
             return list(whole)
-        return [When(full, whole, out)]
+        return [When(full, whole, out, spare=True)]
 
     def _typed(self, value: Expr, o: Op) -> Expr:
         """A constant as the tile's dtype holds it."""

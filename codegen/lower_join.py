@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from memcomp.ir.expr import call, reads
 from memcomp.ir.tile import Dot, Fold, Loop, Statement, Store, When, expressions, statements
@@ -37,7 +38,7 @@ def branches_joined(body: Sequence[Statement]) -> Body:
         for k, first in enumerate(out):
             if isinstance(first, When) and not any(_depends(s, x) for x in out[k + 1:]):
                 if isinstance(s, When) and s.cond == first.cond:
-                    out[k] = When(s.cond, (*first.body, *s.body), (*first.orelse, *s.orelse))
+                    out[k] = When(s.cond, (*first.body, *s.body), (*first.orelse, *s.orelse), first.spare and s.spare)
                     break
                 if isinstance(s, Fold) and first.orelse and written(first) & reads(s.body):
                     out[k] = _with(first, s)
@@ -49,15 +50,16 @@ def branches_joined(body: Sequence[Statement]) -> Body:
 
 def _with(w: When, s: Fold) -> When:
     """The branch with a fold at the end of each side."""
-    sides = ((*side[:-1], _with(side[-1], s)) if side and isinstance(side[-1], When) and side[-1].orelse else (*side, s)
-             for side in (w.body, w.orelse))
-    return When(w.cond, *sides)
+    sides = [(*side[:-1], _with(side[-1], s)) if side and isinstance(side[-1], When) and side[-1].orelse else (*side, s)
+             for side in (w.body, w.orelse)]
+    return replace(w, body=sides[0], orelse=sides[1])
 
 
 def _tidy(w: When) -> When:
     """Sides joined in turn, and none that is empty stands first."""
     body, orelse = branches_joined(w.body), branches_joined(w.orelse)
-    return When(w.cond, body, orelse) if body or not orelse else When(call("not", w.cond), orelse)
+    return replace(w, body=body, orelse=orelse) if body or not orelse else \
+        replace(w, cond=call("not", w.cond), body=orelse, orelse=())
 
 
 def _depends(late: Statement, early: Statement) -> bool:

@@ -45,7 +45,7 @@ from dataclasses import dataclass
 from memcomp.ir.arrays import PhaseCost, schedule
 from memcomp.ir.cascade import Cascade, Einsum, Knob
 from memcomp.ir.counts import Sizes, operations, tensor_of, width
-from memcomp.ir.expr import Access, Const, Expr, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, reads, variables, walk
 from memcomp.ir.program import Group, Program
 from memcomp.ir.target import Level, Target
 from memcomp.ir.visits import Visits
@@ -273,6 +273,7 @@ class _Nest:
             self.flops += plain * live * again
             self.special += special * live * again
             self.once += (plain + special) * live
+            plain, special = self._hoisted(e)
             dtype = self._dtype(e)
             key = dtype, rows
             self.visited[key] = self.visited.get(key, 0.0) + plain * reached * again
@@ -283,6 +284,18 @@ class _Nest:
                 touched = (*e.names, *(a.tensor for a in walk(e.body) if isinstance(a, Access)))
                 self.passed += reached * again * sum(width(c, name) for name in touched)  # bytes
         self.loaded = self.made * self._loaded(steps)  # bytes
+
+    def _hoisted(self, e: Einsum) -> tuple[float, float]:
+        """Operations at a point, as `operations`: what does not change along a dim of the tile is made once for it."""
+        plain, special = float(e.reduce is not None), 0.0
+        dims = self._split(set(e.space())) - set(self.loops)
+        for x in walk(e.body):
+            if isinstance(x, Call) and reads(x):
+                inner = sum(operations(a)[0] for a in x.args), sum(operations(a)[1] for a in x.args)
+                own = [n - m for n, m in zip(operations(x), inner, strict=True)]
+                times = math.prod(self._extent(v) for v in dims - self._split(set(variables(x))))
+                plain, special = plain + own[0] / max(times, 1), special + own[1] / max(times, 1)
+        return plain, special
 
     def _rows(self, e: Einsum) -> int:
         """Of a product, the points of a tile that one operand has and the other lacks: the fewer of both sides."""

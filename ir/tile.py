@@ -117,11 +117,19 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """if cond: body (else: orelse); cond is scalar: grid/loop variables, Sizes, scalar tiles."""
+    """if cond: body (else: orelse); cond is scalar: grid/loop variables, Sizes, scalar tiles.
+
+    spare: the branch only spares work: its last side (orelse, or body where that is all) does right whatever cond says.
+    """
 
     cond: Expr
     body: tuple[Statement, ...]
     orelse: tuple[Statement, ...] = ()
+    spare: bool = False
+
+    @property
+    def last(self) -> tuple[Statement, ...]:
+        return self.orelse or self.body
 
 
 Statement: TypeAlias = Union[Load, Map, Fold, Dot, Store, Loop, When]

@@ -13,6 +13,7 @@
       store X[index, ...] = S
       for m1 = EXPR to EXPR {                 if EXPR {
       }                                       } else {
+      when EXPR {                             an if whose last side does right whatever the condition says
                                               }
 """
 
@@ -48,7 +49,7 @@ from memcomp.ir.tile import (
 ROLES = ("in", "out", "state", "work")
 HEADS = ("param", "sizes", "kernel")
 PARTS = ("grid", "dim", "tile")
-STATEMENTS = ("load", "map", "fold", "dot", "store", "for", "if")
+STATEMENTS = ("load", "map", "fold", "dot", "store", "for", "if", "when")
 _HEADER = re.compile(r"\s*tiles\s+(?P<name>\S+)(?:\s+on\s+(?P<target>\S+))?\s*$")
 _FIRST = "the first line is tiles NAME, or tiles NAME on cpu"
 
@@ -77,7 +78,7 @@ def show_statement(s: Statement, indent: str = "") -> Iterator[str]:
         yield f"{indent}for {s.var} = {show_expr(s.lo)} to {show_expr(s.hi)} {{"
         yield from _block(s.body, indent)
     else:
-        yield f"{indent}if {show_expr(s.cond)} {{"
+        yield f"{indent}{'when' if s.spare else 'if'} {show_expr(s.cond)} {{"
         if s.orelse:
             *body, _ = _block(s.body, indent)
             yield from (*body, f"{indent}}} else {{")
@@ -210,7 +211,7 @@ class _Reader:
             loop = Loop(var, lo, parse_expr(line), self.block(line))
             self.close()
             return loop
-        if head == "if":
+        if head in ("if", "when"):
             cond = parse_expr(line)
             body = self.block(line)
             orelse: tuple[Statement, ...] = ()
@@ -219,7 +220,7 @@ class _Reader:
                 line.at += 1
                 orelse = self.block(line)
             self.close()
-            return When(cond, body, orelse)
+            return When(cond, body, orelse, head == "when")
         s = _simple(line, head)
         line.end("one statement to a line")
         return s

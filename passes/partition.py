@@ -226,14 +226,19 @@ class _Mapper:
                 if not product:
                     break
             elif self._free(c, x) and (len(points) > 1 or not long):
-                cut.append((x.upper(), Const(size)))
+                # what a product loads serves all rows of a tile: how many are worth it, cost tells
+                wider = (size, 4 * size, 8 * size) if product and cut else ()
+                cut.append((x.upper(), Knob(f"{x}0", wider) if wider else Const(size)))
                 if not product:
                     break
             else:
                 break
         names = {r for r, _ in cut}
         space = tuple(f"{x.upper()}1" if x.upper() in names else x.upper() for x in points if x not in held)
-        streams = tuple((x.upper(), Const(16 * self.lanes if not cut else 4 * self.lanes)) for x in long)
+        longest = 16 * self.lanes
+        short = tuple(longest // k for k in (4, 2, 1)) if product and len(cut) > 1 else ()
+        streams = tuple((x.upper(), Knob(f"{x}0", short) if short else Const(longest // 4 if cut else longest))
+                        for x in long)
         return replace(g, partition=(*cut, *streams), space=space, loop_order=tuple(f"{x.upper()}1" for x in long))
 
     def _stream(

@@ -105,7 +105,7 @@ hint: the first line is tiles NAME, or tiles NAME on cpu""",
 a line cannot start with 'loat' here
    3 |   loat S = X[p]
      |   ^^^^
-hint: did you mean 'load'? known: dim, dot, fold, for, grid, if, kernel, load, map, param, sizes, store, tile""",
+hint: did you mean 'load'? known: dim, dot, fold, for, grid, if, kernel, load, map, param, sizes, store, tile, when""",
     "tiles t\nload S = X[p]\n": """
 a line cannot start with 'load' here
    2 | load S = X[p]

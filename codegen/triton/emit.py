@@ -41,9 +41,11 @@ from memcomp.ir.tile import (
 )
 
 STORED = ("bf16", "f16")  # formats that tensor cores multiply, and that f32 holds exactly
-_FOLDS = {"sum": "plus", "prod": "times", "max": "highest", "min": "lowest", "and": "both", "or": "either"}
-_WHOLE = {"max": "most", "min": "least"}
+_FOLDS = {"sum": "tl.sum({}, {})", "prod": "tl.reduce({}, {}, times)", "and": "tl.reduce({}, {}, both)",
+          "or": "tl.reduce({}, {}, either)"}
+_ENDS = {"max": ("highest", "most"), "min": ("lowest", "least")}  # of reals, where a NaN stays one, and of integers
 _JOINS = {"sum": "{} + {}", "prod": "{} * {}", "and": "{} & {}", "or": "{} | {}"}
+_WORDS = ("times", "both", "either")
 TAKEN = {"tl", "triton", "INTERPRET", "NAN", *FUNCTIONS}
 
 
@@ -286,16 +288,19 @@ class _Writer:
         conditions = self.live(every, gone)
         if conditions and not (isinstance(body, Const) and not gone):
             value = f"tl.where({' & '.join(conditions)}, {value}, {self.identity(s.monoid, dtype)})"
-        word = _FOLDS[s.monoid] if dtype[0] == "f" else _WHOLE.get(s.monoid, _FOLDS[s.monoid])
+        join = _JOINS.get(s.monoid, "")
+        form = _FOLDS.get(s.monoid, "")
+        if s.monoid in _ENDS:
+            real, whole = _ENDS[s.monoid]
+            join = f"{self.scope.word(real if dtype[0] == 'f' else whole)}({{}}, {{}})"
+            form = f"{self.scope.word(real + '_over')}({{}}, {{}})" if dtype[0] == "f" else f"tl.{s.monoid}({{}}, {{}})"
+        for word in set(_WORDS) & set(re.findall(r"\w+", form)):
+            self.scope.word(word)
         for a in reversed(gone):
-            value = f"tl.reduce({value}, {every.index(a)}, {self.scope.word(word)})"
+            value = form.format(value, every.index(a))
             if dtype == "bool":
                 value = f"({value} != 0)"
-        if s.accumulate:
-            old = self.names[s.tile]
-            value = _JOINS[s.monoid].format(old, value) if s.monoid in _JOINS else \
-                f"{self.scope.word(word)}({old}, {value})"
-        self.assign(s.tile, value)
+        self.assign(s.tile, join.format(self.names[s.tile], value) if s.accumulate else value)
 
     def identity(self, monoid: str, dtype: str) -> str:
         x = MONOIDS[monoid].identity

@@ -52,16 +52,16 @@ def parts(k: TileKernel, s: Loop) -> list[Part]:
         if s.var in variables(d.count) and splits(_full(d, s.var)):
             full.add(d.name)
     for w in _branches(s.body):
-        if splits(_tests(w.cond)):
+        if splits(_tests(_plain(w))):
             held.add(w.cond)
     if not starts and not ends:
         return []
-    plain = Part(_joined("min", ends) if ends else None, _taken(s.body, held), frozenset(full))
-    out = [plain]
+    general = _taken(s.body, held, plain=False)
+    out = [Part(_joined("min", ends) if ends else None, _taken(s.body, held, plain=True), frozenset(full))]
     if starts:
-        out.insert(0, Part(_joined("max", starts), s.body))
+        out.insert(0, Part(_joined("max", starts), general))
     if ends:
-        out.append(Part(None, s.body))
+        out.append(Part(None, general))
     return out
 
 
@@ -91,6 +91,13 @@ def _full(d: Dim, var: str) -> Iterator[Expr]:
             yield call("ge", e, d.capacity)
 
 
+def _plain(w: When) -> Expr:
+    """When the side without masks runs: a branch that has none skips its masked side."""
+    if not w.orelse and isinstance(w.cond, Call) and w.cond.op == "not":
+        return w.cond.args[0]
+    return w.cond
+
+
 def _tests(e: Expr) -> list[Expr]:
     """The conditions that a conjunction joins."""
     if isinstance(e, Call) and e.op == "and":
@@ -102,16 +109,19 @@ def _branches(body: tuple[Statement, ...]) -> list[When]:
     return [s for s in statements(body) if isinstance(s, When)]
 
 
-def _taken(body: tuple[Statement, ...], held: set[Expr]) -> tuple[Statement, ...]:
-    """The statements where the conditions `held` hold."""
+def _taken(body: tuple[Statement, ...], held: set[Expr], plain: bool) -> tuple[Statement, ...]:
+    """The statements where the conditions `held` hold; not plain: where they may not, without branches that only spare
+    work."""
     out: list[Statement] = []
     for s in body:
-        if isinstance(s, When) and s.cond in held:
-            out += _taken(s.body, held)
+        if isinstance(s, When) and s.cond in held and plain:
+            out += _taken(s.body if _plain(s) == s.cond else (), held, plain)
+        elif isinstance(s, When) and s.cond in held and s.spare:
+            out += _taken(s.last, held, plain)
         elif isinstance(s, When):
-            out.append(replace(s, body=_taken(s.body, held), orelse=_taken(s.orelse, held)))
+            out.append(replace(s, body=_taken(s.body, held, plain), orelse=_taken(s.orelse, held, plain)))
         elif isinstance(s, Loop):
-            out.append(replace(s, body=_taken(s.body, held)))
+            out.append(replace(s, body=_taken(s.body, held, plain)))
         else:
             out.append(s)
     return tuple(out)

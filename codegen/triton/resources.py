@@ -33,8 +33,10 @@ from memcomp.ir.tile import (
 )
 
 ASYNC_ROWS = 64    # fewer rows and the tensor cores of sm_90 and sm_100 are fed through registers, as before
-REGISTERS = 255    # a thread can have no more
 COLUMNS = 512      # of tensor memory
+# registers = first number + the others times what `held` counts, in its order; `benchmarks/gpu_resources.py --fit`
+FITTED = {"mma": (120.0, 0.7, 1.3, 0.5, 2.6), "wgmma": (48.0, 0.5, 1.0, 0.8, 6.0), "tcgen05": (65.0, 0.4, 0.8, 0.8, 4.8)}
+SPILLED = 255.0    # an estimate from which on kernels spilled
 BARRIER = 8        # bytes
 ALIGNED = 1024     # bytes: of a tile that `tcgen05` reads; what lies before it is rounded up
 
@@ -83,6 +85,12 @@ class Product:
 def need(tp: TileProgram, k: TileKernel, target: Target, setting: Setting) -> Need:
     """What a block of one launch takes.  Raises Refusal where the kernel has no layout."""
     return _Reader(tp, k, layout(k), target.capability, setting).need()
+
+
+def held(tp: TileProgram, k: TileKernel, target: Target, setting: Setting) -> dict[str, float]:
+    """What the estimate of registers counts, of the loop that takes most of them."""
+    reader = _Reader(tp, k, layout(k), target.capability, setting)
+    return reader.held(max(reader.bodies(k.body), key=reader.estimate))
 
 
 def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
@@ -279,7 +287,16 @@ class _Reader:
     # -- registers ---------------------------------------------------------------------------------------------------
 
     def registers(self) -> tuple[float, bool]:
-        return 0.0, False
+        """Of a thread, estimated, and whether spills are to be expected."""
+        found = [self.estimate(body) for body in self.bodies(self.k.body)]
+        most = max(found, default=0.0)
+        return most, most > SPILLED
+
+    def estimate(self, body: tuple[Statement, ...]) -> float:
+        fetched = any(p.asynchronous(self.capability, self.setting.warps) for p in self.products(body))
+        form = "mma" if not fetched else "wgmma" if self.capability < 100 else "tcgen05"
+        base, *weights = FITTED[form]
+        return base + sum(w * n for w, n in zip(weights, self.held(body).values(), strict=True))
 
     def held(self, body: tuple[Statement, ...]) -> dict[str, float]:
         """What a thread holds in 32-bit registers in a loop, by kind.
@@ -287,7 +304,6 @@ class _Reader:
         sums:      of tiles that one step hands to the next.
         values:    at most at once of the tiles that a step computes.
         rows:      of numbers for rows, which several threads hold alike.
-        fragments: of operands that warps fetch for their tensor cores and that the loop does not change.
         chunks:    addresses, one for each 16 bytes that a thread fetches.
         """
         threads, products = 32 * self.setting.warps, self.products(body)
@@ -308,13 +324,10 @@ class _Reader:
         sums = sum(self.points(t) for t in carried if len(self.layout.of(self.tiles[t].dims)) > 1) / threads
         values = max((sum(self.points(t) for t in matrices if first[t] <= n <= last.get(t, first[t]))
                       for n in range(len(own))), default=0) / threads
-        fragments, along = 0.0, 1
-        for p in products:
-            if not p.asynchronous(self.capability, self.setting.warps):
-                along = 1 if self.spread(products, p) else self.setting.warps
-                if p.left not in first:
-                    fragments += p.rows * p.depth * p.bytes / 4 / (32 * along)
+        along = self.setting.warps
+        if any(self.spread(products, p) for p in products if not p.asynchronous(self.capability, self.setting.warps)):
+            along = 1
         vectors = [t for t in (*carried, *local) if len(self.layout.of(self.tiles[t].dims)) == 1]
         rows = sum(max(2.0, self.points(t) / (8 * along)) for t in vectors)
         chunks = sum(self.points(t) * self.element(t) / 16 / threads for t in straight)
-        return {"sums": sums, "values": values, "rows": rows, "fragments": fragments, "chunks": chunks}
+        return {"sums": sums, "values": values, "rows": rows, "chunks": chunks}

@@ -63,11 +63,17 @@ def most(a, b):
 def least(a, b):
     return tl.minimum(a, b)
 ''', ()),
-    "plus": ('''\
+    "highest_over": ('''\
 @triton.jit
-def plus(a, b):
-    return a + b
-''', ()),
+def highest_over(x, axis: tl.constexpr):
+    """A NaN stays one; the interpreter is quick only with what it knows by name, and numpy keeps a NaN."""
+    return tl.max(x, axis) if INTERPRET else tl.reduce(x, axis, highest)
+''', ("highest",)),
+    "lowest_over": ('''\
+@triton.jit
+def lowest_over(x, axis: tl.constexpr):
+    return tl.min(x, axis) if INTERPRET else tl.reduce(x, axis, lowest)
+''', ("lowest",)),
     "times": ('''\
 @triton.jit
 def times(a, b):

@@ -194,7 +194,7 @@ def _zero(by: Product | None, lanes: int) -> str:
 
 def _held(w: Writer, tile: str, value: str) -> str:
     """Text of a sum as its tile holds it."""
-    return f"cast('int64', {value})" if w.tiles[tile].dtype == "i64" else value
+    return f"cast({w.element(w.tiles[tile])!r}, {value})" if w.tiles[tile].dtype == "i64" else value
 
 
 def _pairs_then_last(w: Writer, sides: tuple[Pairs, ...], over: tuple[str, ...], point: Point,

@@ -18,8 +18,9 @@ from memcomp.codegen.tvm.express import Expressions, truth
 from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
 from memcomp.codegen.tvm.isa import Isa, isa
 from memcomp.codegen.tvm.launcher import CHUNKS
+from memcomp.codegen.tvm.narrow import narrow
 from memcomp.codegen.tvm.words import WORDS
-from memcomp.codegen.tvm.writer import BITS, TILE_ELEMENT, Point, Writer, element, read_tiles
+from memcomp.codegen.tvm.writer import BITS, Point, Writer, element, read_tiles
 from memcomp.ir.expr import Call, Const, variables
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.tile import (
@@ -71,6 +72,7 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> tuple[str, int]:
         w = Writer(tp, replace(k, body=_straight(k.body)), shape, names)
         w.units = {p.name: u for p, u in zip(tp.params, units, strict=True)}
         w.products = pairs.products(w)
+        w.narrow = narrow(w)
         scratch = max(scratch, _kernel(w))
         lines += w.lines
         names.forget({t.name for t in k.tiles} | {d.name for d in k.dims})
@@ -142,7 +144,7 @@ def _kernel(w: Writer) -> int:
             Body(w).run(k.body, Point(scalars))
         text = "\n".join(w.lines[start:])
         used = [t for t in k.tiles if re.search(rf"\b{names[t.name]}\b", text)]
-        buffers = {names[t.name]: (w.shape(t), TILE_ELEMENT[t.dtype]) for t in used} | w.buffers
+        buffers = {names[t.name]: (w.shape(t), w.element(t)) for t in used} | w.buffers
         tiles = any(p.form == "tiles" for p in w.products.values())
         if tiles:
             w.line("tile_stop()")

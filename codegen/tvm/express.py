@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer
+from memcomp.codegen.tvm.writer import Point, Writer
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
 from memcomp.ir.ops import OPS
@@ -87,11 +87,13 @@ class Expressions:
         if own != t.dims or len(own) != len(e.index):
             raise Refusal(f"tile {t.name} is read at other indices than its dims", self.w.kernel.name)
         if p.lane not in own:
-            return _loaded(self.w.tile_at(e.tensor, p.scalars), t.dtype, False)
-        if own[-1] == p.lane:
-            return _loaded(self.w.tile_at(e.tensor, p.scalars, f"at({p.width}, {p.base})"), t.dtype, p.width > 1)
-        got = self._one_by_one(lambda one: self.w.tile_at(e.tensor, one.scalars), TILE_ELEMENT[t.dtype])
-        return _loaded(got, t.dtype, p.width > 1)
+            got = self.w.tile_at(e.tensor, p.scalars)
+        elif own[-1] == p.lane:
+            got = self.w.tile_at(e.tensor, p.scalars, f"at({p.width}, {p.base})")
+        else:
+            got = self._one_by_one(lambda one: self.w.tile_at(e.tensor, one.scalars), self.w.element(t))
+        got = f"cast('int64', {got})" if e.tensor in self.w.narrow else got
+        return _loaded(got, t.dtype, p.lane in own and p.width > 1)
 
     def param(self, e: Access) -> Val:
         """An element of a param, or one per lane."""

@@ -252,7 +252,7 @@ class Nest:
         lanes = 1
         if point.lane and t.dims and t.dims[-1] == point.lane:
             last, lanes = f"at({point.width}, {point.base})", point.width
-        number_text = _number_form(kind, value)
+        number_text = f"cast('int32', {value})" if t.name in w.narrow else _number_form(kind, value)
         w.line(f"{w.tile_at(t.name, point.scalars, last)} = splat({number_text}, {lanes})")
 
     # -- statements with loops of their own ----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def product(w: Writer, s: Dot, p: Product, x: Pairs, y: Pairs, point: Point) -> 
     steps = f"i64({-(-n // deep)})" if n is not None else f"T.truncdiv({w.count(p.k)} + {deep - 1}, {deep})"
     rows, columns = (-(-c // TILE) for c in (w.dims[p.row].capacity, w.dims[lane].capacity))
     whole = t.dims[-2] == p.row and w.dims[p.row].capacity % TILE == 0 == w.padded(lane) % TILE
-    direct = whole and not deeper and t.dtype == p.by.sums
+    direct = whole and not deeper and w.element(t) == ELEMENT[p.by.sums]
     sums = w.names[s.tile] if direct else w.names.fresh(f"{w.names[s.tile]}_sums")
     if not direct:
         w.buffers[sums] = ((2 * TILE, 2 * TILE), ELEMENT[p.by.sums])
@@ -52,7 +52,7 @@ def product(w: Writer, s: Dot, p: Product, x: Pairs, y: Pairs, point: Point) -> 
         with w.block(f"for {i} in T.serial(T.min(i64({down * TILE}), {w.count(p.row)} - {r})):"):
             for start in range(0, right * TILE, TILE):
                 got = f"{sums}[{i}, at({TILE}, {start})]"
-                got = got if t.dtype == "f32" else f"cast('int64', {got})"
+                got = got if t.dtype == "f32" else f"cast({w.element(t)!r}, {got})"
                 out = w.tile_at(t.name, q.scalars | {p.row: f"({r} + {i})"}, f"at({TILE}, {plus(c, start)})")
                 w.line(f"{out} = {out + ' + ' if s.accumulate else ''}{got}")
 

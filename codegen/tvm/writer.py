@@ -56,6 +56,7 @@ class Writer:
         self.loops: list[str] = []            # variables of the enclosing Loops, outermost first
         self.units: dict[str, int] = {}       # per param the position whose stride is 1, or -1
         self.products: dict[int, Product] = {}  # contractions on bf16 pairs, by id of the statement
+        self.narrow: set[str] = set()         # tiles of i64 that are held in 32 bits
         self.packed: dict[str, str] = {}      # tiles that are filled as pairs only -> their buffer
         self.buffers: dict[str, tuple[tuple[int, ...], str]] = {}  # besides the tiles: name -> shape, element
         self.diagonals: dict[Expr, tuple[str, str, str, str]] = {}  # by a - b: buffer, a, b, kind
@@ -121,6 +122,10 @@ class Writer:
         if not tile.dims:
             return (1,)
         return (*(self.dims[d].capacity for d in tile.dims[:-1]), self.padded(tile.dims[-1]))
+
+    def element(self, tile: Tile) -> str:
+        """What the elements of a tile's buffer are."""
+        return "int32" if tile.name in self.narrow else TILE_ELEMENT[tile.dtype]
 
     def full(self, dim: str, step: int) -> bool:
         """Is the count a known multiple of `step`?"""

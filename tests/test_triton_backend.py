@@ -1,0 +1,249 @@
+"""The Triton backend: by Triton's interpreter every program it lowers computes what the program says; text is stable.
+
+What machine code becomes of it is in `test_gpu_offline`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from memcomp.codegen.lower import lower
+from memcomp.config import Config
+from memcomp.ir.errors import Refusal
+from memcomp.ir.interpret import interpret
+from memcomp.ir.text import parse
+from memcomp.ir.tile import Loop, Statement, TileProgram, When, statements
+from memcomp.ir.tile_interpret import interpret_tile, solve_sizes
+from memcomp.pipeline import map_program
+from tests.mapped import CHAINS, ONEPASS, extent, inputs, load, mapped, same, symbols
+from tests.programs import arrays, programs
+from tests.references import CASES as REFERENCES
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import memcomp  # noqa: E402
+from memcomp.codegen.triton import build, emit, interpreted  # noqa: E402
+from memcomp.codegen.triton.layout import layout  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+TORCH = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64,
+         "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool}
+
+
+def run(tp: TileProgram, arrays: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    known = solve_sizes(tp, {n: np.shape(a) for n, a in arrays.items()}, sizes)
+    args = [torch.from_numpy(np.array(arrays[p.name])).to(TORCH[p.dtype]) if p.name in arrays else
+            torch.full(tuple(extent(n, known) for n in p.shape), 77).to(TORCH[p.dtype]) for p in tp.params]
+    interpreted(emit(tp, "h100"))(*args, *known.values())
+    return {p.name: x.double().numpy() for p, x in zip(tp.params, args, strict=True) if p.role in ("out", "state")}
+
+
+# -- meaning -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ONEPASS + CHAINS)
+def test_kernels_equal_the_program(name: str) -> None:
+    p, rng = load(name), np.random.default_rng(4)
+    for k, (m, n) in enumerate(((9, 7), (0, 3), (40, 5))):
+        sizes = {s: m if s == "M" else n if s == "P" else 2 for s in symbols(p)}
+        closed = mapped(p, k % 2)
+        a = inputs(p, sizes, rng)
+        want, got = interpret(closed, a, sizes), run(lower(closed), a, sizes)
+        for out in want:
+            assert same(got[out], want[out], 2e-4, 2e-4), (out, sizes)
+
+
+@pytest.mark.parametrize("name", sorted(set(REFERENCES) - {"delta_rule", "product_key_bag"}))
+def test_kernels_equal_the_reference(name: str) -> None:
+    a, want = REFERENCES[name](np.random.default_rng(6))
+    got = run(lower(mapped(load(name))), a, {"T": 64} if name == "paged_decode" else {})
+    for out in want:
+        assert same(got[out], want[out], 1e-3, 1e-3), out
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate))
+@given(programs(), st.integers(0, 99))
+def test_any_program(program: Any, seed: int) -> None:
+    stored = {t.name: t.dtype for t in program.cascade.tensors}
+    given_ = {n: torch.from_numpy(np.array(x)).to(TORCH[stored[n]]) for n, x in arrays(program, seed).items()}
+    given_ = {n: (x.double() if x.is_floating_point() else x).numpy() for n, x in given_.items()}
+    sizes = {r: n for t in program.cascade.inputs() for r, n in zip(t.ranks, given_[t.name].shape, strict=True)}
+    sizes = {r: n for r, n in sizes.items() if program.cascade.rank(r).extent is None}
+    try:
+        p = mapped(program)
+        tp = lower(p)
+        emit(tp, "h100")
+    except Refusal:
+        return
+    want, got = interpret(p, given_, sizes), run(tp, given_, sizes)
+    for name in want:
+        tolerance = {"bf16": 2e-2, "f16": 4e-3}.get(stored[name], 2e-3)
+        assert same(got[name], want[name], tolerance, tolerance), name
+
+
+def test_functions_are_as_exact_as_f32() -> None:
+    text = """
+program p
+rank N
+in X[N]: f32
+out T[N]: f32
+out E[N]: f32
+out L[N]: f32
+out R[N]: f32
+out G[N]: f32
+T[n] = tanh(X[n])
+E[n] = expm1(X[n])
+L[n] = log1p(abs(X[n]))
+R[n] = round(X[n])
+G[n] = xlogx(abs(X[n]))
+"""
+    small = np.ldexp(1.0, -np.arange(30)) * np.array([[1.0], [-1.0], [1.37]])
+    x = np.concatenate([np.linspace(-20, 20, 201), small.ravel(), np.arange(-6, 6) + 0.5]).astype(np.float32)
+    closed = mapped(parse(text))
+    got, want = run(lower(closed), {"X": x}, {}), interpret(closed, {"X": x.astype(np.float64)})
+    for name in want:
+        assert np.all(np.abs(got[name] - want[name]) <= 8 * np.spacing(np.abs(want[name]).astype(np.float32))), name
+
+
+def test_integers_round_down_and_wrap_as_the_program_says() -> None:
+    text = """
+program p
+rank N
+in I[N]: i64
+out Z[N]: i64
+Z[n] = I[n]//3 + I[n]%5 + ceildiv(I[n], 7) + (I[n] >> 2) + (I[n] << 1) + (I[n] & 12) + (I[n] | 3)
+"""
+    closed = mapped(parse(text))
+    a = {"I": np.arange(-70, 70)}
+    assert np.array_equal(run(lower(closed), a, {})["Z"], interpret(closed, a)["Z"])
+
+
+# -- from torch --------------------------------------------------------------------------------------------------------
+
+
+def grouped(q: Any, k: Any, v: Any) -> Any:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def softcapped(q: Any, k: Any, v: Any) -> Any:
+    s = 20.0 * torch.tanh(q @ k.transpose(-1, -2) * 0.02)
+    return torch.softmax(s, -1) @ v
+
+
+def decode(q: Any, k: Any, v: Any) -> Any:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize(("fn", "rows"), [(grouped, 70), (softcapped, 33), (decode, 1), (decode, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile_for_a_gpu_that_is_not_there(fn: Any, rows: int, dtype: Any) -> None:
+    torch.manual_seed(0)
+    heads = 2 if fn is softcapped else 6
+    q, (k, v) = torch.randn(1, heads, rows, 32), torch.randn(2, 1, 2, 70, 32)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    exact = fn(q.double(), k.double(), v.double())
+    torch._dynamo.reset()
+    got = torch.compile(fn, backend="memcomp", options={"target": "h100", "interpret": True, "strict": True})(q, k, v)
+    error, own = ((x.double() - exact).norm() / exact.norm() for x in (got, fn(q, k, v)))
+    assert error <= 1.5 * own + 1e-7, (error, own)
+
+
+def test_tensors_must_be_where_the_kernels_run() -> None:
+    q = torch.randn(1, 2, 8, 16)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="kernels for h100 take tensors on cuda, these are on cpu"):
+        torch.compile(grouped, backend="memcomp", options={"target": "h100", "strict": True})(q, q, q)
+    tp = lower(mapped(load("onepass_causal_gqa")))
+    with pytest.raises(TypeError, match="takes 4 tensors"):
+        build(emit(tp, "h100"))(q)
+
+
+def test_explain_needs_no_gpu() -> None:
+    q = torch.randn(1, 2, 80, 16)
+    told = memcomp.explain(grouped, q, q, q, target="a100", strict=True)
+    assert "@triton.jit" in told.regions[0].kernels[0].source
+
+
+# -- the text ----------------------------------------------------------------------------------------------------------
+
+PREFILL = """
+program prefill
+rank H
+rank P
+rank M
+rank E = 64
+rank F = 64
+in Q[H, P, E]: bf16
+in K[H, M, E]: bf16
+in V[H, M, F]: bf16
+out O[H, P, F]: bf16
+S[h, p, m] = sum{e} Q[h, p, e] * K[h, m, e]
+GM[h, p] = max{m} S[h, p, m] * 0.125 where m <= p
+W[h, p, m] = exp(S[h, p, m] * 0.125 - GM[h, p]) where m <= p
+D[h, p] = sum{m} W[h, p, m] where m <= p
+N[h, p, f] = sum{m} W[h, p, m] * V[h, m, f] where m <= p
+O[h, p, f] = N[h, p, f] / D[h, p]
+"""
+SIZES = {"H": 16, "P": 4096, "M": 4096}
+
+
+def prefill() -> TileProgram:
+    return lower(map_program(parse(PREFILL), config=Config(target="h100"), sizes=SIZES))
+
+
+@pytest.mark.parametrize(("name", "make"), [("prefill", prefill), ("chain", lambda: lower(mapped(load("layer_norm"))))])
+def test_text_is_stable(name: str, make: Any) -> None:
+    """GOLDEN=write rewrites the files; read the difference before it is kept."""
+    text, file = emit(make(), "h100").source, GOLDEN / f"triton_{name}.txt"
+    if os.environ.get("GOLDEN") == "write":
+        GOLDEN.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text()
+    assert text == emit(make(), "h100").source
+
+
+def test_the_long_loop_has_no_masks_and_products_no_transpositions() -> None:
+    tp = prefill()
+    text = emit(tp, "h100").source
+    first, second = text.split("for m1 in range(")[1:]
+    assert "mask=" not in first and "tl.where(live" not in first and "mask=" in second
+    assert "if " not in first + second.split("tl.store")[0]
+    assert "tl.trans(" not in text and text.count("tl.dot(") == 4 and text.count("to_bf16(") == 4
+    assert [a.name for a in layout(tp.kernels[0]).axes] == ["p0", "e", "m0", "f"]
+
+
+def without_spares(body: tuple[Statement, ...]) -> tuple[Statement, ...]:
+    """The last side of every branch that only spares work."""
+    out: list[Statement] = []
+    for s in body:
+        if isinstance(s, When) and s.spare:
+            out += without_spares(s.last)
+        elif isinstance(s, When):
+            out.append(replace(s, body=without_spares(s.body), orelse=without_spares(s.orelse)))
+        else:
+            out.append(replace(s, body=without_spares(s.body)) if isinstance(s, Loop) else s)
+    return tuple(out)
+
+
+@pytest.mark.parametrize("name", ONEPASS)
+def test_branches_that_spare_work_change_nothing(name: str) -> None:
+    p, rng = load(name), np.random.default_rng(4)
+    tp = lower(mapped(p))
+    plain = replace(tp, kernels=tuple(replace(k, body=without_spares(k.body)) for k in tp.kernels))
+    if plain == tp:
+        assert not any(isinstance(s, When) and s.spare for k in tp.kernels for s in statements(k.body))
+        return
+    sizes = {s: 140 if s == "M" else 70 if s == "P" else 2 for s in symbols(p)}
+    a = inputs(p, sizes, rng)
+    want, got = interpret_tile(tp, a, sizes), interpret_tile(plain, a, sizes)
+    for out in want:
+        assert same(got[out], want[out], 1e-12, 1e-12), out
