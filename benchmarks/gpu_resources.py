@@ -1,67 +1,93 @@
 """What the resource model says of kernels before they are compiled, beside what their machine code says of itself.
 
-    python benchmarks/gpu_resources.py [--only WORD] [--fit]
+    python benchmarks/gpu_resources.py [--only WORD]     compile and record; needs Triton, no GPU
+    python benchmarks/gpu_resources.py --fit             numbers of the estimate of registers that fit the record best
 
-Needs Triton and no GPU.  Attention in bf16, prefill and decode, head sizes 64 to 256, on four targets: the tiles are
-set by hand, so that small and large ones are there as well as those that would be chosen.
+Attention in bf16, prefill and decode, head sizes 64 to 256, and variants of it, on four targets.  Tile sizes and
+settings are set by hand, so that small ones, large ones and some that spill are there.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-from measure import record, terminal
-
 from memcomp.codegen.lower import lower
-from memcomp.codegen.triton.arguments import arguments
-from memcomp.codegen.triton.emit import emit, function_names
-from memcomp.codegen.triton.layout import layout
-from memcomp.codegen.triton.offline import compile_text
-from memcomp.codegen.triton.resources import Setting, _Reader, need
-from memcomp.config import Config
+from memcomp.codegen.triton.resources import SPILLED, Need, Setting, held, need
 from memcomp.ir.cascade import Knob
 from memcomp.ir.parse import parse
-from memcomp.ir.program import Program, knobs
+from memcomp.ir.program import Program, close, knobs
 from memcomp.ir.target import target
 from memcomp.ir.tile import TileProgram
-from memcomp.pipeline import forget, rewrite
-from memcomp.tune import assign
-from memcomp.ir.errors import Refusal
+from memcomp.pipeline import rewrite
 
+RECORD = Path(__file__).parent / "results" / "gpu_resources.json"
 TEXT = """program attention
 rank H = {heads}
 rank J = 8
 rank P
-rank M
+rank M{keys}
 rank E = {dim}
 rank F = {dim}
-in Q[H, P, E]: bf16
-in K[J, M, E]: bf16
-in V[J, M, F]: bf16
-out O[H, P, F]: bf16
+in Q[H, P, E]: {dtype}
+in K[J, M, E]: {dtype}
+in V[J, M, F]: {dtype}
+{inputs}out O[H, P, F]: {dtype}
 S[h, p, m] = sum{{e}} Q[h, p, e] * K[h//{group}, m, e]{where}
-W[h, p, m] = S[h, p, m] * 0.125{where}
+W[h, p, m] = {score}{where}
 GM[h, p] = max{{m}} W[h, p, m]{where}
 SN[h, p, m] = exp(W[h, p, m] - GM[h, p]){where}
 SD[h, p] = sum{{m}} SN[h, p, m]{where}
 A[h, p, m] = SN[h, p, m] / SD[h, p]{where}
 O[h, p, f] = sum{{m}} A[h, p, m] * V[h//{group}, m, f]{where}
 """
-DIMS = (64, 96, 128, 192, 256)
+USUAL = {"keys": "", "dtype": "bf16", "inputs": "", "where": "", "score": "S[h, p, m] * 0.125"}
+VARIANTS: dict[str, dict[str, str]] = {
+    "causal": {"where": " where m <= p + M - P"},
+    "tanh": {"score": "tanh(S[h, p, m] * 0.0125) * 30.0"},
+    "slope": {"inputs": "in Z[H]: f32\n", "score": "S[h, p, m] * 0.125 + Z[h] * (m - p)"},
+    "bias": {"inputs": "in Z[H, P, M]: bf16\n", "score": "S[h, p, m] * 0.125 + Z[h, p, m]"},
+    "scaled keys": {"inputs": "in Z[J, M]: f32\n", "score": "S[h, p, m] * Z[h, m]"},
+    "documents": {"inputs": "in Z[P]: i32\n", "keys": " = P", "where": " where Z[p] == Z[m]"},
+    "f32": {"dtype": "f32"},
+}
 TARGETS = ("a100", "rtx4090", "h100", "b200")
-# query rows, keys of a step, warps, stages
+DIMS = (64, 96, 128, 192, 256)
+# by capability below 90 or not: query rows, keys of a step, warps, stages
 PREFILL = {False: ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3)),
            True: ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2))}
 # queries of one key, keys of a step, warps, stages
 DECODE = ((4, 64, 4, 3), (16, 128, 4, 2))
 
 
-def attention(dim: int, group: int = 1, decode: bool = False, causal: bool = False) -> Program:
-    text = TEXT.format(heads=8 * group, dim=dim, group=group, where=" where m <= p + M - P" if causal else "")
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A kernel, the first launch of a program, with tiles and setting."""
+
+    name: str
+    target: str
+    program: Program
+    sizes: tuple[tuple[str, int], ...]
+    setting: Setting
+
+    @property
+    def tiles(self) -> TileProgram:
+        return tiles(self.program, self.target, dict(self.sizes))
+
+    @property
+    def need(self) -> Need:
+        tp = self.tiles
+        return need(tp, tp.kernels[0], target(self.target), self.setting)
+
+
+def attention(dim: int, group: int = 1, decode: bool = False, variant: str = "") -> Program:
+    """Attention over 8 key heads; decode: one query row for each of their heads."""
+    text = TEXT.format(heads=8 * group, dim=dim, group=group, **USUAL | VARIANTS.get(variant, {}))
     if decode:
         text = text.replace("rank P\n", "").replace(", P", "").replace(", p", "")
     return parse(text)
@@ -69,67 +95,124 @@ def attention(dim: int, group: int = 1, decode: bool = False, causal: bool = Fal
 
 def tiles(program: Program, target_name: str, sizes: dict[str, int]) -> TileProgram:
     """The tile program with these tile sizes, whether a search would try them or not."""
-    forget()
     mapped = rewrite(replace(program, target=target_name), observe=lambda *_: None)
 
-    def widened(k: Any) -> Any:
-        return replace(k, choices=(*k.choices, sizes[k.name])) if isinstance(k, Knob) and k.name in sizes else k
+    def only(k: Any) -> Any:
+        return replace(k, choices=(sizes.get(k.name, k.choices[0]),)) if isinstance(k, Knob) else k
 
-    ranks = tuple(replace(r, extent=widened(r.extent)) for r in mapped.cascade.ranks)
-    groups = tuple(replace(g, partition=tuple((n, widened(x)) for n, x in g.partition)) for g in mapped.mapping.groups)
-    mapped = replace(mapped, cascade=replace(mapped.cascade, ranks=ranks),
-                     mapping=replace(mapped.mapping, groups=groups))
-    return lower(assign(mapped, {k.name: sizes.get(k.name, k.choices[0]) for k in knobs(mapped)}))
+    ranks = tuple(replace(r, extent=only(r.extent)) for r in mapped.cascade.ranks)
+    groups = tuple(replace(g, partition=tuple((n, only(x)) for n, x in g.partition)) for g in mapped.mapping.groups)
+    mapped = replace(mapped, cascade=replace(mapped.cascade, ranks=ranks), mapping=replace(mapped.mapping, groups=groups))
+    return lower(close(mapped, {k.name: k.choices[0] for k in knobs(mapped)}))
 
 
-def cases() -> Iterator[tuple[str, str, Program, dict[str, int], Setting]]:
-    """(name, target, program, tile sizes, setting)."""
+def cases() -> Iterator[Case]:
     for name in TARGETS:
-        hopper = target(name).capability >= 90
+        settings = PREFILL[target(name).capability >= 90]
         for dim in DIMS:
-            for rows, keys, warps, stages in PREFILL[hopper]:
-                yield (f"prefill {dim}, {rows} x {keys}", name, attention(dim), {"p0": rows, "m0": keys},
-                       Setting(warps, stages))
+            for rows, keys, warps, stages in settings:
+                yield Case(f"prefill {dim}, {rows} x {keys}", name, attention(dim), (("p0", rows), ("m0", keys)),
+                           Setting(warps, stages))
             for group, keys, warps, stages in DECODE:
-                yield (f"decode {dim}, {group} x {keys}", name, attention(dim, group, decode=True), {"m0": keys},
-                       Setting(warps, stages))
+                yield Case(f"decode {dim}, {group} x {keys}", name, attention(dim, group, decode=True), (("m0", keys),),
+                           Setting(warps, stages))
+        for variant in VARIANTS:
+            for rows, keys, warps, stages in settings[1:3]:
+                yield Case(f"{variant} 64, {rows} x {keys}", name, attention(64, variant=variant),
+                           (("p0", rows), ("m0", keys)), Setting(warps, stages))
 
 
-def measured(name: str, target_name: str, program: Program, sizes: dict[str, int], setting: Setting) -> dict[str, Any]:
-    tp = tiles(program, target_name, sizes)
-    k, function = tp.kernels[0], function_names(tp)[0]
-    machine = target(target_name)
-    said = need(tp, k, machine, setting)
+def measured(c: Case) -> dict[str, Any]:
+    """Compile one."""
+    from memcomp.codegen.triton.arguments import arguments
+    from memcomp.codegen.triton.emit import emit, function_names
+    from memcomp.codegen.triton.offline import compile_text
+
+    tp, machine = c.tiles, target(c.target)
+    k = tp.kernels[0]
     given = arguments(tp, k, tuple(len(p.shape) - 1 for p in tp.params))
-    begun = time.perf_counter()
-    made = compile_text(emit(tp, machine).source, function, given.signature, {}, given.aligned, machine.capability,
-                        setting.warps, setting.stages)
-    reader = _Reader(tp, k, layout(k), machine.capability, setting)
-    return {"case": name, "target": target_name, **asdict(setting), "version": made.version,
-            "predicted": asdict(said), "held": reader.held(next(reader.bodies(k.body))),
+    made = compile_text(emit(tp, machine).source, function_names(tp)[0], given.signature, {}, given.aligned,
+                        machine.capability, c.setting.warps, c.setting.stages)
+    return {"case": c.name, "target": c.target, **asdict(c.setting), "predicted": asdict(c.need),
+            "held": held(tp, k, machine, c.setting), "version": made.version,
             "actual": {"shared": made.shared, "tensor_memory": made.tensor_memory, "spills": made.spills,
-                       **asdict(made.resources)}, "seconds": time.perf_counter() - begun}
+                       "registers": made.resources.registers, "stack": made.resources.stack}}
+
+
+def taken(r: dict[str, Any]) -> float:
+    """Registers that a compiled kernel would have liked: those on the stack as well."""
+    return float(r["actual"]["registers"] + r["actual"]["stack"] / 4)
+
+
+def form(r: dict[str, Any]) -> str:
+    """How tensor cores are fed, as `resources` calls it."""
+    name = r["target"]
+    return "mma" if target(name).capability < 90 or "decode" in r["case"] else "wgmma" if name == "h100" else "tcgen05"
+
+
+def ordered(results: list[dict[str, Any]], guess: Callable[[dict[str, Any]], float]) -> tuple[int, int]:
+    """(pairs that `guess` orders as the compiler does, pairs): of the same target, registers a tenth apart."""
+    right = every = 0
+    for a, b in combinations(results, 2):
+        x, y = taken(a), taken(b)
+        if a["target"] == b["target"] and abs(x - y) > max(x, y) / 10:
+            every += 1
+            right += (guess(a) < guess(b)) == (x < y)
+    return right, every
+
+
+def fit(results: list[dict[str, Any]]) -> None:
+    """Least squares for each way of feeding tensor cores, and the estimate that tells those that spill best."""
+    import numpy as np
+
+    for word in SPILLED:
+        own = [r for r in results if form(r) == word]
+        counted = np.array([[1.0, *r["held"].values()] for r in own])
+        weights = np.linalg.lstsq(counted, np.array([taken(r) for r in own]), rcond=None)[0]
+        guess = counted @ weights
+        spilled = np.array([r["actual"]["spills"] > 0 for r in own])
+        limit = min(sorted(guess), key=lambda t: int(np.sum((guess > t) != spilled)))
+        wrong = int(np.sum((guess > limit) != spilled))
+        print(word, [round(float(w), 2) for w in weights], f"limit {limit:.0f}, wrong {wrong} of {len(own)}")
+
+
+def summary(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """A line for each target."""
+    for name in TARGETS:
+        own = [r for r in results if r["target"] == name]
+        more = [r["predicted"]["shared"] - r["actual"]["shared"] for r in own]
+        right, every = ordered(own, lambda r: float(r["predicted"]["registers"]))
+        spilled = [r for r in own if r["actual"]["spills"]]
+        said = [r for r in own if r["predicted"]["spills"]]
+        yield (name, str(len(own)), str(more.count(0)), f"{min(more, default=0):,} to {max(more, default=0):,}",
+               f"{right / max(every, 1):.1%} of {every}", str(len(spilled)),
+               str(len([r for r in spilled if r in said])), str(len([r for r in said if r not in spilled])))
 
 
 def main() -> None:
+    from measure import record, terminal
+    from rich.table import Table
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose target and name hold this word")
+    parser.add_argument("--fit", action="store_true", help="compile nothing, fit the record")
     args = parser.parse_args()
+    if args.fit:
+        fit(json.loads(RECORD.read_text())["results"])
+        return
     console, results = terminal(), []
-    for name, target_name, program, sizes, setting in cases():
-        if args.only not in f"{target_name} {name}":
-            continue
-        try:
-            r = measured(name, target_name, program, sizes, setting)
-        except Refusal as error:
-            console.print(target_name, name, setting, str(error))
-            continue
-        results.append(r)
-        p, a = r["predicted"], r["actual"]
-        console.print(f"{target_name} {name} {setting.warps} warps {setting.stages} stages: shared {p['shared']} "
-                      f"{a['shared']} registers {p['registers']:.0f} {a['registers']} stack {a['stack']} spills {a['spills']}")
+    for c in cases():
+        if args.only in f"{c.target} {c.name}":
+            results.append(measured(c))
+            p, a = results[-1]["predicted"], results[-1]["actual"]
+            console.print(f"{c.target} {c.name}: shared {p['shared']} {a['shared']}, registers {p['registers']:.0f} "
+                          f"{a['registers']}, stack {a['stack']}, spills {a['spills']}")
+    table = Table("target", "kernels", "shared equal", "bytes too many", "pairs in order", "spill", "foretold", "in vain")
+    for row in summary(results):
+        table.add_row(*row)
+    console.print(table)
     if not args.only:
-        record("gpu_resources", results)
+        console.print(f"written: {record(__file__, results)}")
 
 
 if __name__ == "__main__":

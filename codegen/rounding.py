@@ -44,7 +44,7 @@ def _edges(tp: TileProgram) -> Iterator[tuple[Node, Node]]:
             if isinstance(s, Load):
                 yield ("", s.source.tensor), (k.name, s.tile)
             elif isinstance(s, Map) or (isinstance(s, Fold) and s.monoid == "sum"):
-                linear = _linear(s.body) & tiles
+                linear = linear_in(s.body) & tiles
             elif isinstance(s, Dot):
                 linear = {s.a.tensor, s.b.tensor} & tiles
             if isinstance(s, (Map, Fold, Dot)):
@@ -55,13 +55,13 @@ def _edges(tp: TileProgram) -> Iterator[tuple[Node, Node]]:
             yield from (((k.name, t), _BAD) for t in sorted(read - linear))
 
 
-def _linear(e: Expr) -> set[str]:
+def linear_in(e: Expr) -> set[str]:
     """Tensors in which an expression is linear."""
     if isinstance(e, Access):
         return {e.tensor} - {n.tensor for i in e.index for n in walk(i) if isinstance(n, Access)}
     if not isinstance(e, Call):
         return set()
-    inside = [_linear(a) for a in e.args]
+    inside = [linear_in(a) for a in e.args]
     if e.op in ("add", "sub", "neg"):
         carries = list(range(len(e.args)))
     elif e.op == "mul":

@@ -242,10 +242,10 @@ def _rest(gm: fx.GraphModule, example_inputs: list[Any], settings: Config, mode:
     """What memcomp does not compile: Inductor, or eager where it is asked for, or nothing is left to compile, or
     Inductor cannot build."""
     if settings.rest == "eager":
-        return gm.forward
+        return _by_python(gm)
     patches = _patches(settings, mode)
     if not computes(gm.graph):
-        return gm.forward
+        return _by_python(gm)
     kept = fx.Graph()  # Inductor may rewrite the graph it is given
     kept.output(kept.graph_copy(gm.graph, {}))
     eager = fx.GraphModule(gm, kept)
@@ -253,7 +253,16 @@ def _rest(gm: fx.GraphModule, example_inputs: list[Any], settings: Config, mode:
         from torch._inductor.compile_fx import compile_fx
 
         return cast("Callable[..., Any]", compile_fx(gm, example_inputs, config_patches=patches or None))
-    return eager.forward
+    return _by_python(eager)
+
+
+def _by_python(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as Python runs it: its calls of kernels need not go through torch's dispatcher."""
+    for n in gm.graph.nodes:
+        if n.target is torch.ops.memcomp.call.default:
+            n.target = runtime.call
+    gm.recompile()
+    return gm.forward
 
 
 def _patches(settings: Config, mode: str | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[
     """The entry that runs `kernel` on tensors shaped as the inputs of `program`.
 
     program: as read; tiles: what the kernel was emitted from, its tensors in the same order; symbols: the names of the
-    leading `sizes` of a call; device: "cpu" or "cuda", of the results.  Raises Refusal where an extent that is needed is found in no input.
+    leading `sizes` of a call; device: of the results.  Raises Refusal where an extent that is needed is found in no input.
     """
     cascade = program.cascade
     ins, outs = cascade.inputs(), cascade.outputs()
@@ -71,10 +71,12 @@ def preparation(dims: Sequence[int], outs: Sequence[Fresh], work: Sequence[Fresh
     tensors of `t` with last stride 1 (copied where it is another), new outs, new work, and the integers.
 
     dims: number of dimensions of each of the leading tensors; extents and ints: texts over (t, s), each computed once;
-    over: the tensor that is the only output too, as it is; device: "cpu" or "cuda", of what is made.
+    over: the tensor that is the only output too, as it is; device: of what is made.
     """
     # as Inductor's code allocates
-    known: dict[str, Any] = {"empty": getattr(torch._C._dynamo.guards, f"_empty_strided_{device}")}  # type: ignore[attr-defined]
+    quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)  # type: ignore[attr-defined]
+    known: dict[str, Any] = {"empty": quick or (lambda size, strides, kind: torch.empty_strided(
+        size, strides, dtype=kind, device=device))}
     shapes: dict[str, str] = {}
     names: dict[str, str] = {}
 

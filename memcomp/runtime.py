@@ -223,11 +223,34 @@ def _call_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes
     if forward_ad._current_level >= 0 and any(map(_tangent, inputs)):
         raise Refusal("tangents (forward-mode gradients) were handed to a region compiled without them",
                       hint="compile inside the dual level: the region then stays with torch")
+    return run(_ENTRIES[key], inputs, sizes) if _direct(keys) else _below_autograd(keys, inputs, sizes, key)
+
+
+def call(inputs: list[torch.Tensor], sizes: list[int], key: str) -> list[torch.Tensor]:
+    """`memcomp::call` where Python runs the graph: past torch's dispatcher if all that it would do is find the kernel.
+
+    Plain tensors, no gradient asked for, and no mode, transform, trace or profiler that must see the op.  The way there
+    is short when it is warm, but a kernel that has streamed a long cache leaves nothing of it in the processor's.
+    """
+    if torch._C._dispatch_tls_local_include_set().raw_repr() in _ALONE and forward_ad._current_level < 0 and \
+            not torch._C._len_torch_function_stack() and not torch.autograd._profiler_enabled():
+        graded = torch.is_grad_enabled()
+        for t in inputs:
+            if type(t) not in _PLAIN or graded and t.requires_grad or not _direct(torch._C._dispatch_keys(t)):
+                break
+        else:
+            return run(_ENTRIES[key], inputs, sizes)
+    made: list[torch.Tensor] = torch.ops.memcomp.call.default(inputs, sizes, key)
+    return made
+
+
+def _direct(keys: torch.DispatchKeySet) -> bool:
+    """Is the kernel next below autograd?"""
     seen = keys.raw_repr()
-    direct = _DIRECT.get(seen)
-    if direct is None:
-        direct = _DIRECT[seen] = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICES
-    return run(_ENTRIES[key], inputs, sizes) if direct else _below_autograd(keys, inputs, sizes, key)
+    known = _DIRECT.get(seen)
+    if known is None:
+        known = _DIRECT[seen] = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICES
+    return known
 
 
 def _tangent(t: torch.Tensor) -> bool:
@@ -236,7 +259,11 @@ def _tangent(t: torch.Tensor) -> bool:
 
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
-_DIRECT: dict[int, bool] = {}  # set of dispatch keys -> is the kernel next below autograd?
+_DIRECT: dict[int, bool] = {}  # set of dispatch keys -> the answer of `_direct`
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_SELECT = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_ALONE = frozenset({  # what a thread adds to the keys of its tensors outside of all modes; in inference mode
+    (_SELECT | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(), _SELECT.raw_repr()})
 
 
 def _below_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes: list[int],

@@ -2,43 +2,33 @@
 
 Triton keeps in shared memory: one copy of each operand of a product that a loop does not change; of each tensor that
 a loop streams, as many tiles as the pipeline has stages where the tensor cores read them themselves (`wgmma` and
-`tcgen05`, from 64 rows on), one less where warps fetch them (`mma.sync`); and, one after another, what passes from
-warp to warp: a computed operand whose columns are spread over warps, partial results of a reduction.  The forms below
-were read off its allocations (`benchmarks/gpu_resources.py` compares them with compiled kernels); `docs/gpu.md` says
-how exact they are.  Registers are an estimate, good enough to order candidates: fitted, not derived.
+`tcgen05`, from 64 rows on), one less where warps fetch them; and, one after another, what passes from warp to warp: a
+computed operand whose columns are spread over warps, partial results of a reduction.  The forms below were read off
+its allocations (`benchmarks/gpu_resources.py` compares them with compiled kernels); `docs/gpu.md` says how exact they
+are.  Registers are an estimate, good enough to order candidates: fitted, not derived.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
-from memcomp.codegen.triton.layout import Layout, layout, sides
+from memcomp.codegen.triton.loops import Body, Loops, Product
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, walk
 from memcomp.ir.target import BYTES, Target
-from memcomp.ir.tile import (
-    Dot,
-    Fold,
-    Load,
-    Loop,
-    Map,
-    Statement,
-    TileKernel,
-    TileProgram,
-    expressions,
-    statements,
-)
+from memcomp.ir.tile import Dot, Fold, TileKernel, TileProgram, expressions
 
 ASYNC_ROWS = 64    # fewer rows and the tensor cores of sm_90 and sm_100 are fed through registers, as before
 COLUMNS = 512      # of tensor memory
-# registers = first number + the others times what `held` counts, in its order; `benchmarks/gpu_resources.py --fit`
-FITTED = {"mma": (120.0, 0.7, 1.3, 0.5, 2.6), "wgmma": (48.0, 0.5, 1.0, 0.8, 6.0), "tcgen05": (65.0, 0.4, 0.8, 0.8, 4.8)}
-SPILLED = 255.0    # an estimate from which on kernels spilled
 BARRIER = 8        # bytes
-ALIGNED = 1024     # bytes: of a tile that `tcgen05` reads; what lies before it is rounded up
+ALIGNED = 1024     # bytes: where a tile begins that tensor cores read themselves
+COPIED = 4         # bytes: the least that a thread can copy ahead
+# registers = first number + the others times what `held` counts, in its order, and the sum from which on kernels
+# spill; `benchmarks/gpu_resources.py --fit`
+FITTED = {"mma": (125.0, 0.7, 1.3, 0.0, 2.5), "wgmma": (48.0, 0.5, 1.0, 0.8, 6.0), "tcgen05": (65.0, 0.4, 0.8, 0.8, 4.8)}
+SPILLED = {"mma": 250.0, "wgmma": 240.0, "tcgen05": 250.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,34 +53,15 @@ class Need:
     spills: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
-    """A contraction as tensor cores see it: rows of the left operand, columns of the right one, points summed over;
-    left, right: the operands' tiles; bytes: of one of their elements; exact: f32 operands, multiplied in three parts."""
-
-    tile: str
-    rows: int
-    columns: int
-    depth: int
-    left: str
-    right: str
-    bytes: int
-    exact: bool
-
-    def asynchronous(self, capability: int, warps: int) -> bool:
-        """Do the tensor cores read the right operand from shared memory?"""
-        return capability >= 90 and self.rows >= ASYNC_ROWS and warps % 4 == 0 and not self.exact
-
-
 def need(tp: TileProgram, k: TileKernel, target: Target, setting: Setting) -> Need:
     """What a block of one launch takes.  Raises Refusal where the kernel has no layout."""
-    return _Reader(tp, k, layout(k), target.capability, setting).need()
+    return _Block(Loops(tp, k), target.capability, setting).need()
 
 
 def held(tp: TileProgram, k: TileKernel, target: Target, setting: Setting) -> dict[str, float]:
     """What the estimate of registers counts, of the loop that takes most of them."""
-    reader = _Reader(tp, k, layout(k), target.capability, setting)
-    return reader.held(max(reader.bodies(k.body), key=reader.estimate))
+    block = _Block(Loops(tp, k), target.capability, setting)
+    return block.held(max(block.loops.bodies, key=block.estimate))
 
 
 def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
@@ -99,12 +70,12 @@ def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
 
     Raises Refusal where none fits: with the bytes needed and there, and the nearest tile sizes that would fit.
     """
-    axes = layout(k)
-    fitting = list(_fitting(tp, k, axes, target))
+    loops = Loops(tp, k)
+    fitting = list(_fitting(loops, target))
     if fitting:
-        wanted = _Reader(tp, k, axes, target.capability, Setting(4, 1)).warps()
+        wanted = _warps(loops)
         return min(fitting, key=lambda x: (x[1].spills, -x[0].stages, abs(x[0].warps - wanted), x[1].registers))[0]
-    least = min((need(tp, k, target, s) for s in SETTINGS), key=lambda n: n.shared)
+    least = min((_Block(loops, target.capability, s).need() for s in _settings(loops)), key=lambda n: n.shared)
     there = target.level("smem").bytes
     what = f"{k.name} needs {least.shared:,} bytes of shared memory, and a block of {target.name} has {there:,}"
     if least.shared <= there:
@@ -125,7 +96,7 @@ def nearest_fit(tp: TileProgram, k: TileKernel, target: Target) -> dict[str, int
             if min(sizes.values()) < 1:
                 continue
             smaller = replace(k, dims=tuple(replace(d, capacity=sizes.get(d.name, d.capacity)) for d in k.dims))
-            if any(_fitting(tp, smaller, layout(smaller), target)):
+            if any(_fitting(Loops(tp, smaller), target)):
                 found.append(sizes)
         if found:
             best = max(found, key=lambda sizes: min(sizes.values()))
@@ -133,201 +104,148 @@ def nearest_fit(tp: TileProgram, k: TileKernel, target: Target) -> dict[str, int
     return {}
 
 
-def _fitting(tp: TileProgram, k: TileKernel, axes: Layout, target: Target) -> Iterator[tuple[Setting, Need]]:
-    multiplies = any(isinstance(s, Dot) for s in statements(k.body))
-    for s in SETTINGS:
-        if multiplies and s.warps < 4:
-            continue   # tensor cores of one processor are fed by four warps
-        n = _Reader(tp, k, axes, target.capability, s).need()
+def _settings(loops: Loops) -> list[Setting]:
+    """Tensor cores of one processor are fed by four warps."""
+    return [s for s in SETTINGS if s.warps >= 4 or not any(b.products for b in loops.bodies)]
+
+
+def _fitting(loops: Loops, target: Target) -> Iterator[tuple[Setting, Need]]:
+    for s in _settings(loops):
+        n = _Block(loops, target.capability, s).need()
         if n.shared <= target.level("smem").bytes and n.tensor_memory <= COLUMNS:
             yield s, n
 
 
-class _Reader:
-    """One kernel with one setting."""
+def _warps(loops: Loops) -> int:
+    """Warps for which there is work: 16 rows of a product each, else 32 numbers a thread at most."""
+    products = [p for b in loops.bodies for p in b.products]
+    if products:
+        return 8 if max(p.rows for p in products) >= 128 else 4
+    most = max((loops.points(t) for t in loops.tiles), default=1)
+    return max(1, min(8, most // (32 * 32)))
 
-    def __init__(self, tp: TileProgram, k: TileKernel, axes: Layout, capability: int, setting: Setting) -> None:
-        self.k, self.layout, self.capability, self.setting = k, axes, capability, setting
-        self.params = {p.name: p.dtype for p in tp.params}
-        self.tiles = {t.name: t for t in k.tiles}
-        self.loads: dict[str, list[Load]] = {}
-        self.written: dict[str, int] = {}
-        for s in statements(k.body):
-            if isinstance(s, (Load, Map, Fold, Dot)):
-                self.written[s.tile] = self.written.get(s.tile, 0) + 1
-            if isinstance(s, Load):
-                self.loads.setdefault(s.tile, []).append(s)
 
-    def points(self, tile: str) -> int:
-        """Elements of a tile as Triton holds it, sizes rounded up to powers of two."""
-        return math.prod(a.size for a in self.layout.of(self.tiles[tile].dims))
+class _Block:
+    """A block of one kernel with one setting."""
 
-    def element(self, tile: str) -> int:
-        """Bytes of an element where the tile is kept: as stored, if it is only loaded."""
-        if tile in self.loads and self.written[tile] == 1:
-            return BYTES[self.params[self.loads[tile][0].source.tensor]]
-        return BYTES[self.tiles[tile].dtype]
+    def __init__(self, loops: Loops, capability: int, setting: Setting) -> None:
+        self.loops, self.capability = loops, capability
+        self.warps, self.stages = setting.warps, setting.stages
 
-    def product(self, s: Dot) -> Product | None:
-        """None where the contraction is multiplied and summed without tensor cores."""
-        x = sides(self.k, s)
-        left, right, over = (self.layout.of(d) for d in (x.left, x.right, x.over))
-        if len(left) != 1 or len(right) != 1 or len(over) != 1 or len(x.batch) > 1 or self.tiles[s.tile].dtype == "f64":
-            return None
-        a, b = s.a.tensor, s.b.tensor
-        if self.layout.axes.index(right[0]) < self.layout.axes.index(left[0]):
-            a, b, left, right = b, a, right, left
-        size = min(self.element(a), self.element(b))
-        return Product(s.tile, left[0].size, right[0].size, over[0].size, a, b, size, size > 2)
+    def need(self) -> Need:
+        bodies = self.loops.bodies
+        return Need(max(map(self.shared, bodies)), max(map(self.tensor_memory, bodies)), max(map(self.estimate, bodies)),
+                    any(self.estimate(b) > SPILLED[self.form(b)] for b in bodies))
+
+    def asynchronous(self, p: Product) -> bool:
+        """Do the tensor cores read the right operand from shared memory?"""
+        return self.capability >= 90 and p.rows >= ASYNC_ROWS and self.warps % 4 == 0
 
     # -- shared memory -----------------------------------------------------------------------------------------------
 
-    def need(self) -> Need:
-        shared = max((self.shared(body) for body in self.bodies(self.k.body)), default=0)
-        columns = max((self.tensor_memory(body) for body in self.bodies(self.k.body)), default=0)
-        registers, spills = self.registers()
-        return Need(shared, columns, registers, spills)
-
-    def bodies(self, body: tuple[Statement, ...]) -> Iterator[tuple[Statement, ...]]:
-        """What runs as one loop: the statements of each innermost loop, and those in no loop."""
-        inner = [s for s in statements(body) if isinstance(s, Loop)]
-        for s in inner:
-            if not any(isinstance(x, Loop) for x in statements(s.body)):
-                yield tuple(statements(s.body))
-        if not inner:
-            yield tuple(statements(body))
-
-    def products(self, body: Iterable[Statement]) -> list[Product]:
-        return [p for s in body if isinstance(s, Dot) if (p := self.product(s)) is not None]
-
-    def shared(self, body: tuple[Statement, ...]) -> int:
+    def shared(self, body: Body) -> int:
         """Bytes that a loop needs at once."""
-        products = self.products(body)
-        stages = self.setting.stages
-        own = {s.tile: s for s in body if isinstance(s, (Load, Map, Fold, Dot))}
-        looped = body != tuple(statements(self.k.body))
-        held: dict[str, int] = {}
+        ahead = self.stages if body.looped and not body.branched else 1
+        own = body.written if body.looped else set()
+        kept: dict[str, int] = {}      # operands that stay
         streamed: dict[str, int] = {}
-        passing = [0]
-        turns = [0]   # what lies there while one product is computed, where nothing is fetched ahead
-        for p in products:
-            fetched = p.asynchronous(self.capability, self.setting.warps)
+        passing, turns = [0], [0]      # what lies there for a moment; what one product needs if nothing is ahead
+        for p in body.products:
+            fetched, parts = self.asynchronous(p), 2 if p.exact else 1
             turn = 0
-            for tile, left in ((p.left, True), (p.right, False)):
-                size = (p.rows if left else p.columns) * p.depth * p.bytes
-                if tile not in own and looped:
-                    held[tile] = size
-                elif isinstance(own.get(tile), Load) and not p.exact:
-                    streamed[tile] = max(streamed.get(tile, 0), size * (stages if fetched else stages - 1))
+            for tile, lines in ((p.left, p.rows), (p.right, p.columns)):
+                size = lines * p.depth * p.bytes
+                if tile not in own and body.looped:
+                    kept[tile] = parts * size
+                elif body.loaded(tile) and not p.exact:
+                    streamed[tile] = max(streamed.get(tile, 0), size * (ahead if fetched else ahead - 1))
                     turn += size
-                elif not (left and (fetched or not self.spread(products, p))):
-                    passing.append(size)
-                    turn += size
+                elif tile == p.right if fetched else tile == p.left and (p.exact or self.spread(body, p)):
+                    passing.append(parts * size)
+                    turn += parts * size
             turns.append(turn)
-            for tile in self.feeding((p.left, p.right), own):
-                if tile not in (p.left, p.right) or p.exact:
-                    streamed.setdefault(tile, self.points(tile) * self.element(tile) * (stages - 1))
-        for s in body:
-            if isinstance(s, (Fold, Dot)) and s.over and not any(p.tile == s.tile for p in products):
-                passing.append(self.reduction(s, products))
-        if stages == 1 or not looped:
-            return sum(held.values()) + max(*turns, *passing)
-        fetched = [p for p in products if p.asynchronous(self.capability, self.setting.warps)]
-        if fetched and self.capability >= 100:
+            for tile in self.loops.feeding(body, (p.left, p.right)) - set(streamed):
+                if self.copied(tile):
+                    streamed[tile] = self.loops.points(tile) * self.loops.element(tile) * (ahead - 1)
+        passing += [self.reduction(body, s) for s in body.steps if isinstance(s, (Fold, Dot)) and s.over
+                    and not any(p.tile == s.tile for p in body.products)]
+        if ahead == 1:
+            return sum(kept.values()) + max(*turns, *passing)
+        fetched_ones = [p for p in body.products if self.asynchronous(p)]
+        stream = sum(streamed.values())
+        if fetched_ones:
+            stream += -stream % ALIGNED
+        if fetched_ones and self.capability >= 100:
             passing.append(ALIGNED)
-        barriers = 2 * BARRIER * len(fetched) if self.capability >= 100 else 0
-        return sum(held.values()) + sum(streamed.values()) + max(passing) + barriers
+            stream += 2 * BARRIER * len(fetched_ones)
+        return sum(kept.values()) + stream + max(passing)
 
-    def spread(self, products: list[Product], p: Product) -> bool:
+    def copied(self, tile: str) -> bool:
+        """Can the tile be copied ahead: has each thread enough of it?"""
+        a_thread = max(1, self.loops.points(tile) // (32 * self.warps))
+        return self.loops.dims(tile) > 0 and a_thread * self.loops.element(tile) >= COPIED
+
+    def spread(self, body: Body, p: Product) -> bool:
         """Are the columns of the operand that feeds p spread over warps?  Products that feed one another are laid out
-        alike, after the last of them: all warps along its rows if it has as many as columns."""
-        last = products[-1]
-        return last.rows < last.columns or self.setting.warps * 16 > last.rows > last.columns
+        alike, after the last of them: all warps along its rows if it has as many as columns.  A branch parts them."""
+        last = body.products[-1]
+        return body.branched or last.rows < last.columns or self.warps * 16 > last.rows > last.columns
 
-    def feeding(self, tiles: Iterable[str], own: dict[str, Load | Map | Fold | Dot]) -> set[str]:
-        """Tiles that the loop loads and that these are computed from; single numbers and rows are not fetched ahead."""
-        seen: set[str] = set()
-        todo = list(tiles)
-        while todo:
-            tile = todo.pop()
-            if tile in seen or tile not in own:
-                continue
-            seen.add(tile)
-            todo += [n.tensor for e in expressions(own[tile]) for n in walk(e)
-                     if isinstance(n, Access) and n.tensor in self.tiles]
-        return {t for t in seen if isinstance(own[t], Load) and len(self.layout.of(self.tiles[t].dims)) > 1}
-
-    def reduction(self, s: Fold | Dot, products: list[Product]) -> int:
+    def reduction(self, body: Body, s: Fold | Dot) -> int:
         """Bytes that a reduction passes from warp to warp, at most: none where each warp has whole rows of a product."""
         read = {n.tensor for e in expressions(s) for n in walk(e) if isinstance(n, Access)}
-        if self.setting.warps == 1 or any(
-                p.tile in read and (p.asynchronous(self.capability, self.setting.warps) or not self.spread(products, p))
-                for p in products):
+        if self.warps == 1 or any(p.tile in read and (self.asynchronous(p) or not self.spread(body, p))
+                                  for p in body.products):
             return 0
-        return self.points(s.tile) * BYTES[self.tiles[s.tile].dtype] * self.setting.warps
+        return self.loops.points(s.tile) * BYTES[self.loops.tiles[s.tile].dtype] * self.warps
 
-    def tensor_memory(self, body: tuple[Statement, ...]) -> int:
+    def tensor_memory(self, body: Body) -> int:
         """Columns of 32-bit numbers that the sums, and operands that follow from sums, take (sm_100)."""
         if self.capability < 100:
             return 0
-        fetched = [p for p in self.products(body) if p.asynchronous(self.capability, self.setting.warps)]
-        sums = {p.tile for p in fetched}
-        columns = sum(p.columns + (p.depth * p.bytes // 4 if p.left not in self.loads and len(sums) > 1 else 0)
+        fetched = [p for p in body.products if self.asynchronous(p)]
+        columns = sum(p.columns + (p.depth * p.bytes // 4 if p.left in self.loops.computed and len(fetched) > 1 else 0)
                       for p in fetched)
         return 1 << max(columns - 1, 0).bit_length() if columns else 0
 
-    def warps(self) -> int:
-        """Warps for which there is work: 16 rows of a product each, else 32 numbers a thread at most."""
-        products = [p for body in self.bodies(self.k.body) for p in self.products(body)]
-        if products:
-            return 8 if max(p.rows for p in products) >= 128 else 4
-        most = max((self.points(t) for t in self.tiles), default=1)
-        return max(1, min(8, most // (32 * 32)))
-
     # -- registers ---------------------------------------------------------------------------------------------------
 
-    def registers(self) -> tuple[float, bool]:
-        """Of a thread, estimated, and whether spills are to be expected."""
-        found = [self.estimate(body) for body in self.bodies(self.k.body)]
-        most = max(found, default=0.0)
-        return most, most > SPILLED
+    def form(self, body: Body) -> str:
+        fetched = any(self.asynchronous(p) for p in body.products)
+        return "mma" if not fetched else "wgmma" if self.capability < 100 else "tcgen05"
 
-    def estimate(self, body: tuple[Statement, ...]) -> float:
-        fetched = any(p.asynchronous(self.capability, self.setting.warps) for p in self.products(body))
-        form = "mma" if not fetched else "wgmma" if self.capability < 100 else "tcgen05"
-        base, *weights = FITTED[form]
+    def estimate(self, body: Body) -> float:
+        """Registers of a thread."""
+        base, *weights = FITTED[self.form(body)]
         return base + sum(w * n for w, n in zip(weights, self.held(body).values(), strict=True))
 
-    def held(self, body: tuple[Statement, ...]) -> dict[str, float]:
+    def held(self, body: Body) -> dict[str, float]:
         """What a thread holds in 32-bit registers in a loop, by kind.
 
-        sums:      of tiles that one step hands to the next.
-        values:    at most at once of the tiles that a step computes.
-        rows:      of numbers for rows, which several threads hold alike.
-        chunks:    addresses, one for each 16 bytes that a thread fetches.
+        sums:   of tiles that one step hands to the next.
+        values: at most at once of the tiles that a step computes.
+        rows:   of numbers for rows, which several threads hold alike.
+        chunks: addresses, one for each 16 bytes that a thread fetches.
         """
-        threads, products = 32 * self.setting.warps, self.products(body)
-        own = [s for s in body if isinstance(s, (Load, Map, Fold, Dot))]
+        threads, own = 32 * self.warps, body.written
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         carried: set[str] = set()
-        for n, s in enumerate(own):
-            read = {x.tensor for e in expressions(s) for x in walk(e) if isinstance(x, Access)} & set(self.tiles)
+        for n, s in enumerate(body.steps):
+            read = {x.tensor for e in expressions(s) for x in walk(e) if isinstance(x, Access)} & set(self.loops.tiles)
             if isinstance(s, (Fold, Dot)) and s.accumulate:
                 read.add(s.tile)
-            carried |= {t for t in read if t not in first and any(x.tile == t for x in own)}
+            carried |= {t for t in read & own if t not in first}
             last |= dict.fromkeys(read, n)
             first.setdefault(s.tile, n)
-        straight = {t for p in products for t in (p.left, p.right) if t in first and isinstance(own[first[t]], Load)}
+        straight = {t for p in body.products for t in (p.left, p.right) if body.loaded(t)}
         local = [t for t in first if t not in carried and t not in straight]
-        matrices = [t for t in local if len(self.layout.of(self.tiles[t].dims)) > 1]
-        sums = sum(self.points(t) for t in carried if len(self.layout.of(self.tiles[t].dims)) > 1) / threads
-        values = max((sum(self.points(t) for t in matrices if first[t] <= n <= last.get(t, first[t]))
-                      for n in range(len(own))), default=0) / threads
-        along = self.setting.warps
-        if any(self.spread(products, p) for p in products if not p.asynchronous(self.capability, self.setting.warps)):
-            along = 1
-        vectors = [t for t in (*carried, *local) if len(self.layout.of(self.tiles[t].dims)) == 1]
-        rows = sum(max(2.0, self.points(t) / (8 * along)) for t in vectors)
-        chunks = sum(self.points(t) * self.element(t) / 16 / threads for t in straight)
+        points = self.loops.points
+        sums = sum(points(t) for t in carried if self.loops.dims(t) > 1) / threads
+        values = max((sum(points(t) for t in local if self.loops.dims(t) > 1 and first[t] <= n <= last.get(t, first[t]))
+                      for n in range(len(body.steps))), default=0) / threads
+        fed = [p for p in body.products if not self.asynchronous(p)]
+        along = 1 if any(self.spread(body, p) for p in fed) else self.warps
+        rows = sum(max(2.0, points(t) / (8 * along)) for t in (*carried, *local) if self.loops.dims(t) == 1)
+        chunks = sum(points(t) * self.loops.element(t) / 16 / threads for t in straight)
         return {"sums": sums, "values": values, "rows": rows, "chunks": chunks}

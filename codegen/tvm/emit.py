@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from memcomp.codegen.names import Names
+from memcomp.codegen.rough import rough
 from memcomp.codegen.tvm import dot as contraction
 from memcomp.codegen.tvm import pairs
 from memcomp.codegen.tvm.access import load, some_element, store, view
@@ -68,8 +69,11 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> tuple[str, int]:
         probe.units[p.name] = u
         lines += _view(probe, p, u)
     scratch = 0
-    for k in tp.kernels:
-        w = Writer(tp, replace(k, body=_straight(k.body)), shape, names)
+    straight = replace(tp, kernels=tuple(replace(k, body=_straight(k.body)) for k in tp.kernels))
+    allowed = rough(straight)
+    for k in straight.kernels:
+        w = Writer(tp, k, shape, names)
+        w.rough = allowed
         w.units = {p.name: u for p, u in zip(tp.params, units, strict=True)}
         w.products = pairs.products(w)
         w.narrow = narrow(w)

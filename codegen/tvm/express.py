@@ -38,9 +38,14 @@ class Expressions:
         self.w, self.point = w, point
         self.repeated: Counter[Expr] = Counter()
         self.memo: dict[Expr, Val] = {}
+        self.rough: frozenset[Expr] = frozenset()
 
-    def value(self, e: Expr, kind: str = "") -> Val:
-        """The value of `e`, converted to `kind` where given; subexpressions that stand twice are computed once."""
+    def value(self, e: Expr, kind: str = "", rough: frozenset[Expr] = frozenset()) -> Val:
+        """The value of `e`, converted to `kind` where given; subexpressions that stand twice are computed once.
+
+        rough: the calls that may be so (`memcomp.codegen.rough`).
+        """
+        self.rough = rough
         self.repeated = Counter(n for n in walk(e) if isinstance(n, Call))
         v = self._value(e)
         return convert(v, kind) if kind else v
@@ -163,6 +168,8 @@ class Expressions:
             return Val(compared(e.op, *texts), "bool", vec)
         if kind == "i64" and e.op in _ARITHMETIC:
             return _integers(e.op, args[0], args[1], vec)
+        if e in self.rough and kind == "f32":
+            return Val(f"rough_{e.op}({texts[0]})", kind, vec)
         return Val(self._operator(e.op, texts, kind), kind, vec)
 
     def _scaled(self, e: Call) -> Val | None:

@@ -227,7 +227,7 @@ class Nest:
     def _leaf(self, s: Work, point: Point, held: dict[str, str]) -> dict[str, str]:
         """A statement with no loops of its own."""
         t = self.w.tiles[s.tile]
-        value = Expressions(self.w, point).value(s.body, t.dtype)
+        value = Expressions(self.w, point).value(s.body, t.dtype, self.w.rough.get(id(s), frozenset()))
         text = value.text
         if isinstance(s, Fold) and s.accumulate:
             text = f"join({s.monoid!r}, {self._old(t, point)}, {_number_form(value.kind, text)})"
@@ -298,7 +298,7 @@ class Nest:
             for s in work:
                 at = replace(q, held=now)
                 t = w.tiles[s.tile]
-                v = Expressions(w, at).value(s.body, t.dtype)
+                v = Expressions(w, at).value(s.body, t.dtype, self.w.rough.get(id(s), frozenset()))
                 if isinstance(s, Fold):
                     element = TILE_ELEMENT[t.dtype]
                     text = f"splat({_number_form(v.kind, v.text)}, {width})"

@@ -4,6 +4,8 @@ Worst error over all finite float32 arguments, in units in the last place agains
 exp 2, exp2 2, log 1, log2 2, log1p 2, expm1 2, tanh 3, sigmoid 3, erf 2, xlogx 2.  exp(-inf) = 0, log(0) = -inf,
 log(x < 0) = NaN; NaN stays NaN; results below 2**-126 are rounded as IEEE asks.  float64 vectors, sin, cos and pow
 call the C library lane by lane.
+The rough forms err by at most 2**-13 (exp, exp2), 2**-12 (sigmoid), relative, and 2**-18, absolute (tanh), where the
+result is at least 2**-126: `memcomp.codegen.rough` says where that is enough, the same test measures them.
 Coefficients: exp, exp2 and expm1, of which tanh is made, are minimax fits of degree 6 (relative error 5e-9, 2e-8 and
 1e-8 before rounding), log is that of Cephes (S. Moshier, 1989), erf are those of N. Juffa's erff.
 """
@@ -40,6 +42,9 @@ _EXP2 = (1.0, 0.6931471824645996, 0.24022647738456726, 0.055503323674201965, 0.0
          0.0013398875016719103, 0.00015353361959569156)
 _LOG = (3.3333331174e-1, -2.4999993993e-1, 2.0000714765e-1, -1.6668057665e-1, 1.4249322787e-1, -1.2420140846e-1,
         1.1676998740e-1, -1.1514610310e-1, 7.0376836292e-2)
+# 2**r for |r| <= 1/2 within 2**-13.7 and 2**-18.5, relative
+_ROUGH = (0.9999280571937561, 0.6932609677314758, 0.2426111251115799, 0.0551716685295105)
+_FINER = (0.9999992847442627, 0.6931217908859253, 0.240247443318367, 0.05591785907745361, 0.009570102207362652)
 _LESS_ONE = (0.4999999701976776, 0.1666654348373413, 0.04166720062494278, 0.008366547524929047, 0.0013882516650483012)
 _ERF_NEAR = (1.28379166e-1, -3.76125336e-1, 1.12819925e-1, -2.67681349e-2, 4.99119423e-3, -5.96761703e-4)
 # ln 2 in two parts; the first has nine bits, so that its product with an exponent is exact without fused multiply-add
@@ -75,10 +80,14 @@ def _scaled_at_once(p: Value, n: Value) -> Value:
     return parts[0] if len(parts) == 1 else T.Shuffle(parts, list(range(width(p))))
 
 
+def _wide() -> bool:
+    """Is the text being compiled for AVX-512?"""
+    target = Target.current(allow_none=True)
+    return target is not None and target.attrs.get("mcpu", "") == AVX512.cpu
+
+
 def _power(p: Value, n: Value) -> Value:
-    target = Target.current(allow_none=True)  # what the text is being compiled for
-    wide = target is not None and target.attrs.get("mcpu", "") == AVX512.cpu
-    return _scaled_at_once(p, n) if wide and width(p) % 16 == 0 else _scaled(p, n)
+    return _scaled_at_once(p, n) if _wide() and width(p) % 16 == 0 else _scaled(p, n)
 
 
 def exp(x: Value) -> Value:
@@ -96,6 +105,45 @@ def exp2(x: Value) -> Value:
     x = reg(minimum(maximum(x, like(x, -151.0)), like(x, 129.0)))
     n = reg(T.nearbyint(x))
     return reg(_power(_poly(reg(x - n), _EXP2), n))
+
+
+def _rough_power(x: Value, coefficients: tuple[float, ...], least: float, most: float) -> Value:
+    x = reg(minimum(maximum(x, like(x, least)), like(x, most)))
+    n = reg(T.nearbyint(x))
+    return reg(_power(_poly(reg(x - n), coefficients), n))
+
+
+def rough_exp2(x: Value) -> Value:
+    return _rough_power(x, _ROUGH, -151.0, 129.0)
+
+
+def rough_exp(x: Value) -> Value:
+    return rough_exp2(x * like(x, _LOG2_E))
+
+
+def _inverse(x: Value, steps: int) -> Value:
+    """1 / x for x >= 1: within 2**-14 and, after a step, 2**-23 where the machine has an instruction for that."""
+    if not _wide() or width(x) % 16:
+        return like(x, 1.0) / x
+    parts = []
+    for k in range(0, width(x), 16):
+        a = x if width(x) == 16 else reg(piece(x, k, 16))
+        parts.append(reg(T.call_llvm_intrin("float32x16", "llvm.x86.avx512.rcp14.ps.512", a,
+                                            splat(like(a, 0.0), 16), tirx.const(-1, "int16"))))
+    r = parts[0] if len(parts) == 1 else reg(T.Shuffle(parts, list(range(width(x)))))
+    for _ in range(steps):
+        r = reg(r * (like(x, 2.0) - x * r))
+    return r
+
+
+def rough_sigmoid(x: Value) -> Value:
+    e = _rough_power(x * like(x, -_LOG2_E), _ROUGH, -126.0, 127.0)
+    return _inverse(reg(e + like(x, 1.0)), 0)
+
+
+def rough_tanh(x: Value) -> Value:
+    e = _rough_power(x * like(x, 2 * _LOG2_E), _FINER, -30.0, 30.0)  # beyond: -1 and 1 all the same
+    return reg(like(x, 1.0) - like(x, 2.0) * _inverse(reg(e + like(x, 1.0)), 1))
 
 
 def _split(x: Value) -> tuple[Value, Value, Value, Value]:
@@ -195,7 +243,8 @@ def xlogx(x: Value) -> Value:
 # one name per row of `ir.ops` that is not spelled with an operator
 FUNCTIONS: dict[str, Callable[..., Value]] = {
     "exp": exp, "exp2": exp2, "log": log, "log2": log2, "tanh": tanh, "sigmoid": sigmoid, "erf": erf, "xlogx": xlogx,
-    "log1p": log1p, "expm1": expm1,
+    "log1p": log1p, "expm1": expm1, "rough_exp": rough_exp, "rough_exp2": rough_exp2, "rough_sigmoid": rough_sigmoid,
+    "rough_tanh": rough_tanh,
     "sqrt": lambda x: T.sqrt(x), "rsqrt": lambda x: like(x, 1.0) / T.sqrt(x), "recip": lambda x: like(x, 1.0) / x,
     "sin": lambda x: T.sin(x), "cos": lambda x: T.cos(x), "pow": lambda x, y: T.pow(x, y),
     "floor": lambda x: T.floor(x), "round": lambda x: T.nearbyint(x), "absolute": lambda x: T.abs(x),

@@ -56,6 +56,7 @@ class Writer:
         self.loops: list[str] = []            # variables of the enclosing Loops, outermost first
         self.units: dict[str, int] = {}       # per param the position whose stride is 1, or -1
         self.products: dict[int, Product] = {}  # contractions on bf16 pairs, by id of the statement
+        self.rough: dict[int, frozenset[Expr]] = {}  # calls that may be rough, by id of the statement
         self.narrow: set[str] = set()         # tiles of i64 that are held in 32 bits
         self.packed: dict[str, str] = {}      # tiles that are filled as pairs only -> their buffer
         self.buffers: dict[str, tuple[tuple[int, ...], str]] = {}  # besides the tiles: name -> shape, element

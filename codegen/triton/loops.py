@@ -1,0 +1,145 @@
+"""What the loops of a kernel hold and stream, as Triton's pipeline and tensor cores see it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias, Union
+
+from memcomp.codegen.triton.layout import layout, sides
+from memcomp.codegen.triton.parts import parts
+from memcomp.ir.expr import Access, walk
+from memcomp.ir.target import BYTES
+from memcomp.ir.tile import (
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Map,
+    Statement,
+    TileKernel,
+    TileProgram,
+    When,
+    expressions,
+    statements,
+)
+
+Step: TypeAlias = Union[Load, Map, Fold, Dot]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A contraction as tensor cores see it: rows of the left operand, columns of the right one, points summed over;
+    left, right: the operands' tiles; bytes: of one of their elements; exact: in f32, as three products of two parts
+    of each operand."""
+
+    tile: str
+    rows: int
+    columns: int
+    depth: int
+    left: str
+    right: str
+    bytes: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """Statements that run as one loop, or those of a kernel in no loop.
+
+    branched: a product stands in a branch, so that nothing is fetched ahead.
+    """
+
+    steps: tuple[Step, ...]
+    products: tuple[Product, ...]
+    looped: bool
+    branched: bool
+
+    @property
+    def written(self) -> set[str]:
+        return {s.tile for s in self.steps}
+
+    def loaded(self, tile: str) -> bool:
+        """Is the tile loaded in this body, and nothing else?"""
+        found = [s for s in self.steps if s.tile == tile]
+        return bool(found) and all(isinstance(s, Load) for s in found)
+
+
+class Loops:
+    """The loops of one kernel."""
+
+    def __init__(self, tp: TileProgram, k: TileKernel) -> None:
+        self.k, self.layout = k, layout(k)
+        self.params = {p.name: p.dtype for p in tp.params}
+        self.tiles = {t.name: t for t in k.tiles}
+        self.loads: dict[str, list[Load]] = {}
+        self.computed: set[str] = set()
+        for s in statements(k.body):
+            if isinstance(s, Load):
+                self.loads.setdefault(s.tile, []).append(s)
+            elif isinstance(s, (Map, Fold, Dot)):
+                self.computed.add(s.tile)
+
+    def dims(self, tile: str) -> int:
+        return len(self.layout.of(self.tiles[tile].dims))
+
+    def points(self, tile: str) -> int:
+        """Elements of a tile as Triton holds it, sizes rounded up to powers of two."""
+        return math.prod(a.size for a in self.layout.of(self.tiles[tile].dims))
+
+    def element(self, tile: str) -> int:
+        """Bytes of an element: as stored where the tile is only loaded."""
+        if tile in self.loads and tile not in self.computed:
+            return BYTES[self.params[self.loads[tile][0].source.tensor]]
+        return BYTES[self.tiles[tile].dtype]
+
+    @cached_property
+    def bodies(self) -> tuple[Body, ...]:
+        """The innermost loops, each part of one that is written in parts for itself; where there is none, the kernel."""
+        found = [b for s in statements(self.k.body) if isinstance(s, Loop)
+                 and not any(isinstance(x, Loop) for x in statements(s.body)) for b in self._parts(s)]
+        return tuple(found) or (self._body(self.k.body, False),)
+
+    def _parts(self, s: Loop) -> Iterator[Body]:
+        for body in [p.body for p in parts(self.k, s)] or [s.body]:
+            yield self._body(body, True)
+
+    def _body(self, body: tuple[Statement, ...], looped: bool) -> Body:
+        steps = tuple(s for s in statements(body) if isinstance(s, (Load, Map, Fold, Dot)))
+        found = tuple(p for s in steps if isinstance(s, Dot) if (p := self._product(s)) is not None)
+        branched = any(isinstance(s, When) and any(isinstance(x, Dot) for x in statements((s,)))
+                       for s in statements(body))
+        return Body(steps, found, looped, branched)
+
+    def _product(self, s: Dot) -> Product | None:
+        """None where the contraction is multiplied and summed without tensor cores."""
+        x = sides(self.k, s)
+        left, right, over = (self.layout.of(d) for d in (x.left, x.right, x.over))
+        if len(left) != 1 or len(right) != 1 or len(over) != 1 or len(x.batch) > 1 or self.tiles[s.tile].dtype == "f64":
+            return None
+        a, b = s.a.tensor, s.b.tensor
+        if self.layout.axes.index(right[0]) < self.layout.axes.index(left[0]):
+            a, b, left, right = b, a, right, left
+        stored = {self.stored(a), self.stored(b)}
+        exact = not (stored in ({"bf16"}, {"f16"}, {"bf16", ""}) or self.tiles[s.tile].dtype == "i64")
+        size = 4 if exact else min(self.element(a), self.element(b))
+        return Product(s.tile, left[0].size, right[0].size, over[0].size, a, b, size, exact)
+
+    def stored(self, tile: str) -> str:
+        """The format of a tile that is only loaded, "" for one that is computed."""
+        return "" if tile in self.computed else self.params[self.loads[tile][0].source.tensor]
+
+    def feeding(self, body: Body, tiles: Iterable[str]) -> set[str]:
+        """Tiles that the loop loads and that these are computed from in one step, themselves included."""
+        seen: set[str] = set()
+        todo = list(tiles)
+        while todo:
+            tile = todo.pop()
+            if tile in seen:
+                continue
+            seen.add(tile)
+            todo += [n.tensor for s in body.steps if s.tile == tile and not isinstance(s, Load)
+                     for e in expressions(s) for n in walk(e) if isinstance(n, Access) and n.tensor in self.tiles]
+        return {t for t in seen if body.loaded(t)}
