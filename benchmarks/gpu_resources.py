@@ -20,6 +20,7 @@ from typing import Any
 from memcomp.codegen.lower import lower
 from memcomp.codegen.triton.resources import SPILLED, Need, Setting, held, need
 from memcomp.ir.cascade import Knob
+from memcomp.ir.errors import Refusal
 from memcomp.ir.parse import parse
 from memcomp.ir.program import Program, close, knobs
 from memcomp.ir.target import target
@@ -102,7 +103,8 @@ def tiles(program: Program, target_name: str, sizes: dict[str, int]) -> TileProg
 
     ranks = tuple(replace(r, extent=only(r.extent)) for r in mapped.cascade.ranks)
     groups = tuple(replace(g, partition=tuple((n, only(x)) for n, x in g.partition)) for g in mapped.mapping.groups)
-    mapped = replace(mapped, cascade=replace(mapped.cascade, ranks=ranks), mapping=replace(mapped.mapping, groups=groups))
+    mapped = replace(mapped, cascade=replace(mapped.cascade, ranks=ranks),
+                     mapping=replace(mapped.mapping, groups=groups))
     return lower(close(mapped, {k.name: k.choices[0] for k in knobs(mapped)}))
 
 
@@ -203,11 +205,16 @@ def main() -> None:
     console, results = terminal(), []
     for c in cases():
         if args.only in f"{c.target} {c.name}":
-            results.append(measured(c))
+            try:
+                results.append(measured(c))
+            except Refusal as refused:
+                console.print(f"{c.target} {c.name}: {refused}")
+                continue
             p, a = results[-1]["predicted"], results[-1]["actual"]
             console.print(f"{c.target} {c.name}: shared {p['shared']} {a['shared']}, registers {p['registers']:.0f} "
                           f"{a['registers']}, stack {a['stack']}, spills {a['spills']}")
-    table = Table("target", "kernels", "shared equal", "bytes too many", "pairs in order", "spill", "foretold", "in vain")
+    table = Table("target", "kernels", "shared equal", "bytes too many", "pairs in order", "spill", "foretold",
+                  "in vain")
     for row in summary(results):
         table.add_row(*row)
     console.print(table)

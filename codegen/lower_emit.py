@@ -143,7 +143,7 @@ class Emitter(Starts):
         integers = kinds == {"i64"} == {self.dtype[self.home[o.target]]} and not rest
         if {*o.dims, *o.over} - variables(a) - variables(b) or not (integers or kinds <= {"f32", "f64"}):
             return None
-        out: list[Statement] = [Dot(name, a, b, o.over, o.accumulate)]
+        out: list[Statement] = [Dot(name, a, b, o.over, o.accumulate, o.held)]
         if rest:
             scaled: Expr = Access(name, tuple(Var(d) for d in o.dims))
             for r in rest:

@@ -29,7 +29,7 @@ class Op:
 
     body: group tensors as `Access(name, (Var(dim), ...))`, params with their full index.  empty: what points that the
     guards exclude hold: the identity of a reduction, the old value of a state, what an earlier statement wrote there.
-    when: the steps of the loop in which a map runs; None = all.
+    when: the steps of the loop in which a map runs; None = all.  held: as of a `cascade.Reduce`.
     """
 
     target: str
@@ -42,6 +42,7 @@ class Op:
     phase: int = PRE
     empty: Expr = Const(0.0)
     when: Expr | None = None
+    held: str = ""
 
     def accesses(self) -> list[Access]:
         return [a for e in (self.body, *self.guards) for a in _accesses(e)]
@@ -291,6 +292,7 @@ class _Grouping:
             False,
             phase,
             self.excluded(e),
+            held=e.reduce.held if e.reduce else "",
         )
 
     def _stores(self, out: GroupOps) -> None:

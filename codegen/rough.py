@@ -153,11 +153,11 @@ class _Flow:
             return True
         seen.add(n)
         _, s = self.all[n]
-        if isinstance(s, Map) or isinstance(s, Fold) and s.monoid in ("sum", "max"):
-            return self._nonnegative(s.body, n, seen) and (
-                isinstance(s, Map) or not s.accumulate or all(
-                    self._made_nonnegative(m, seen) for m in self.writers.get((n, s.tile), ())))
-        return False
+        if isinstance(s, (Fold, Dot)) and s.accumulate and not all(
+                self._made_nonnegative(m, seen) for m in self.writers.get((n, s.tile), ())):
+            return False
+        summed = isinstance(s, Map) or isinstance(s, Fold) and s.monoid in ("sum", "max") or isinstance(s, Dot)
+        return summed and all(self._nonnegative(e, n, seen) for e in expressions(s))
 
 
 def _joined(a: dict[str, set[int]], b: dict[str, set[int]]) -> dict[str, set[int]]:

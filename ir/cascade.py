@@ -64,10 +64,13 @@ class Reduce:
 
     `topk` writes two outputs (value, index) whose last index is the variable of the order rank k;
     `argmax`/`argmin` write two outputs (value, index).  The index is row-major over `over`; ties take the lowest.
+    held: of a sum of products, the format in which the user's module holds each factor, rounded (dtype; "" = not said).
+    The meaning is that of exact factors; a kernel may round one to this format, which costs no more than the module's.
     """
 
     monoid: str
     over: tuple[str, ...]
+    held: str = ""
 
 
 class _Statement:

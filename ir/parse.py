@@ -195,7 +195,7 @@ def _einsum(line: Line) -> Einsum:
         monoid = line.one_of("reduction", MONOIDS).text
         line.expect("{", "")
         over = line.listed(lambda ln: ln.name("a variable", f"write {monoid}{{m}}").text, "}")
-        reduce = Reduce(monoid, tuple(over))
+        reduce = Reduce(monoid, tuple(over), line.one_of("dtype", DTYPES).text if line.take(":") else "")
     body = _whole(line)
     guard = _whole(line) if line.take("where") else None
     line.end("after the body only `where` and a condition may follow")

@@ -77,7 +77,8 @@ def show_tensor(t: Tensor) -> str:
 def show_einsum(s: Einsum) -> str:
     """One statement, as it stands in the text."""
     outs = ", ".join(show_expr(o) for o in s.outs)
-    reduce = f"{s.reduce.monoid}{{{', '.join(s.reduce.over)}}} " if s.reduce else ""
+    held = f": {s.reduce.held}" if s.reduce and s.reduce.held else ""
+    reduce = f"{s.reduce.monoid}{{{', '.join(s.reduce.over)}}}{held} " if s.reduce else ""
     guard = "" if s.guard is None else f" where {show_expr(s.guard)}"
     return f"{outs} = {reduce}{show_expr(s.body)}{guard}"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
-from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Reduce, Tensor
+from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Tensor
 from memcomp.ir.expr import Access, Expr, Size, Var, transform, variables, walk
 from memcomp.ir.parse import parse
 from memcomp.ir.program import Group, Mapping, Phase, Program
@@ -76,7 +76,7 @@ class _Renaming:
     def einsum(self, s: Einsum) -> Einsum:
         return Einsum(
             tuple(self.access(o) for o in s.outs), self.expr(s.body),
-            Reduce(s.reduce.monoid, tuple(self.var(v) for v in s.reduce.over)) if s.reduce else None,
+            replace(s.reduce, over=tuple(self.var(v) for v in s.reduce.over)) if s.reduce else None,
             None if s.guard is None else self.expr(s.guard),
         )
 

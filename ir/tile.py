@@ -86,13 +86,15 @@ class Fold:
 @dataclass(frozen=True, slots=True)
 class Dot:
     """tile[dims] (+)= sum over `over` of a * b, where a and b are tiles (or params read in place) whose dims
-    together cover the tile's dims and `over`.  Dims present in a, b and the tile are batch dims."""
+    together cover the tile's dims and `over`.  Dims present in a, b and the tile are batch dims.  held: as of a
+    `cascade.Reduce`."""
 
     tile: str
     a: Access
     b: Access
     over: tuple[str, ...]
     accumulate: bool = False
+    held: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,8 @@ def show_statement(s: Statement, indent: str = "") -> Iterator[str]:
     elif isinstance(s, Fold):
         yield f"{indent}fold {s.tile} {_assign(s)} {s.monoid}{{{_list(s.over)}}} {show_expr(s.body)}"
     elif isinstance(s, Dot):
-        yield f"{indent}dot {s.tile} {_assign(s)} {{{_list(s.over)}}} {show_expr(s.a)} * {show_expr(s.b)}"
+        held = f": {s.held}" if s.held else ""
+        yield f"{indent}dot {s.tile} {_assign(s)} {{{_list(s.over)}}}{held} {show_expr(s.a)} * {show_expr(s.b)}"
     elif isinstance(s, Store):
         mask = f" where {show_expr(s.mask)}" if s.mask is not None else ""
         yield f"{indent}store {show_expr(s.target)} = {s.tile}{mask}"
@@ -259,9 +260,10 @@ def _simple(line: Line, head: str) -> Statement:
     over = tuple(line.listed(_name, "}"))
     if head == "fold":
         return Fold(tile, monoid, over, parse_expr(line), accumulate)
+    held = line.one_of("dtype", DTYPES).text if line.take(":") else ""
     a = _access(line)
     line.expect("*", f"write dot {tile} = {{e}} A[e] * B[e]")
-    return Dot(tile, a, _access(line), over, accumulate)
+    return Dot(tile, a, _access(line), over, accumulate, held)
 
 
 def _name(line: Line) -> str:

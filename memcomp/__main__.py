@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
                       help="bytes to and from memory, where they are known, instead of the model's")
     emit = command("emit", _emit, "Print the kernels' source.")
     emit.add_argument("--backend", default="", help="a folder of codegen; default: the target's own")
-    command("check", _check, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.")
+    check = command("check", _check, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.")
+    check.add_argument("--interpret", action="store_true",
+                       help="kernels for a GPU by their language's interpreter, on this machine: slow")
     bench = command("bench", _bench, "Time kernels beside torch's, FlexAttention's and Inductor's on this machine.",
                     takes_input=False)
     bench.add_argument("only", nargs="*", metavar="WORD", help="cases whose name holds one of the words; default: all")
@@ -176,8 +178,9 @@ def _check(args: argparse.Namespace) -> int:
 
     given = read(args.input)
     with used(given):
-        report = (check_program(given, target=args.target) if isinstance(given, Program)
-                  else check(given.fn, *given.inputs, target=args.target))
+        options = {"target": args.target} | ({"interpret": True} if args.interpret else {})
+        report = (check_program(given, **options) if isinstance(given, Program)
+                  else check(given.fn, *given.inputs, **options))
     if args.json:
         rows = [{"name": r.name, "ok": r.ok, "max_error": r.error.max, "tolerance": r.tolerance.max}
                 for r in report.rows]

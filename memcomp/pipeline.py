@@ -257,7 +257,9 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     spent = {words: 0.0}
     if others:  # what has no rival needs no figure
         spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, (p, _) in forms.items()}
-    chosen = next(what for what in sorted(forms, key=spent.__getitem__) if what == words or _lowers(forms[what][0]))
+    strain = _strain(config) or _lowers
+    chosen = next(what for what in sorted(forms, key=spent.__getitem__)
+                  if what == words or strain(forms[what][0]) < math.inf)
     closed, seen = forms[chosen]
     if others:
         told = ", not ".join(f"{what}, {spent[what]:.3g} s" for what in (chosen, *(x for x in forms if x != chosen)))
@@ -287,15 +289,15 @@ def _strain(config: Config) -> Callable[[Program], float] | None:
     return strain
 
 
-def _lowers(closed: Program) -> bool:
-    """Has the program a tile form?"""
+def _lowers(closed: Program) -> float:
+    """0 for a program that has a tile form, else infinity."""
     from memcomp.codegen.lower import lower
 
     try:
         lower(closed)
     except Refusal:
-        return False
-    return True
+        return math.inf
+    return 0.0
 
 
 def fixed(program: Program) -> dict[str, int]:

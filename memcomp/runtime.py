@@ -249,7 +249,7 @@ def _direct(keys: torch.DispatchKeySet) -> bool:
     seen = keys.raw_repr()
     known = _DIRECT.get(seen)
     if known is None:
-        known = _DIRECT[seen] = (keys & _BELOW_AUTOGRAD).highestPriorityTypeId() in _DEVICES
+        known = _DIRECT[seen] = ((keys & _BELOW_AUTOGRAD) - _VIEWS).highestPriorityTypeId() in _DEVICES
     return known
 
 
@@ -261,9 +261,10 @@ _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _DIRECT: dict[int, bool] = {}  # set of dispatch keys -> the answer of `_direct`
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)  # passes on an op that makes new tensors
 _SELECT = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 _ALONE = frozenset({  # what a thread adds to the keys of its tensors outside of all modes; in inference mode
-    (_SELECT | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(), _SELECT.raw_repr()})
+    (_SELECT | _VIEWS).raw_repr(), _SELECT.raw_repr()})
 
 
 def _below_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes: list[int],

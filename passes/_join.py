@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Reduce, Tensor
+from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Tensor
 from memcomp.ir.expr import Access, Expr, Size, Var, substitute, transform, variables, walk
 from memcomp.passes._ranks import exprs, fresh_rank, indexed, pruned, rewritten
 from memcomp.passes._roles import product_operands
@@ -183,4 +183,4 @@ def _under(s: Einsum, table: dict[Expr, Expr]) -> Einsum:
     if s.reduce is None:
         return new
     over = tuple(to.name if isinstance(to := table.get(Var(v)), Var) else v for v in s.reduce.over)
-    return replace(new, reduce=Reduce(s.reduce.monoid, over))
+    return replace(new, reduce=replace(s.reduce, over=over))

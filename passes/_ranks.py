@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from itertools import count
 
-from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Reduce, Tensor
+from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Tensor
 from memcomp.ir.expr import (
     Access,
     Call,
@@ -94,7 +94,7 @@ def _dropped(c: Cascade, r: Rank) -> Cascade:
         if s.reduce is not None and r.var in s.reduce.over:
             over = tuple(v for v in s.reduce.over if v != r.var)
             if over:
-                new = replace(new, reduce=Reduce(s.reduce.monoid, over))
+                new = replace(new, reduce=replace(s.reduce, over=over))
             else:
                 identity = Const(MONOIDS[s.reduce.monoid].identity)
                 body = new.body if new.guard is None else Call("where", (new.guard, new.body, identity))
@@ -211,7 +211,7 @@ def _split(c: Cascade, r: Rank, k: int) -> Cascade:
         new = rewritten(s, apply)
         if s.reduce is not None and r.var in s.reduce.over:
             over = tuple(x for v in s.reduce.over for x in ((outer.var, g.var) if v == r.var else (v,)))
-            new = replace(new, reduce=Reduce(s.reduce.monoid, over))
+            new = replace(new, reduce=replace(s.reduce, over=over))
         statements.append(new)
     declared = (*c.tensors, *_kept(c, r, dims))
     tensors = tuple(_split_dims(t, dims.get(t.name, set()), outer.name, inner) for t in declared)

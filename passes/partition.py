@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from memcomp.ir import flow
@@ -91,7 +92,7 @@ class _Mapper:
         groups = list(self.program.mapping.groups)
         if groups[self.at] == g and c is self.program.cascade:
             return self.program
-        groups[self.at] = g
+        groups[self.at] = _own_knobs(g, groups[:self.at])
         return replace(self.program, cascade=c, mapping=replace(self.program.mapping, groups=tuple(groups)))
 
     # -- a loop ------------------------------------------------------------------------------------------------------
@@ -221,6 +222,8 @@ class _Mapper:
             n = largest(c, x.upper())
             if x in alone:
                 continue
+            if cut and all(x in variables(a) for e in members for a in product_operands(e)):
+                break  # nothing that is loaded serves more than one of its points
             if n is not None and n <= size:
                 held.append(x)
                 if not product:
@@ -282,6 +285,14 @@ class _Mapper:
         for k, e in zip(where, new, strict=True):
             rest[k] = e
         return replace(c, ranks=(*c.ranks, Rank(name, extent)), einsums=tuple(rest)), new
+
+
+def _own_knobs(g: Group, others: Sequence[Group]) -> Group:
+    """The group with knobs of its own where another group has one of the same name and other choices."""
+    taken = {k.name: k.choices for x in others for _, k in x.partition if isinstance(k, Knob)}
+    return replace(g, partition=tuple(
+        (r, Knob(f"{k.name}_{g.name}", k.choices) if isinstance(k, Knob) and taken.get(k.name, k.choices) != k.choices
+         else k) for r, k in g.partition))
 
 
 def tiles_of(extent: int, lanes: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memcomp.ir.cascade import Knob, extent_of
 from memcomp.ir.errors import OptionError, nearest
 from memcomp.ir.program import Program
+from memcomp.ir.target import target
 from memcomp.passes.derive.stream import Refused, refusals, streamed
 
 __all__ = ["Refused", "reduce_passes", "refusals", "weighted_frames"]
@@ -81,4 +82,7 @@ def _tiles(program: Program) -> tuple[int, ...]:
     spaces = [set(e.space()) for e in c.einsums if e.reduce]
     features = {v for s in spaces for v in s if any(v not in other for other in spaces)}
     widest = max((extent_of(c, v.upper()) or 1 for v in features if not c.rank(v.upper()).iterative), default=1)
-    return tuple(sorted({max(8, min(n, _MOST * n // 128 // widest)) for n in (32, 64, 128)}))
+    sizes = {max(8, min(n, _MOST * n // 128 // widest)) for n in (32, 64, 128)}
+    if program.target and target(program.target).levels[0].addressed:  # registers that tiles fill as powers of two
+        sizes = {max(16, 1 << (n.bit_length() - 1)) for n in sizes}
+    return tuple(sorted(sizes))

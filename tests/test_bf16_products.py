@@ -107,6 +107,38 @@ def test_products_of_any_layout_are_equal(form: Isa) -> None:
         assert torch.equal(z, want), (one, two)
 
 
+FEW = """
+program few
+rank B
+rank M = {m}
+rank N{n}
+rank E = {e}
+in X[B, M, E]: bf16
+in Y[B, E, N]: bf16
+out Z[B, M, N]: f32
+Z[b, m, n] = sum{{e}} X[b, m, e] * Y[b, e, n]
+"""
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("m", "n", "e"), [(4, 128, 33), (3, 160, 64), (8, 48, 7), (2, 0, 40)])
+def test_rows_woven_in_place_are_put_in_order(m: int, n: int, e: int, form: Isa) -> None:
+    """Whole vectors and tails, an even and an odd contraction; the order costs nothing inside the contraction."""
+    kernel = emit(lower(mapped(parse(FEW.format(m=m, n=f" = {n}" if n else "", e=e)), 2)), form)
+    lines = kernel.source.splitlines()
+    woven = [k for k, line in enumerate(lines) if "weave(" in line]
+    ordered = [k for k, line in enumerate(lines) if "in_order(" in line]
+    assert woven and ordered
+    inner = {len(lines[k]) - len(lines[k].lstrip()) for k in woven}
+    assert max(len(lines[k]) - len(lines[k].lstrip()) for k in ordered) < max(inner)
+    f = build(kernel)
+    torch.manual_seed(e)
+    for columns in (n,) if n else (1, 31, 64, 100):
+        x, y, z = whole(2, m, e), whole(2, e, columns), torch.full((2, m, columns), 7.0)
+        f(x, y, z, 2, *(() if n else (columns,)))
+        assert np.array_equal(z.double().numpy(), x.double().numpy() @ y.double().numpy()), columns
+
+
 LARGE = st.sampled_from([5, 16, 17, 33, 40, 64])
 SMALL = st.sampled_from([1, 2, 3])
 

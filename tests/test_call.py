@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -45,10 +46,14 @@ def call_of(inputs: Sequence[Tensor]) -> tuple[list[int], str]:
     return seen[-1]
 
 
-def test_the_ways_to_the_kernel_agree() -> None:
+DOORS = [pytest.param(torch.ops.memcomp.call.default, id="op"), pytest.param(runtime.call, id="call")]
+
+
+@pytest.mark.parametrize("op", DOORS)
+def test_the_ways_to_the_kernel_agree(op: Callable[..., list[Tensor]]) -> None:
     inputs = torch.randn(3, 1, 2, 5, 8).unbind()
     sizes, key = call_of(inputs)
-    op, want = torch.ops.memcomp.call.default, attention(*inputs)
+    want = attention(*inputs)
     launched = memcomp.stats()["launches"]
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         with mode():
@@ -63,11 +68,13 @@ def test_the_ways_to_the_kernel_agree() -> None:
     assert got.requires_grad and memcomp.stats()["launches"] == launched + 5
 
 
+@pytest.mark.parametrize("op", DOORS)
 @pytest.mark.parametrize("inference", [False, True])
-def test_a_mode_sees_the_op_and_a_fake_tensor_never_reaches_the_kernel(inference: bool) -> None:
+def test_a_mode_sees_the_op_and_a_fake_tensor_never_reaches_the_kernel(op: Callable[..., list[Tensor]],
+                                                                        inference: bool) -> None:
     inputs = torch.randn(3, 1, 2, 5, 8).unbind()
     sizes, key = call_of(inputs)
-    op, launched = torch.ops.memcomp.call.default, memcomp.stats()["launches"]
+    launched = memcomp.stats()["launches"]
 
     class Log(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -79,20 +86,50 @@ def test_a_mode_sees_the_op_and_a_fake_tensor_never_reaches_the_kernel(inference
         op(list(inputs), sizes, key)  # the plain way first: what it left behind must not shortcut the others
         with Log():
             op(list(inputs), sizes, key)
-        assert seen == [op] and memcomp.stats()["launches"] == launched + 2
+        assert seen == [torch.ops.memcomp.call.default] and memcomp.stats()["launches"] == launched + 2
         with FakeTensorMode() as fake:
             out, = op([fake.from_tensor(t) for t in inputs], sizes, key)
     assert type(out).__name__ == "FakeTensor" and memcomp.stats()["launches"] == launched + 2
 
 
-def test_inputs_that_are_negated_lazily() -> None:
+@pytest.mark.parametrize("op", DOORS)
+def test_inputs_that_are_negated_lazily(op: Callable[..., list[Tensor]]) -> None:
     """torch resolves them below autograd."""
     inputs = torch.randn(3, 1, 2, 5, 8).unbind()
     sizes, key = call_of(inputs)
     lazy = torch.complex(torch.zeros_like(inputs[0]), -inputs[0]).conj().imag
     assert lazy.is_neg()
-    got, = torch.ops.memcomp.call([lazy, *inputs[1:]], sizes, key)
+    got, = op([lazy, *inputs[1:]], sizes, key)
     torch.testing.assert_close(got, attention(*inputs))
+
+
+def test_a_graph_that_python_runs_calls_the_kernel_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But only where nothing else would see the op: a class of the user's, a function mode, a profiler do."""
+    inputs = torch.randn(3, 1, 2, 5, 8).unbind()
+    sizes, key = call_of(inputs)
+    through: list[str] = []
+    ways = {runtime._call.__code__, runtime._call_autograd.__code__}
+
+    def seen(entry: runtime.Entry, tensors: Sequence[Tensor], shapes: Sequence[int]) -> list[Tensor]:
+        through.append("op" if ways & {f.frame.f_code for f in inspect.stack()} else "past")
+        return run(entry, tensors, shapes)
+
+    class Own(Tensor):
+        pass
+
+    run = runtime.run
+    monkeypatch.setattr(runtime, "run", seen)
+    compiled = torch.compile(attention, backend="memcomp", dynamic=True, options={"rest": "eager", "strict": True})
+    torch.testing.assert_close(compiled(*inputs), attention(*inputs))
+    assert through == ["past"]
+    got, = runtime.call([t.as_subclass(Own) for t in inputs], sizes, key)
+    assert isinstance(got, Own)
+    with torch.overrides.BaseTorchFunctionMode():
+        runtime.call(list(inputs), sizes, key)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        runtime.call(list(inputs), sizes, key)
+    assert "memcomp::call" in {e.key for e in profile.key_averages()}
+    assert through == ["past", "op", "op", "op"]
 
 
 @pytest.mark.parametrize("order", [(), *itertools.permutations(range(3))])

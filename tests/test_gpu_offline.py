@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from memcomp.ir.errors import OptionError, Refusal
-from memcomp.ir.target import target, targets
+from memcomp.ir.errors import Refusal
+from memcomp.ir.target import target
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -123,10 +123,3 @@ def test_arguments_are_checked() -> None:
     for constants, words in [({"Z": 1}, "no argument 'Z'"), ({}, "no type or value for 'M'")]:
         with pytest.raises(Refusal, match=words):
             offline.compile_text(TEXT, "product", TYPES, constants, POINTERS, 80)
-
-
-def test_capabilities() -> None:
-    known = {n: target(n).capability for n in targets() if target(n).backend == "triton"}
-    assert set(known.values()) == {80, 89, 90, 100} and known["a100"] == 80 and known["h100"] == known["h200"] == 90
-    with pytest.raises(OptionError, match="capability"):
-        _ = target("flat").capability

@@ -35,6 +35,13 @@ def test_unknown_names_list_what_is_known() -> None:
         target("cpu").level("smem")
 
 
+def test_compute_capabilities() -> None:
+    known = {n: target(n).capability for n in targets() if target(n).backend == "triton"}
+    assert set(known.values()) == {80, 89, 90, 100} and known["a100"] == 80 and known["h100"] == known["h200"] == 90
+    with pytest.raises(OptionError, match="target flat has no compute capability"):
+        _ = target("flat").capability
+
+
 def test_the_cpu_is_the_same_each_time() -> None:
     target.cache_clear()
     first = target("cpu")

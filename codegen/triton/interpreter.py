@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
 from memcomp.codegen.triton.build import Call, Launch
 from memcomp.ir.errors import Refusal
@@ -43,7 +43,8 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
 def _ask(source: str, calls: list[Call], tensors: dict[str, Any]) -> dict[str, Any]:
     with _lock:
         if not _worker or _worker[0].poll() is not None:
-            _worker[:] = [subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE,
+            serve = f"from {__name__} import serve; serve()"
+            _worker[:] = [subprocess.Popen([sys.executable, "-c", serve], stdin=subprocess.PIPE,
                                            stdout=subprocess.PIPE, env=os.environ | {"TRITON_INTERPRET": "1"})]
         process = _worker[0]
         assert process.stdin is not None and process.stdout is not None
@@ -61,9 +62,12 @@ def _ask(source: str, calls: list[Call], tensors: dict[str, Any]) -> dict[str, A
     return done  # type: ignore[no-any-return]
 
 
-def _serve(given: IO[bytes], answers: IO[bytes]) -> None:
+def serve() -> None:
+    """Answer what `_ask` sends, until it ends."""
     from memcomp.codegen.triton.offline import module
 
+    given, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the interpreter prints is no answer
     while True:
         try:
             source, calls, tensors = pickle.load(given)
@@ -80,9 +84,3 @@ def _serve(given: IO[bytes], answers: IO[bytes]) -> None:
             error = f"{type(failed).__name__}: {failed}"
         pickle.dump((error, tensors), answers)
         answers.flush()
-
-
-if __name__ == "__main__":
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the interpreter prints is no answer
-    _serve(sys.stdin.buffer, out)

@@ -97,7 +97,7 @@ class Loops:
 
     @cached_property
     def bodies(self) -> tuple[Body, ...]:
-        """The innermost loops, each part of one that is written in parts for itself; where there is none, the kernel."""
+        """The innermost loops, each part of one that is written in parts for itself; the kernel where there is none."""
         found = [b for s in statements(self.k.body) if isinstance(s, Loop)
                  and not any(isinstance(x, Loop) for x in statements(s.body)) for b in self._parts(s)]
         return tuple(found) or (self._body(self.k.body, False),)

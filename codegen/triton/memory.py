@@ -31,13 +31,17 @@ class Memory:
         for n, index in enumerate(a.index):
             fixed, moving = self.split(index)
             stride = scope.names[strides[n]] if n in strides else ""
-            if fixed is not None:
-                base.append(self.scaled(f"{scope.word('wide')}({scope.scalar(fixed)})", stride))
+            start = "" if fixed is None else f"{scope.word('wide')}({scope.scalar(fixed)})"
+            # the tile's own offsets times the stride do not change in a loop, and LLVM would keep each in a register;
+            # added to where the step begins, they are made anew
+            together = bool(start) and moving is not None and bool(stride)
+            if start and not together:
+                base.append(self.scaled(start, stride))
             if moving is not None:
                 text = scope.text(moving, axes)
                 if any(isinstance(x, (Access, Call)) and self._large(x) for x in walk(moving)):
                     text = f"{scope.word('wide')}({text})"
-                offsets.append(self.scaled(text, stride))
+                offsets.append(self.scaled(f"({start} + {text})" if together else text, stride))
         return " + ".join((*base, *(f"({t})" if " " in t else t for t in offsets)))
 
     def _large(self, e: Expr) -> bool:

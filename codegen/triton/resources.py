@@ -27,7 +27,8 @@ ALIGNED = 1024     # bytes: where a tile begins that tensor cores read themselve
 COPIED = 4         # bytes: the least that a thread can copy ahead
 # registers = first number + the others times what `held` counts, in its order, and the sum from which on kernels
 # spill; `benchmarks/gpu_resources.py --fit`
-FITTED = {"mma": (125.0, 0.7, 1.3, 0.0, 2.5), "wgmma": (48.0, 0.5, 1.0, 0.8, 6.0), "tcgen05": (65.0, 0.4, 0.8, 0.8, 4.8)}
+FITTED = {"mma": (125.0, 0.7, 1.3, 0.0, 2.5), "wgmma": (48.0, 0.5, 1.0, 0.8, 6.0),
+          "tcgen05": (65.0, 0.4, 0.8, 0.8, 4.8)}
 SPILLED = {"mma": 250.0, "wgmma": 240.0, "tcgen05": 250.0}
 
 
@@ -65,8 +66,8 @@ def held(tp: TileProgram, k: TileKernel, target: Target, setting: Setting) -> di
 
 
 def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
-    """The setting to compile a launch with: one that fits and does not spill, if there is one; of these the most stages,
-    and warps that each have rows of their own.
+    """The setting to compile a launch with: one that fits and does not spill, if there is one; of these the most
+    stages, and warps that each have rows of their own.
 
     Raises Refusal where none fits: with the bytes needed and there, and the nearest tile sizes that would fit.
     """
@@ -77,11 +78,11 @@ def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
         return min(fitting, key=lambda x: (x[1].spills, -x[0].stages, abs(x[0].warps - wanted), x[1].registers))[0]
     least = min((_Block(loops, target.capability, s).need() for s in _settings(loops)), key=lambda n: n.shared)
     there = target.level("smem").bytes
-    what = f"{k.name} needs {least.shared:,} bytes of shared memory, and a block of {target.name} has {there:,}"
+    what = f"{least.shared:,} bytes of shared memory, and a block of {target.name} has {there:,}"
     if least.shared <= there:
-        what = f"{k.name} needs {least.tensor_memory} columns of tensor memory, and a block of {target.name} has {COLUMNS}"
+        what = f"{least.tensor_memory} columns of tensor memory, and a block of {target.name} has {COLUMNS}"
     near = nearest_fit(tp, k, target)
-    raise Refusal(what, tp.name, "it fits with " + ", ".join(f"{d} = {n}" for d, n in near.items()) if near else
+    raise Refusal(f"{k.name} needs {what}", tp.name, "it fits with " + ", ".join(f"{d} = {n}" for d, n in near.items()) if near else
                   "no smaller tile of the ranks that are cut fits: cut the others")
 
 
@@ -134,8 +135,8 @@ class _Block:
 
     def need(self) -> Need:
         bodies = self.loops.bodies
-        return Need(max(map(self.shared, bodies)), max(map(self.tensor_memory, bodies)), max(map(self.estimate, bodies)),
-                    any(self.estimate(b) > SPILLED[self.form(b)] for b in bodies))
+        return Need(max(map(self.shared, bodies)), max(map(self.tensor_memory, bodies)),
+                    max(map(self.estimate, bodies)), any(self.estimate(b) > SPILLED[self.form(b)] for b in bodies))
 
     def asynchronous(self, p: Product) -> bool:
         """Do the tensor cores read the right operand from shared memory?"""
@@ -169,9 +170,13 @@ class _Block:
                     streamed[tile] = self.loops.points(tile) * self.loops.element(tile) * (ahead - 1)
         passing += [self.reduction(body, s) for s in body.steps if isinstance(s, (Fold, Dot)) and s.over
                     and not any(p.tile == s.tile for p in body.products)]
-        if ahead == 1:
-            return sum(kept.values()) + max(*turns, *passing)
         fetched_ones = [p for p in body.products if self.asynchronous(p)]
+        if ahead == 1:
+            alone = 0
+            if fetched_ones and self.capability >= 100:   # one waits; of a computed operand a quarter changes warps
+                alone = BARRIER + max((p.rows * p.depth * p.bytes // 4 for p in fetched_ones
+                                       if self.warps > 4 and p.left in self.loops.computed), default=0)
+            return sum(kept.values()) + max(*turns, *passing) + alone
         stream = sum(streamed.values())
         if fetched_ones:
             stream += -stream % ALIGNED
@@ -192,7 +197,7 @@ class _Block:
         return body.branched or last.rows < last.columns or self.warps * 16 > last.rows > last.columns
 
     def reduction(self, body: Body, s: Fold | Dot) -> int:
-        """Bytes that a reduction passes from warp to warp, at most: none where each warp has whole rows of a product."""
+        """Bytes that a reduction passes from warp to warp, at most: none where warps have whole rows of a product."""
         read = {n.tensor for e in expressions(s) for n in walk(e) if isinstance(n, Access)}
         if self.warps == 1 or any(p.tile in read and (self.asynchronous(p) or not self.spread(body, p))
                                   for p in body.products):

@@ -105,6 +105,26 @@ def _interleaved(a: Value, b: Value) -> Value:
     return reg(T.Shuffle([a, b], [k + h for k in range(n) for h in (0, n)]))
 
 
+def _woven(lanes: int) -> list[int]:
+    """The column in each lane where two rows are woven by eighths of 128 bits, as machines do it in one step."""
+    return [base + 8 * part + k for base in range(0, lanes, 32) for half in (0, 4) for part in range(4)
+            for k in range(half, half + 4)]
+
+
+def weave(low: Value, high: Value | None = None) -> Value:
+    """As `pair_up` of bf16 bits, 32 columns a time in an order that costs half as much; `in_order` undoes it."""
+    if high is None:
+        high = splat(like(low, 0), width(low))
+    n = width(low)
+    return T.reinterpret(vector("int32", n), T.Shuffle([low, high], [k + h for k in _woven(n) for h in (0, n)]))
+
+
+def in_order(x: Value) -> Value:
+    """Columns as `weave` leaves them, put in their order."""
+    places = _woven(width(x))
+    return T.Shuffle([x], [places.index(k) for k in range(len(places))])
+
+
 def in_pairs(x: Value) -> Value:
     """Neighbours as pairs: bits as they are, f32 rounded to nearest even bf16."""
     if dtype(x) == "float32":

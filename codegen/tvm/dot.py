@@ -275,10 +275,14 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
                 here = q if each == 1 else q.at(**{k: plus(f"{q.scalars[k]} * {each}", n)})
                 ahead(w, b.access, here, lane, lanes, base, k)
         if isinstance(b, Pairs):
-            w.let(x, f"reg({b.vec(w, q, lane, lanes, base, mask, given)})")
+            w.let(x, f"reg({b.vec(w, q, lane, lanes, base, mask, given, woven(lanes))})")
         else:
             w.let(x, b.vec(w, q, lane, lanes, base, mask))
         return x
+
+    def woven(lanes: int) -> bool:
+        """Do the lanes of sums wait until the end to be put in order?  It costs as much for all pairs as for one."""
+        return isinstance(b, Pairs) and not b.buffer and each == 2 and lanes % (2 * pairs.LANES) == 0
 
     def every(q: Point, part: tuple[str, int] | None, step: Callable[[Point, int], None]) -> None:
         """All steps of the contraction, or of a part of it."""
@@ -315,7 +319,8 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
         for r, total in zip(rows, totals, strict=True):
             out = w.tile_at(t.name, r.scalars, f"at({lanes}, {base})")
             old = f"{out} + " if s.accumulate or part is not None else ""
-            w.line(f"{out} = {old}{_held(w, t.name, f'{total}[at({lanes})]')}")
+            got = f"in_order({total}[at({lanes})])" if woven(lanes) else f"{total}[at({lanes})]"
+            w.line(f"{out} = {old}{_held(w, t.name, got)}")
 
     _loops(w, outside, point, all_parts)
 

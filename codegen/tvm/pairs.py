@@ -2,7 +2,7 @@
 
 A pair is what one lane of 32 bits holds: two bf16, or four integers of 8 bits.  A contraction runs on pairs where both
 operands are stored as a product of the machine takes them (`isa.PRODUCTS`).  bf16: a computed operand is rounded to it
-where that is allowed (`rounding`) and buys time: where more than 2 products share each number of the stored one, so
+where that is allowed (`rounding`, or the module itself does so: `Dot.held`) and buys time: where more than 2 products share each number of the stored one, so
 that arithmetic and not memory is what they wait for; sums stay in f32.  Integers: where no sum of as many products can
 leave 32 bits, so that it is exact; where a product takes numbers with sign and numbers without and both have one, 128
 is added to those of one side, and as many times the sum of the other side's numbers taken off again.
@@ -96,6 +96,7 @@ def _dtypes(w: Writer, s: Dot, stored: dict[str, Load], may_round: bool) -> tupl
     if kinds == {"i64"} and a and b:
         terms = math.prod(w.dims[d].capacity for d in s.over)
         return (a, b) if sums_fit(terms, a, b) else None
+    may_round = may_round or s.held == (a or b) != ""
     for mine, given in (names, names[::-1]):
         if mine not in stored and not (
                 may_round and given in stored and _shared(w, w.tiles[s.tile], w.tiles[given]) > SHARED):
@@ -200,11 +201,12 @@ class Raw:
             return f"masked_load({address}, {mask}, {BITS.get(p.dtype, ELEMENT[p.dtype])!r})"
         return place(w, self.access, q, lane, lanes, base)
 
-    def pairs(self, w: Writer, q: Point, side: Side, lane: str, lanes: int, base: str, mask: str, given: int) -> str:
+    def pairs(self, w: Writer, q: Point, side: Side, lane: str, lanes: int, base: str, mask: str, given: int,
+              woven: bool = False) -> str:
         """Text of pairs number q[k], of `lanes` neighbours along another dim; of each its first `given` numbers."""
         first = f"{q.scalars[side.k]} * {side.each}"
         rows = [self.vec(w, q.at(**{side.k: plus(first, n)}), lane, lanes, base, mask) for n in range(given)]
-        return sign(side, f"pair_up({', '.join(rows)})")
+        return sign(side, f"{'weave' if woven else 'pair_up'}({', '.join(rows)})")
 
 
 def sign(side: Side, pairs: str) -> str:
@@ -249,9 +251,10 @@ class Pairs:
         numbers = (place(w, self.raw.access, q.at(**{k: plus(first, n)})) for n in range(given))
         return sign(self.side, f"pair_up({', '.join(numbers)})")
 
-    def vec(self, w: Writer, q: Point, lane: str, lanes: int, base: str, mask: str = "", given: int = 0) -> str:
+    def vec(self, w: Writer, q: Point, lane: str, lanes: int, base: str, mask: str = "", given: int = 0,
+            woven: bool = False) -> str:
         """Pairs of neighbours: those of `lanes` numbers along k from element `base` on, or `lanes` along another dim;
-        of each its first `given` numbers."""
+        of each its first `given` numbers.  woven: what is read in place comes in the order of the word `weave`."""
         each = self.side.each
         if lane == self.side.k:
             if self.buffer:
@@ -259,7 +262,7 @@ class Pairs:
             return sign(self.side, f"in_pairs({self.raw.vec(w, q, lane, lanes, base, mask)})")
         if self.buffer:
             return self.at(w, q, q.scalars[self.side.k], f"at({lanes}, {base})")
-        return self.raw.pairs(w, q, self.side, lane, lanes, base, mask, given or each)
+        return self.raw.pairs(w, q, self.side, lane, lanes, base, mask, given or each, woven)
 
 
 def operand(w: Writer, side: Side, point: Point, deep: bool) -> Pairs:

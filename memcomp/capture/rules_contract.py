@@ -16,7 +16,7 @@ from memcomp.capture.table import Rule
 from memcomp.capture.value import Dim, Index, Value, align, constant, permute
 from memcomp.ir.cascade import Reduce
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Call, Const, Expr, Var, call, variables
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, variables
 
 
 def contract(r: Reader, terms: Sequence[tuple[Value, Sequence[str]]], out: Sequence[str], dtype: torch.dtype,
@@ -35,17 +35,20 @@ def contract(r: Reader, terms: Sequence[tuple[Value, Sequence[str]]], out: Seque
     var = {x: tuple(Var(str(f.rank).lower()) for f in dims[x]) for x in labels}
     scale: list[Expr] = []
     body: Expr | None = None
+    made_of = 0  # operands that are no stored tensor
     for k, (v, ls) in enumerate(terms):
         e = r.simplify(real(v).at(tuple(i for x in ls for i in maps[x, k](var[x]))))
         outer, e = pull(e)
         scale += outer
+        made_of += not isinstance(e, Access)
         body = e if body is None else call("mul", body, e)
     assert body is not None
     over = tuple(str(f.rank).lower() for x in labels if x not in out for f in dims[x])
+    held = "bf16" if made_of > 0 and all(v.dtype == torch.bfloat16 for v, _ in terms) else ""
     p = r.parts(body)
     guarded = p.guard is not None and p.outside is not None and p.outside.value == 0
     axes = [f for x in out for f in dims[x]]
-    made = r.write(name, axes, p.inside if guarded else body, reduce=Reduce("sum", over) if over else None,
+    made = r.write(name, axes, p.inside if guarded else body, reduce=Reduce("sum", over, held) if over else None,
                    guard=p.guard if guarded else None, finite=r.tame(body))
     like = Value(tuple(dims[x] for x in out), dtype, lambda ix: ix[0])
     result = r.view(like, axes, made)
