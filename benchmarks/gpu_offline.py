@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import memcomp
-from memcomp.codegen.triton.emit import function_names
 from memcomp.codegen.triton.arguments import arguments
+from memcomp.codegen.triton.emit import function_names
 from memcomp.codegen.triton.offline import compile_text, module
 from memcomp.ir.errors import MemcompError
 from memcomp.ir.target import target
@@ -165,7 +165,8 @@ def main() -> None:
                 held = ", ".join(f"{d} {n}" for d, n in x["tiles"].items())
                 used = ", ".join(f"{i} {n}" for i, n in x["instructions"].items() if n)
                 print(f"{op.name:24} {machine:8} {x['name']:12} {x['num_warps']} warps, {x['num_stages']} stages, "
-                      f"{x['shared']:>7} B, {x['registers']:>3} registers, stack {x['stack']}, {used}; {held}", flush=True)
+                      f"{x['shared']:>7} B, {x['registers']:>3} registers, stack {x['stack']}, {used}; {held}",
+                      flush=True)
             if "refused" in told:
                 print(f"{op.name:24} {machine:8} REFUSED: {told['refused']}", flush=True)
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")

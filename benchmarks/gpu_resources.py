@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_resources.py [--only WORD]     compile and record; needs Triton, no GPU
     python benchmarks/gpu_resources.py --fit             numbers of the estimate of registers that fit the record best
+    python benchmarks/gpu_resources.py --again           compile nothing, predict anew for what is recorded
 
 Attention in bf16, prefill and decode, head sizes 64 to 256, and variants of it, on four targets.  Tile sizes and
 settings are set by hand, so that small ones, large ones and some that spill are there.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from memcomp.codegen.lower import lower
-from memcomp.codegen.triton.resources import SPILLED, Need, Setting, held, need
+from memcomp.codegen.triton.resources import SPILLED, Setting, held, need
 from memcomp.ir.cascade import Knob
 from memcomp.ir.errors import Refusal
 from memcomp.ir.parse import parse
@@ -80,11 +81,6 @@ class Case:
     def tiles(self) -> TileProgram:
         return tiles(self.program, self.target, dict(self.sizes))
 
-    @property
-    def need(self) -> Need:
-        tp = self.tiles
-        return need(tp, tp.kernels[0], target(self.target), self.setting)
-
 
 def attention(dim: int, group: int = 1, decode: bool = False, variant: str = "") -> Program:
     """Attention over 8 key heads; decode: one query row for each of their heads."""
@@ -124,6 +120,12 @@ def cases() -> Iterator[Case]:
                            (("p0", rows), ("m0", keys)), Setting(warps, stages))
 
 
+def predicted(c: Case) -> dict[str, Any]:
+    tp, machine = c.tiles, target(c.target)
+    return {"predicted": asdict(need(tp, tp.kernels[0], machine, c.setting)),
+            "held": held(tp, tp.kernels[0], machine, c.setting)}
+
+
 def measured(c: Case) -> dict[str, Any]:
     """Compile one."""
     from memcomp.codegen.triton.arguments import arguments
@@ -135,8 +137,7 @@ def measured(c: Case) -> dict[str, Any]:
     given = arguments(tp, k, tuple(len(p.shape) - 1 for p in tp.params))
     made = compile_text(emit(tp, machine).source, function_names(tp)[0], given.signature, {}, given.aligned,
                         machine.capability, c.setting.warps, c.setting.stages)
-    return {"case": c.name, "target": c.target, **asdict(c.setting), "predicted": asdict(c.need),
-            "held": held(tp, k, machine, c.setting), "version": made.version,
+    return {"case": c.name, "target": c.target, **asdict(c.setting), **predicted(c), "version": made.version,
             "actual": {"shared": made.shared, "tensor_memory": made.tensor_memory, "spills": made.spills,
                        "registers": made.resources.registers, "stack": made.resources.stack}}
 
@@ -197,16 +198,19 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose target and name hold this word")
-    parser.add_argument("--fit", action="store_true", help="compile nothing, fit the record")
+    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
+    known = json.loads(RECORD.read_text())["results"] if args.fit or args.again else []
     if args.fit:
-        fit(json.loads(RECORD.read_text())["results"])
+        fit(known)
         return
     console, results = terminal(), []
+    recorded = {(r["target"], r["case"]): r for r in known}
     for c in cases():
-        if args.only in f"{c.target} {c.name}":
+        if args.only in f"{c.target} {c.name}" and (not known or (c.target, c.name) in recorded):
             try:
-                results.append(measured(c))
+                results.append(recorded[c.target, c.name] | predicted(c) if known else measured(c))
             except Refusal as refused:
                 console.print(f"{c.target} {c.name}: {refused}")
                 continue

@@ -26,12 +26,13 @@ touched again in every round of the loops it lacks that stand outside the last l
 X stays in that level, and takes no room in those behind it.
 
 Time: per group the largest of operations / peak, transcendentals / their peak, and traffic / bandwidth of each level
-behind the second, at the points that its loops visit (`memcomp.ir.visits`); what maps inside
-the loop read and write moves between the nearest two levels besides their operations, and what its steps load comes from
-the level after these, over and over.  The lanes of a tile are computed all.  Where the last round of tasks
-leaves cores idle it takes as long as a full one (what waits for a level, by the share of its bandwidth that so few
-cores draw).  Groups follow one another, each after its launch.  What else moves between the nearest two (registers and
-cache) is counted but bounds nothing: an emitter cuts tiles into registers once more.
+behind the second, at the points that its loops visit (`memcomp.ir.visits`); what maps inside the loop read and write
+moves between the nearest two levels besides their operations, and what its steps load comes from the level after these,
+over and over.  The lanes of a tile are computed all; what does not change along a dim of the tile is computed once for
+it.  Where the last round of tasks leaves cores idle it takes as long as a full one (what waits for a level, by the
+share of its bandwidth that so few cores draw).  Groups follow one another, each after its launch.  What else moves
+between the nearest two (registers and cache) is counted but bounds nothing: an emitter cuts tiles into registers once
+more.
 On a target with arrays of processing elements `memcomp.ir.arrays` counts cycles instead of operations.
 """
 
@@ -273,13 +274,13 @@ class _Nest:
             self.flops += plain * live * again
             self.special += special * live * again
             self.once += (plain + special) * live
-            plain, special = self._hoisted(e)
+            each, costly = self._hoisted(e)
             dtype = self._dtype(e)
             key = dtype, rows
-            self.visited[key] = self.visited.get(key, 0.0) + plain * reached * again
-            self.needed[dtype] = self.needed.get(dtype, 0.0) + plain * min(live, reached)
-            self.special_visited += special * reached * again
-            self.special_needed += special * min(live, reached)
+            self.visited[key] = self.visited.get(key, 0.0) + each * reached * again
+            self.needed[dtype] = self.needed.get(dtype, 0.0) + each * min(live, reached)
+            self.special_visited += costly * reached * again
+            self.special_needed += costly * min(live, reached)
             if e.reduce is None and self._split(set(e.space())) & steps:
                 touched = (*e.names, *(a.tensor for a in walk(e.body) if isinstance(a, Access)))
                 self.passed += reached * again * sum(width(c, name) for name in touched)  # bytes

@@ -125,7 +125,7 @@ class Target:
 
     @property
     def capability(self) -> int:
-        """CUDA's compute capability, 90 for 9.0: the highest of the features `sm..`.  OptionError where there is none."""
+        """CUDA's compute capability, 90 for 9.0: the highest of the features `sm..`.  OptionError without one."""
         known = [int(f[2:]) for f in self.features if f.startswith("sm") and f[2:].isdigit()]
         if not known:
             raise OptionError(f"target {self.name} has no compute capability", hint=", ".join(self.features))

@@ -117,7 +117,8 @@ class _Kernel:
                 self.facts = outside if reads(s.cond) else outside.where(s.cond)  # tiles may be written again inside
                 known = set[str]().union(*(self.some.get(c, set()) for c in conjuncts(s.cond)))
                 yes = self.block(s.body, written | known, loops)
-                if body is self.k.body and not reads(s.cond) and variables(s.cond) <= set(self.grid):  # for all the task
+                whole = body is self.k.body and not reads(s.cond) and variables(s.cond) <= set(self.grid)
+                if whole:  # the condition stays what it is
                     self.some.setdefault(s.cond, set()).update(yes)
                 self.facts = outside
                 written |= yes & self.block(s.orelse, set(written), loops)

@@ -30,7 +30,8 @@ def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[
     """The entry that runs `kernel` on tensors shaped as the inputs of `program`.
 
     program: as read; tiles: what the kernel was emitted from, its tensors in the same order; symbols: the names of the
-    leading `sizes` of a call; device: of the results.  Raises Refusal where an extent that is needed is found in no input.
+    leading `sizes` of a call; device: of the results.  Raises Refusal where an extent
+    that is needed is found in no input.
     """
     cascade = program.cascade
     ins, outs = cascade.inputs(), cascade.outputs()
@@ -74,7 +75,7 @@ def preparation(dims: Sequence[int], outs: Sequence[Fresh], work: Sequence[Fresh
     over: the tensor that is the only output too, as it is; device: of what is made.
     """
     # as Inductor's code allocates
-    quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)  # type: ignore[attr-defined]
+    quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)
     known: dict[str, Any] = {"empty": quick or (lambda size, strides, kind: torch.empty_strided(
         size, strides, dtype=kind, device=device))}
     shapes: dict[str, str] = {}

@@ -25,7 +25,7 @@ class Config:
     tune:         "off" closes knobs by the cost model.
     chains:       reductions without a product: "gain" takes those whose result is small and needs fewer passes than it
                   was written with; "all" also those that write as much as they read, as torch's own kernels do.
-    interpret:    kernels for a GPU are run by their language's interpreter, on the CPU: slow, and exact enough to check.
+    interpret:    kernels for a GPU are run by their language's interpreter, on the CPU: slow, to check them.
     dump:         stations whose program is printed to stderr (MEMCOMP_DUMP=capture,reduce_passes,tvm).
     """
 
@@ -99,7 +99,8 @@ def _environment() -> dict[str, Any]:
     for name in ("strict", "interpret"):
         if value := os.environ.get(f"MEMCOMP_{name.upper()}"):
             if value not in ("0", "1"):
-                raise OptionError(f"MEMCOMP_{name.upper()}={value!r} is not 0 or 1", hint="unset it for the default (0)")
+                raise OptionError(f"MEMCOMP_{name.upper()}={value!r} is not 0 or 1",
+                                  hint="unset it for the default (0)")
             env[name] = value == "1"
     if value := os.environ.get("MEMCOMP_DUMP"):
         env["dump"] = value

@@ -145,7 +145,6 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
         compiled = compile_program(fn, config=settings)
         return Explanation((describe(fn.name, fn, compiled, {}),))
     import torch
-
     from torch import fx
 
     from memcomp.backend import install, region_sizes, uncompiled

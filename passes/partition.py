@@ -24,7 +24,8 @@ ROWS = 32  # row ranks of at most so many points together stay whole tile dims
 def partition(program: Program, *, lanes: int = 0) -> Program:
     """Give every group its space, loop order, cuts and lane; tile sizes stay knobs where a search may choose.
 
-    lanes: elements of a vector, by default those of the target, at least 16; row tiles are one, two or four vectors wide.
+    lanes: elements of a vector, by default those of the target, at least 16; row tiles are one, two or four vectors
+    wide.
 
     Row ranks are those that some streamed operand of a product lacks (queries: a key row serves all of them).  A long
     row rank is cut and laid across the lanes, so that elements of the streamed operands are broadcast; short ones stay

@@ -263,3 +263,39 @@ def test_tiles_are_refused_where_the_system_has_none() -> None:
     tp = lower(mapped(parse(PRODUCT.format(e=64, out="f32")), 2))
     with pytest.raises(Refusal, match="AMX"):
         build(emit(tp, AMX))
+
+
+def qk_norm(q: Any, k: Any, v: Any, w: Any) -> Any:
+    q, k = (torch.nn.functional.rms_norm(x, (x.shape[-1],), w, eps=1e-6) for x in (q, k))
+    return torch.softmax(q @ k.mT * 0.125, -1) @ v
+
+
+def qk_norm_finer(q: Any, k: Any, v: Any, w: Any) -> Any:
+    """The same with a product of f32, as a module may spell it."""
+    q, k = (torch.nn.functional.rms_norm(x.float(), (x.shape[-1],), w.float(), eps=1e-6) for x in (q, k))
+    return (torch.softmax(q @ k.mT * 0.125, -1) @ v.float()).bfloat16()
+
+
+@pytest.mark.parametrize("fn, held", [(qk_norm, True), (qk_norm_finer, False)], ids=["bf16", "f32"])
+def test_what_the_module_rounds_a_kernel_may_round(fn: Any, held: bool) -> None:
+    """Normalised rows are rounded to bf16 where the module does so, once and not twice as there, and only there."""
+    import memcomp
+
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 2, 200, 64).to(torch.bfloat16) for _ in range(3))
+    w = (torch.rand(64) + 0.5).to(torch.bfloat16)
+    with torch.inference_mode():
+        (region,) = memcomp.explain(fn, q, k, v, w).regions
+        program = region.program
+        (scores,) = (e for e in program.cascade.einsums if "S" in e.names)
+        assert scores.reduce is not None and (scores.reduce.held == "bf16") == held
+        assert parse(str(program)) == program
+        tp = lower(program)
+        assert [d.held for _, d in dots(tp) if d.tile == "S"] == ["bf16" if held else ""]
+        source = emit(tp, AVX512_BF16).source
+        assert bool(re.search(r"S_factor\w*_pairs\d* = T.alloc_buffer", source)) == held
+        if held:
+            own = torch.compile(fn, backend="memcomp", options={"rest": "eager", "strict": True})(q, k, v, w)
+            exact = fn(q.double(), k.double(), v.double(), w.double())
+            error, theirs = ((x.double() - exact).norm().item() for x in (own, fn(q, k, v, w)))
+            assert error <= 1.02 * theirs

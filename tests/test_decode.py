@@ -7,7 +7,7 @@ import re
 import pytest
 
 from memcomp.codegen.lower import lower
-from memcomp.codegen.tvm.ahead import SOON
+from memcomp.codegen.tvm.ahead import PLACES, SOON
 from memcomp.codegen.tvm.emit import emit
 from memcomp.codegen.tvm.isa import AVX2, AVX512, Isa
 from memcomp.config import Config
@@ -47,6 +47,16 @@ def test_the_next_tile_is_asked_for_once(isa: Isa, tensor: str) -> None:
     rows = SOON // (4 * WIDE)
     assert far == list(range(6 * TILE, 7 * TILE))
     assert soon == list(range(5 * TILE + rows, 6 * TILE + rows))
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_few_keys_are_read_side_by_side(group: int) -> None:
+    """More places at a time than a core follows would be asked for in bursts, and bursts are not heard."""
+    text = re.sub(r"rank ([EF]) = \d+", rf"rank \1 = {WIDE}", (CASES / "onepass_decode_gqa.mc").read_text())
+    text = text.replace("rank G = 3", f"rank G = {group}").replace("j*3", f"j*{group}").replace("J*3", f"J*{group}")
+    source = emit(lower(mapped(parse(text), 2)), AVX512).source
+    sums = [line.count("at(16)]") for line in source.splitlines() if "row_sums(" in line]
+    assert max(sums) == group * min(PLACES, 16 // group) and source.count("prefetch(")
 
 
 def test_few_rows_may_take_longer_steps() -> None:

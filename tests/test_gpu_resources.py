@@ -63,10 +63,9 @@ def test_spills_are_foretold() -> None:
 
 @pytest.mark.parametrize("r", RESULTS[::9], ids=lambda r: f"{r['target']} {r['case']}")
 def test_the_model_still_says_what_it_said(r: dict[str, Any]) -> None:
-    said = CASES[r["target"], r["case"]].need
-    assert (said.shared, said.tensor_memory, said.spills) == tuple(
-        r["predicted"][word] for word in ("shared", "tensor_memory", "spills"))
-    assert said.registers == pytest.approx(r["predicted"]["registers"])
+    said, before = bench.predicted(CASES[r["target"], r["case"]])["predicted"], r["predicted"]
+    assert said.pop("registers") == pytest.approx(before["registers"])
+    assert said == {word: before[word] for word in said}
 
 
 # -- laws --------------------------------------------------------------------------------------------------------------
@@ -85,7 +84,7 @@ def test_more_of_anything_takes_no_less(name: str) -> None:
         base = shared(64, 64, 32, setting)
         assert base <= shared(64, 64, 32, replace(setting, stages=setting.stages + 1))
         assert base < shared(64, 128, 32, setting) and base < shared(64, 64, 64, setting)
-        assert base < shared(128, 64, 32, setting) and base <= shared(96, 64, 32, setting) <= shared(128, 64, 32, setting)
+        assert base <= shared(96, 64, 32, setting) <= shared(128, 64, 32, setting) > base
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -111,7 +111,8 @@ G[n] = xlogx(abs(X[n]))
     closed = mapped(parse(text))
     got, want = run(lower(closed), {"X": x}, {}), interpret(closed, {"X": x.astype(np.float64)})
     for name in want:
-        assert np.all(np.abs(got[name] - want[name]) <= 8 * np.spacing(np.abs(want[name]).astype(np.float32))), name
+        unit = np.spacing(np.abs(want[name]).astype(np.float32))
+        assert np.all(np.abs(got[name] - want[name]) <= 8 * unit), name
 
 
 def test_integers_round_down_and_wrap_as_the_program_says() -> None:

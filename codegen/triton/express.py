@@ -132,10 +132,6 @@ def natural(e: Expr) -> bool:
     return False
 
 
-def dims_of(e: Expr, dims: dict[str, int]) -> set[str]:
+def dims_of(e: Expr, dims: dict[str, int]) -> frozenset[str]:
     """Dims that an expression depends on, through its indices too."""
     return variables(e) & set(dims)
-
-
-def gathers(e: Expr, tiles: dict[str, tuple[Axis, ...]]) -> bool:
-    return any(isinstance(n, Access) and n.tensor not in tiles for n in walk(e))

@@ -24,6 +24,7 @@ from memcomp.ir.errors import Refusal
 
 # one at a time: Triton's knobs and file descriptor 2 belong to the whole process
 _compiling = threading.Lock()
+_SAYING_NOTHING = ("Failures have been detected", "Internal Triton PTX codegen error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +185,14 @@ def _quiet(printed: list[str]) -> Iterator[None]:
 
 
 def _first_error(printed: str, error: Exception) -> str:
-    """What the compiler says first: of C++ the line with `error:`, else the exception, the caret picture included."""
-    lines = [line.strip() for line in (*printed.splitlines(), *str(error).splitlines())]
-    for line in lines:
-        if "error:" in line:
-            return line[line.index("error:"):]
+    """What the compiler says first: of C++ and ptxas what follows `error:`, where they only say that a pass failed its
+    name, else the exception, the picture with the caret included."""
+    for line in (*printed.splitlines(), *str(error).splitlines()):
+        found = re.search(r"\berror\s*:\s*(.*)", line)
+        if found and not found[1].startswith(_SAYING_NOTHING):
+            return found[1].strip()
+    if passes := re.findall(r"Pipeline failed while executing \[`(\w+)`", printed):
+        return f"the pass {passes[0]} failed"
     kept = [line for line in str(error).splitlines() if line.strip()]
     return "\n".join([*kept[:1], *kept[1:][-3:]]) or type(error).__name__
 

@@ -81,8 +81,8 @@ def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
     what = f"{least.shared:,} bytes of shared memory, and a block of {target.name} has {there:,}"
     if least.shared <= there:
         what = f"{least.tensor_memory} columns of tensor memory, and a block of {target.name} has {COLUMNS}"
-    near = nearest_fit(tp, k, target)
-    raise Refusal(f"{k.name} needs {what}", tp.name, "it fits with " + ", ".join(f"{d} = {n}" for d, n in near.items()) if near else
+    near = ", ".join(f"{d} = {n}" for d, n in nearest_fit(tp, k, target).items())
+    raise Refusal(f"{k.name} needs {what}", tp.name, f"it fits with {near}" if near else
                   "no smaller tile of the ranks that are cut fits: cut the others")
 
 

@@ -14,7 +14,7 @@ from memcomp.ir.expr import Access, reads, variables
 from memcomp.ir.target import BYTES
 
 LINE = 64    # bytes of a cache line
-PLACES = 8   # of the next tile that are asked for in turn
+PLACES = 8   # that are read, or asked for of the next tile, in turn
 SOON = 8192  # bytes before a line is read
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from memcomp.codegen.tvm import pairs, tiles
 from memcomp.codegen.tvm.access import contiguous, over_points, scalar_element, strips, vector
-from memcomp.codegen.tvm.ahead import LINE, ahead
+from memcomp.codegen.tvm.ahead import LINE, PLACES, ahead
 from memcomp.codegen.tvm.pairs import Pairs, Product
 from memcomp.codegen.tvm.writer import Point, Writer, plus, power_of_two, times
 from memcomp.ir.expr import Access, call, variables
@@ -345,8 +345,8 @@ def _inner(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, along: str
     rows = w.fixed(row) or w.dims[row].capacity if row else 1
     size = min(rows, 4 if most >= 16 else 2) if rows not in (3, 5, 6) or rows > most else rows
     lined = not b.tile and lanes * each * BYTES[w.params[b.access.tensor].dtype] >= LINE  # a vector is whole lines
-    keys = 1
-    while 2 * keys * size <= most and 2 * keys <= power_of_two(w.dims[key].capacity):
+    keys, many = 1, min(power_of_two(w.dims[key].capacity), PLACES)  # each of them is a place that is read
+    while 2 * keys * size <= most and 2 * keys <= many:
         keys *= 2
 
     def block(points: list[Point], outs: int, base: str) -> None:
