@@ -1,11 +1,11 @@
 """Running sums, made exact: a loop adds a thousand tiles one after the other, and their roundings add up.
 
 On targets that say so (`Target.long_sums`) a carried sum of few elements is held in f64, and so is what is computed
-from it at as few points; where more points read such a value it is rounded to f32 first, once.  References of frames are such values: any reference is legal, as
-long as all read the same.  A sum of many elements would pay for that at each step: where steps only add to it, a few
-of them are summed in f32 and their sums in f64.  (One that steps scale, in an exponential frame, stays in f32.)  The
-sum over one tile is short and needs nothing, unless a reference is made of it.
-"""
+from it at as few points; where more points read such a value it is rounded to f32 first, once. References of frames
+are such values: any reference is legal, as long as all read the same. A sum of many elements would pay for that at
+each step: where steps only add to it, a few of them are summed in f32 and their sums in f64. (One that steps scale,
+in an exponential frame, stays in f32.) The sum over one tile is short and needs nothing, unless a reference is made
+of it. """
 
 from __future__ import annotations
 

@@ -192,10 +192,7 @@ def _detected(name: str, data: dict[str, Any]) -> Target:
         bandwidth = float(x["bandwidth"]) if "bandwidth" in x else x["rate"] * clock * count
         levels.append(Level(x["name"], size, bandwidth, count, x["name"] == "reg", float(x.get("alone", 1.0))))
     base = found.cores * clock * int(data["pipes"]) * 2 * lanes
-    units = [Unit(u["name"], tuple((d, base * k) for d, k in u["peaks"].items())) for u in data.get("units", ())]
-    if "amx_bf16" in features:  # 16 x 16 x 32 multiply-adds in 16 cycles
-        units.append(Unit("tile", (("bf16", found.cores * clock * 1024.0),)))
-    elif "avx512_bf16" in features:
-        units.append(Unit("dot", (("bf16", 2 * base),)))
+    units = [Unit(u["name"], tuple((d, base * k) for d, k in u["peaks"].items())) for u in data.get("units", ())
+             if set(u.get("needs", ())) <= set(features)]
     return Target(name, data["backend"], tuple(levels), tuple(units), features, found.cores, lanes,
                   data["source"], launch=float(data["launch"]), long_sums=data["long_sums"])

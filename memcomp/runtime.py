@@ -214,8 +214,8 @@ def _call_fake(inputs: list[torch.Tensor], sizes: list[Any], key: str) -> list[t
 
 def _call_autograd(keys: torch.DispatchKeySet, inputs: list[torch.Tensor], sizes: list[int],
                    key: str) -> list[torch.Tensor]:
-    """Straight to the kernel where no gradient is asked for and nothing but the device comes below autograd: the way there
-    through torch's dispatcher costs more than all the rest of a call."""
+    """Straight to the kernel where no gradient is asked for and nothing but the device comes below autograd: the way
+    there through torch's dispatcher costs more than all the rest of a call."""
     if torch.is_grad_enabled():
         for t in inputs:
             if t.requires_grad:
@@ -233,7 +233,7 @@ def call(inputs: list[torch.Tensor], sizes: list[int], key: str) -> list[torch.T
     is short when it is warm, but a kernel that has streamed a long cache leaves nothing of it in the processor's.
     """
     if torch._C._dispatch_tls_local_include_set().raw_repr() in _ALONE and forward_ad._current_level < 0 and \
-            not torch._C._len_torch_function_stack() and not torch.autograd._profiler_enabled():
+            not torch._C._len_torch_function_stack() and not torch._C._autograd._profiler_enabled():
         graded = torch.is_grad_enabled()
         for t in inputs:
             if type(t) not in _PLAIN or graded and t.requires_grad or not _direct(torch._C._dispatch_keys(t)):

@@ -101,8 +101,9 @@ class _Builder:
             outs = (Access(name, at), Access(f"I{number}", at))
             self.put(name, (*out, *more), Einsum(outs, body, Reduce(monoid, reduced), None))
             return
+        held = self.one(("", "", "bf16")) if monoid == "sum" else ""
         # an extremum over nothing is infinite: guards stay with the sums
-        self.put(name, out, Einsum((Access(name, index),), body, Reduce(monoid, reduced),
+        self.put(name, out, Einsum((Access(name, index),), body, Reduce(monoid, reduced, held),
                                    guard if monoid in ("sum", "prod") else None))
         if monoid == "max" and isinstance(body, Access) and len(set(body.index)) == len(body.index) and \
                 all(isinstance(i, Var) for i in body.index) and set(out) <= set(self.ranks[body.tensor]):

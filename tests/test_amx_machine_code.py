@@ -65,8 +65,8 @@ def test_products_of_8_bits(e: int, tmp_path: Path) -> None:
 
 
 def test_attention(tmp_path: Path) -> None:
-    """Causal, 3 query heads per KV head, in bf16: what the instructions give is what the text in plain operations gives,
-    up to the order of sums."""
+    """Causal, 3 query heads per KV head, in bf16: the instructions give what the text in plain operations gives, up to
+    the order of sums."""
     text = (CASES / "onepass_causal_gqa.mc").read_text()
     text = re.sub(r"rank F = 8", "rank F = 33", re.sub(r"rank E = 8", "rank E = 40", text))
     tp = lower(mapped(replace(parse(text), mapping=Mapping()), 1))

@@ -30,8 +30,8 @@ pytest.importorskip("tvm")
 
 from memcomp.codegen.rounding import rounds  # noqa: E402
 from memcomp.codegen.tvm import build, emit  # noqa: E402
-from memcomp.codegen.tvm.build import machine_code  # noqa: E402
 from memcomp.codegen.tvm import isa as machines  # noqa: E402
+from memcomp.codegen.tvm.build import machine_code  # noqa: E402
 from memcomp.codegen.tvm.isa import (  # noqa: E402
     AMX,
     AVX2,

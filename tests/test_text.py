@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Reduce, Tensor
+from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, Tensor
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, transform
 from memcomp.ir.interpret import interpret
 from memcomp.ir.program import Group, Mapping, Program
@@ -126,7 +126,7 @@ def renamed(p: Program, salt: str) -> Program:
             tuple(Rank(rank(r.name), size(r.extent), r.bound, r.iterative) for r in c.ranks),
             tuple(Tensor(tensor(t.name), tuple(map(rank, t.ranks)), t.dtype, t.role, t.empty) for t in c.tensors),
             tuple(Einsum(tuple(map(access, s.outs)), expr(s.body),
-                         s.reduce and Reduce(s.reduce.monoid, tuple(rank(v.upper()).lower() for v in s.reduce.over)),
+                         s.reduce and replace(s.reduce, over=tuple(rank(v.upper()).lower() for v in s.reduce.over)),
                          None if s.guard is None else expr(s.guard)) for s in c.einsums),
         ),
         Mapping(tuple(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from memcomp.codegen.lower import lower
 from memcomp.ir.cascade import DTYPES
-from memcomp.ir.errors import MemcompError, ParseError
+from memcomp.ir.errors import MemcompError, ParseError, VerifyError
 from memcomp.ir.expr import Access, Const, Size
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import close, knobs
@@ -32,6 +32,7 @@ from memcomp.ir.tile import (
     When,
 )
 from memcomp.ir.tile_text import parse_tile, show_tile
+from memcomp.ir.tile_verify import verify_tile
 from memcomp.passes.fuse import fuse
 from memcomp.passes.partition import partition
 from tests.programs import EXPRESSIONS
@@ -50,7 +51,7 @@ SIMPLE: st.SearchStrategy[Statement] = st.one_of(
     st.builds(Load, NAME, ACCESS), st.builds(Map, NAME, EXPRESSIONS),
     st.builds(Store, ACCESS, NAME, st.none() | EXPRESSIONS),
     st.builds(Fold, NAME, st.sampled_from(sorted(MONOIDS)), several(NAME), EXPRESSIONS, st.booleans()),
-    st.builds(Dot, NAME, ACCESS, ACCESS, several(NAME), st.booleans()))
+    st.builds(Dot, NAME, ACCESS, ACCESS, several(NAME), st.booleans(), st.sampled_from(("", "bf16"))))
 STATEMENTS: st.SearchStrategy[Statement] = st.recursive(SIMPLE, lambda s: st.one_of(
     st.builds(Loop, NAME, EXPRESSIONS, EXPRESSIONS, several(s)), st.builds(When, EXPRESSIONS, several(s), several(s))),
     max_leaves=6)
@@ -159,3 +160,42 @@ def test_bad_texts_say_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ParseError) as caught:
         parse_tile(text)
     assert str(caught.value) == message[1:]
+
+
+SOMETIMES = """tiles p on cpu
+
+param X[P]: f32 in
+param O[P]: f32 out
+sizes P
+kernel k
+  grid p1: ceil(P/16)
+  dim p0[16] count min(P - p1*16, 16) start p1*16
+  tile X_t[p0]: f32
+  tile Y[p0]: f32
+  load X_t = X[p1*16 + p0]
+  if {first} {{
+    map Y = X_t[p0] * 2.0
+  }}
+  if {second} {{
+    map X_t = Y[p0]
+  }}
+  store O[p1*16 + p0] = X_t
+"""
+
+
+@pytest.mark.parametrize("first, second, fine", [
+    ("P >= 4", "P >= 4", True),
+    ("P >= 4", "P >= 4 and p1%2 == 1", True),
+    ("p1 == 0", "p1 == 0", True),
+    ("P >= 4", "P >= 5 or P >= 4", False),  # no conjunction of it
+    ("P >= 4", "p1 == 0", False),
+    ("P >= 4 and p1 == 0", "P >= 4", False),
+])
+def test_a_tile_may_be_read_where_it_was_written(first: str, second: str, fine: bool) -> None:
+    """Under the condition of its writer, which sizes and the task alone decide."""
+    tp = parse_tile(SOMETIMES.format(first=first, second=second))
+    if fine:
+        verify_tile(tp)
+    else:
+        with pytest.raises(VerifyError, match="before it is written"):
+            verify_tile(tp)

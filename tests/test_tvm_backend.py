@@ -307,6 +307,24 @@ def test_functions_over_the_whole_range(form: Any) -> None:
         assert error <= ULPS[name], (name, error)
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
+@pytest.mark.parametrize("text, by, joined", [
+    ("X[n] * 0.125 / 20.0", 0.125 / 20.0, True), ("X[n] / 3.0", 1 / 3.0, True), ("X[n] / 64.0", 1 / 64.0, True),
+    ("7.0 * (X[n] * 3.0) / 11.0", 21.0 / 11.0, True), ("X[n] / 1e-30 * 1e-30", 1.0, True),
+    ("X[n] * 1e30 / 1e-6", 1e36, False)])
+def test_numbers_that_multiply_and_divide_become_one(text: str, by: float, joined: bool, form: Any) -> None:
+    """No division by a number is left, and the result errs by its own rounding and that of the number."""
+    tp = lower(mapped(parse(f"program p\nrank N\nin X[N]: f32\nout Y[N]: f32\nY[n] = {text}\n")))
+    kernel = emit(tp, form)
+    assert (" / " in kernel.source) != joined
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(5))
+    y = torch.empty_like(x)
+    build(kernel)(x, y, len(x))
+    want = x.double() * by
+    ulp = torch.from_numpy(np.spacing(want.float().abs().numpy())).double()
+    assert ((y.double() - want).abs() / ulp).max() <= (1.5 if joined else 2.5)
+
+
 def test_library_functions_and_bits() -> None:
     text = """
 program p

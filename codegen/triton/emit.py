@@ -62,7 +62,8 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
              for k, name in zip(tp.kernels, function_names(tp), strict=True)]
     machine = named(target) if isinstance(target, str) else target
     settings = {name: chosen(tp, k, machine) for k, name in zip(tp.kernels, function_names(tp), strict=True)}
-    told = "".join(f"    {n!r}: dict(num_warps={s.warps}, num_stages={s.stages}),\n" for n, s in settings.items())
+    told = "".join(f"    {n!r}: dict(num_warps={x.warps}, num_stages={x.stages}),\n"
+                   for n, x in settings.items())
     source = "\n\n".join([HEAD, *used(words), *texts, f"SETTINGS = {{\n{told}}}\n"])
     return Kernel(tp.name, "triton", source, "SETTINGS", tp, machine.name)
 

@@ -10,7 +10,7 @@ from memcomp.codegen.lower_fuse import kind
 from memcomp.codegen.names import Names
 from memcomp.codegen.triton.layout import Axis, Layout
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, variables
 from memcomp.ir.ops import OPS
 
 # an operator -> text of its arguments; words in braces with a name are functions of `words`

@@ -80,7 +80,7 @@ def unsigned(x: Value) -> Value:
 
 
 def pair_up(*numbers: Value) -> Value:
-    """Lane by lane the numbers as one pair: bits as they are, f32 rounded to nearest even; 0 for those that are missing.
+    """Lane by lane the numbers as one pair: bits as they are, f32 rounded to nearest even; 0 for what is missing.
 
     bf16 come as their bits (uint16) or as f32, integers of 8 bits as they are stored or as int64.
     """
@@ -156,12 +156,14 @@ def tile_product(total: Value, at_total: Sequence[Value], a: Value, at_a: Sequen
                  at_b: Sequence[Value], steps: Value, rows: int, columns: int, add: bool, instruction: str) -> None:
     """total (+)= a * b over `steps` tiles along the contracted dim: rows x columns tiles of 16 x 16 sums.
 
-    a: int32 [.., row, pair]; b: int32 [.., pair, column]; total: f32 or int32 [.., row, column]; each from its index on.
+    a: int32 [.., row, pair]; b: int32 [.., pair, column]; total: [.., row, column], f32 or int32; each from its
+    index on.
     """
     if _machine_has(instruction):
         places = [x for t, index in ((total, at_total), (a, at_a), (b, at_b))
                   for x in (T.address_of(t[tuple(index)]), i64(4 * int(t.shape[-1])))]
-        T.evaluate(T.call_extern("void", f"memcomp_{instruction}_{rows}{columns}{int(add)}", *places, cast("int64", steps)))
+        name = f"memcomp_{instruction}_{rows}{columns}{int(add)}"
+        T.evaluate(T.call_extern("void", name, *places, cast("int64", steps)))
         return
 
     def one(t: Value, index: Sequence[Value], down: Value, right: Value) -> Value:

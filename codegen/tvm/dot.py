@@ -345,8 +345,8 @@ def _inner(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, along: str
     rows = w.fixed(row) or w.dims[row].capacity if row else 1
     size = min(rows, 4 if most >= 16 else 2) if rows not in (3, 5, 6) or rows > most else rows
     lined = not b.tile and lanes * each * BYTES[w.params[b.access.tensor].dtype] >= LINE  # a vector is whole lines
-    keys, many = 1, min(power_of_two(w.dims[key].capacity), PLACES)  # each of them is a place that is read
-    while 2 * keys * size <= most and 2 * keys <= many:
+    keys, places = 1, min(power_of_two(w.dims[key].capacity), PLACES)  # each key is a place that is read
+    while 2 * keys * size <= most and 2 * keys <= places:
         keys *= 2
 
     def block(points: list[Point], outs: int, base: str) -> None:
@@ -371,8 +371,8 @@ def _inner(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, along: str
             _loops(w, deeper, points[0], rows_alone)
             begins = [f"{_zero(by, lanes)} - {name}[at({lanes})]" for name in owed]
         totals = [[w.names.fresh("total") for _ in range(outs)] for _ in points]
-        for r, begin in zip(totals, begins, strict=True):
-            for name in r:
+        for row_of, begin in zip(totals, begins, strict=True):
+            for name in row_of:
                 w.line(f"{name} = acc({begin})")
 
         def step(q: Point) -> None:

@@ -1,4 +1,4 @@
-"""The instructions of `isa.PRODUCTS` as LLVM text, which TVM takes in as it is: it has no vectors of bf16, nor tiles."""
+"""The instructions of `isa.PRODUCTS` as LLVM text, which TVM takes in as it is: it has no bf16 vectors, nor tiles."""
 
 from __future__ import annotations
 

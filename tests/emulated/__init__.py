@@ -1,7 +1,8 @@
 """A kernel's machine code on an emulated machine: Bochs, started from a disk that holds nothing but the kernel.
 
-Bochs is looked for on the path and must be built with AMX and EVEX (`./configure --enable-amx --enable-evex --enable-avx
---enable-x86-64 --enable-cpu-level=6 --with-nogui`); BXSHARE names the folder of its BIOS where it is not installed.
+Bochs is looked for on the path and must be built with AMX and EVEX (`./configure --enable-amx --enable-evex
+--enable-avx --enable-x86-64 --enable-cpu-level=6 --with-nogui`); BXSHARE names the folder of its BIOS where it is not
+installed.
 A C compiler and binutils make the disk.
 """
 
