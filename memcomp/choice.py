@@ -9,6 +9,7 @@ from typing import Any
 
 from memcomp.ir.program import Program
 
+TIE = 0.05   # by so much the model must see a gain before a form of more kernels is taken
 IDLE = 0.05  # of the cores, on average, while tasks run: below it shares of a rank gain nothing
 
 

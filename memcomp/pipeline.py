@@ -15,7 +15,7 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from memcomp.choice import alternatives, seconds
+from memcomp.choice import TIE, alternatives, seconds
 from memcomp.config import Config
 from memcomp.ir.cascade import extent_of
 from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
@@ -258,8 +258,9 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     if others:  # what has no rival needs no figure
         spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, (p, _) in forms.items()}
     strain = _strain(config) or _lowers
-    chosen = next(what for what in sorted(forms, key=spent.__getitem__)
-                  if what == words or strain(forms[what][0]) < math.inf)
+    able = [what for what in forms if what == words or len(forms) > 1 and strain(forms[what][0]) < math.inf]
+    least = min(spent[what] for what in able)
+    chosen = next(what for what in able if spent[what] <= (1 + TIE) * least)  # the plainest comes first
     closed, seen = forms[chosen]
     if others:
         told = ", not ".join(f"{what}, {spent[what]:.3g} s" for what in (chosen, *(x for x in forms if x != chosen)))

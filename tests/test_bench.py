@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import memcomp
 from memcomp.__main__ import main
-from memcomp.bench import OWN, Result, measure, run, written
+from memcomp.bench import OWN, Result, launches, measure, run, written
 from memcomp.bench.held import allocated, scratch
 from memcomp.bench.measure import Times, ratio
 from memcomp.bench.probes import PRODUCT, READ, product, reader
@@ -44,7 +45,21 @@ def test_a_case_is_measured_whole() -> None:
     assert result.held[OWN] > 0 and result.predicted > 0
     (stored,) = json.loads(written([result]))["results"]
     assert stored["case"] == "small" and stored["ratios"].keys() == set(result.times) - {OWN}
-    assert "small" in "\n".join(result.lines())
+    assert "small" in "\n".join(result.lines()) and stored["alone"]["value"] > 0
+
+
+def test_the_kernels_of_a_call_alone_do_what_the_call_does() -> None:
+    """Each launch of it, and nothing that torch.compile does around them."""
+    args = inputs()
+    f = torch.compile(scaled, backend="memcomp", dynamic=False, options={"rest": "eager", "strict": True})
+    with torch.inference_mode():
+        want, before = f(*args), memcomp.stats()["launches"]
+        made: list[Tensor] = []
+        again = launches(lambda: made.append(f(*args)))
+        made[0].zero_()
+        again()
+    torch.testing.assert_close(made[0], want)
+    assert memcomp.stats()["launches"] == before
 
 
 def test_what_is_missed_is_said_only_where_it_is_sure() -> None:

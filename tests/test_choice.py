@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import memcomp
+from memcomp.choice import TIE
 from memcomp.codegen.lower import lower
 from memcomp.config import Config
 from memcomp.ir.interpret import interpret
@@ -39,7 +40,7 @@ def variance(features: int) -> Program:
 
 
 @pytest.mark.parametrize("rows,features,choice", [(300, 2, "a weighted frame"), (300, 64, "another pass"),
-                                                  (1, 64, "a weighted frame")])
+                                                  (1, 64, "another pass")])
 def test_cost_chooses(rows: int, features: int, choice: str) -> None:
     """The weighted mean has the indices of row and feature: its updates are no product, which many rows and features
     pay for, while another pass makes scores and reads keys anew."""
@@ -47,7 +48,7 @@ def test_cost_chooses(rows: int, features: int, choice: str) -> None:
     closed = map_program(read, config=Config(), sizes={"P": rows, "M": 4000})
     told = chosen(closed)
     first = next(iter(told))
-    assert first.startswith(choice) and told[first] == min(told.values())
+    assert first.startswith(choice) and told[first] <= (1 + TIE) * min(told.values())
     assert {x.partition(" in ")[0] for x in told} == {"a weighted frame", "another pass"}
     assert ("weighted gauge" in " ".join(closed.proofs)) == (choice == "a weighted frame")
     assert f"M: 4 -> {1 if choice == 'a weighted frame' else 2} passes" in closed.proofs

@@ -20,6 +20,7 @@ from memcomp.ir.expr import Access, Const, walk
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.tile import Dot, Fold, TileKernel, TileProgram, expressions
 
+FEWEST_ROWS = 16   # of one instruction of tensor cores
 ASYNC_ROWS = 64    # fewer rows and the tensor cores of sm_90 and sm_100 are fed through registers, as before
 COLUMNS = 512      # of tensor memory
 BARRIER = 8        # bytes
@@ -27,8 +28,8 @@ ALIGNED = 1024     # bytes: where a tile begins that tensor cores read themselve
 COPIED = 4         # bytes: the least that a thread can copy ahead
 # registers = first number + the others times what `held` counts, in its order, and the sum from which on kernels
 # spill; `benchmarks/gpu_resources.py --fit`
-FITTED = {"mma": (125.0, 0.7, 1.3, 0.0, 2.5), "wgmma": (48.0, 0.5, 1.0, 0.8, 6.0),
-          "tcgen05": (65.0, 0.4, 0.8, 0.8, 4.8)}
+FITTED = {"mma": (125.0, 0.7, 1.3, 0.0, 2.5, 1.0), "wgmma": (48.0, 0.5, 1.0, 0.8, 6.0, 1.0),
+          "tcgen05": (65.0, 0.4, 0.8, 0.8, 4.8, 1.0)}
 SPILLED = {"mma": 250.0, "wgmma": 240.0, "tcgen05": 250.0}
 
 
@@ -227,10 +228,11 @@ class _Block:
     def held(self, body: Body) -> dict[str, float]:
         """What a thread holds in 32-bit registers in a loop, by kind.
 
-        sums:   of tiles that one step hands to the next.
-        values: at most at once of the tiles that a step computes.
-        rows:   of numbers for rows, which several threads hold alike.
-        chunks: addresses, one for each 16 bytes that a thread fetches.
+        sums:    of tiles that one step hands to the next.
+        values:  at most at once of the tiles that a step computes.
+        rows:    of numbers for rows, which several threads hold alike.
+        chunks:  addresses, one for each 16 bytes that a thread fetches.
+        passing: of operands on their way to tensor cores: parts of f32, and what is not copied ahead.
         """
         threads, own = 32 * self.warps, body.written
         first: dict[str, int] = {}
@@ -245,7 +247,11 @@ class _Block:
             first.setdefault(s.tile, n)
         straight = {t for p in body.products for t in (p.left, p.right) if body.loaded(t)}
         local = [t for t in first if t not in carried and t not in straight]
-        points = self.loops.points
+        few = {p.tile: FEWEST_ROWS // p.rows for p in body.products if p.rows < FEWEST_ROWS}
+
+        def points(tile: str) -> int:
+            return self.loops.points(tile) * few.get(tile, 1)
+
         sums = sum(points(t) for t in carried if self.loops.dims(t) > 1) / threads
         values = max((sum(points(t) for t in local if self.loops.dims(t) > 1 and first[t] <= n <= last.get(t, first[t]))
                       for n in range(len(body.steps))), default=0) / threads
@@ -253,4 +259,7 @@ class _Block:
         along = 1 if any(self.spread(body, p) for p in fed) else self.warps
         rows = sum(max(2.0, points(t) / (8 * along)) for t in (*carried, *local) if self.loops.dims(t) == 1)
         chunks = sum(points(t) * self.loops.element(t) / 16 / threads for t in straight)
-        return {"sums": sums, "values": values, "rows": rows, "chunks": chunks}
+        passing = sum(2 * (p.rows + p.columns) * p.depth for p in body.products if p.exact) / threads
+        if body.branched:
+            passing += sum(points(t) * self.loops.element(t) / 4 / threads for t in straight)
+        return {"sums": sums, "values": values, "rows": rows, "chunks": chunks, "passing": passing}

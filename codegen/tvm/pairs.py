@@ -3,9 +3,10 @@
 A pair is what one lane of 32 bits holds: two bf16, or four integers of 8 bits.  A contraction runs on pairs where both
 operands are stored as a product of the machine takes them (`isa.PRODUCTS`).  bf16: a computed operand is rounded to it
 where that is allowed (`rounding`, or the module itself does so: `Dot.held`) and buys time: where more than 2 products
-share each number of the stored one, so that arithmetic and not memory is what they wait for; sums stay in f32.  Integers: where no sum of as many products can
-leave 32 bits, so that it is exact; where a product takes numbers with sign and numbers without and both have one, 128
-is added to those of one side, and as many times the sum of the other side's numbers taken off again.
+share each number of the stored one, so that arithmetic and not memory is what they wait for; sums stay in f32.
+Integers: where no sum of as many products can leave 32 bits, so that it is exact; where a product takes numbers with
+sign and numbers without and both have one, 128 is added to those of one side, and as many times the sum of the other
+side's numbers taken off again.
 
 Operands that a Load brings are packed there, once, and never widened, or read in place where a pair that serves all
 lanes lies as one; computed ones are packed where they are used.  A missing last partner, and in tiles all that is

@@ -31,7 +31,9 @@ OLDER = 0.8  # times torch's own kernel that older instructions reach, where tor
 @dataclass(frozen=True)
 class Result:
     """One case: who took how long, erred how much (relative to float64) and held how many bytes besides inputs and
-    outputs; `predicted`: what the cost model says of memcomp's; `missing`: rivals that do not run here, and why."""
+    outputs; `predicted`: what the cost model says of memcomp's; `missing`: rivals that do not run here, and why; `alone`:
+    the time of a loop that reads as much over that of memcomp's kernels, where both are launched without torch.compile,
+    whose own way to a kernel takes longest when a long cache has just been streamed."""
 
     case: str
     times: dict[str, Times]
@@ -42,6 +44,7 @@ class Result:
     held: dict[str, int]
     predicted: int
     missing: dict[str, str] = field(default_factory=dict)
+    alone: Ratio | None = None
 
     def against(self, who: str) -> Ratio:
         """How many times faster memcomp is than the fastest of the rivals named in `who` (joined by " / ")."""
@@ -84,6 +87,8 @@ class Result:
                 words.append(f"{self.flops / t.median / 1e9:.0f} GFLOP/s, {self.bytes / t.median / 1e9:.1f} GB/s")
                 if limit is not None:
                     words.append(f"{limit.median / t.median:.0%} of {PRODUCT if PRODUCT in self.times else READ}")
+                if self.alone is not None:
+                    words.append(f"its kernels alone {self.alone} {READ}")
             else:
                 r, bar = ratio(t, self.times[OWN]), [b for who, b in self.bars.items() if n in who.split(" / ")]
                 words.append(f"memcomp {r}" + "".join(f", asked {b:.2f}x" for b in bar))
@@ -128,9 +133,38 @@ def measure(case: Case, rounds: int = 31, rivals: bool = True, target: str = "cp
     for call in calls.values():
         call()
     took = time.perf_counter() - begin
-    times = take_turns(calls, max(FEWEST, min(rounds, int(SECONDS / took))), warm=2)
-    return Result(case.name, times, errors, bars, case.flops, moved,
-                  held, predicted, missing)
+    rounds = max(FEWEST, min(rounds, int(SECONDS / took)))
+    times = take_turns(calls, rounds, warm=2)
+    alone = None
+    if READ in calls:
+        bare = take_turns({OWN: launches(calls[OWN]), READ: calls[READ]}, rounds, warm=2)
+        alone = ratio(bare[READ], bare[OWN])
+    return Result(case.name, times, errors, bars, case.flops, moved, held, predicted, missing, alone)
+
+
+def launches(call: Callable[[], object]) -> Callable[[], None]:
+    """The kernels that a call launches, and nothing else of it; the results go where the first call's went."""
+    from memcomp import runtime
+
+    seen: list[tuple[Callable[..., Any], list[Any]]] = []
+
+    def watched(entry: runtime.Entry, inputs: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+        outs, args = entry.prepare(inputs, sizes)
+        seen.append((entry.kernel, args))
+        entry.kernel(*args)
+        return outs
+
+    run, runtime.run = runtime.run, watched
+    try:
+        call()
+    finally:
+        runtime.run = run
+
+    def again() -> None:
+        for kernel, args in seen:
+            kernel(*args)
+
+    return again
 
 
 def named(only: Sequence[str] = ()) -> list[Case]:
