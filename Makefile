@@ -30,6 +30,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/first_call.py
 	$(BIN)/python benchmarks/fusemax.py
+	$(BIN)/python benchmarks/int8.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/tokens.py

@@ -21,9 +21,9 @@ HEAD = """# Kernels on a CPU, beside their rivals
 Written by `python benchmarks/cpu.py` (and `--target avx2`) from `benchmarks/results/`. One process a table; within a
 case all rivals and a probe of the machine take turns on the same random data, on torch's threads; medians, and ± the
 distance of the quartiles over the median. A ratio is the other's time over memcomp's; there is none ("-") where medians
-and minima disagree. `of probe`: of torch.mm with as many operations, or of a loop that reads as many bytes. Errors are
-relative to float64 in the 2-norm: memcomp's / the best of the others. `holds`: bytes at the worst moment besides inputs
-and outputs.
+and minima disagree. `of probe`: of torch.mm with as many operations, or of a loop that reads as many bytes; in brackets
+that of memcomp's kernels alone, launched as that loop is and not through torch.compile. Errors are relative to float64
+in the 2-norm: memcomp's / the best of the others. `holds`: bytes at the worst moment besides inputs and outputs.
 """
 
 
@@ -51,6 +51,8 @@ def row(r: dict[str, Any]) -> str:
               for n, q in r["ratios"].items() if n != probe or n in asked]
     others = [e for n, e in r["errors"].items() if n != "memcomp"]
     share = f"{r['ratios'][probe]['value']:.0%}" if probe else ""
+    if alone := r.get("alone"):
+        share += f" ({alone['value']:.0%})" if alone["sure"] else " (-)"
     errors = " / ".join(f"{e:.1e}" for e in (r["errors"]["memcomp"], *sorted(others)[:1]))
     cells = [r["case"], f"{own['median'] * 1e3:.3f} ± {own['spread']:.0%}",
              *(f"{r[k] / own['median'] / 1e9:.1f}" for k in ("flops", "bytes")),

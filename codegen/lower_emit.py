@@ -42,6 +42,10 @@ class Emitter(Starts):
         out = self.body[o.phase]
         if o.when is not None:
             self._sometimes(o, o.when, out)
+            if o.phase == POST and o.target in self.g.stores and not any(
+                u.target == o.target for u in self.g.ops[k + 1 :]
+            ):
+                self._store(o)  # what the tile holds either way
             return
         reduced = tuple(g for g in guards if o.monoid and (o.accumulate or self._mentions(g, o.over)))
         exact = tuple(g for g in guards if g not in reduced)

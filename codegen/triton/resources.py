@@ -28,9 +28,9 @@ ALIGNED = 1024     # bytes: where a tile begins that tensor cores read themselve
 COPIED = 4         # bytes: the least that a thread can copy ahead
 # registers = first number + the others times what `held` counts, in its order, and the sum from which on kernels
 # spill; `benchmarks/gpu_resources.py --fit`
-FITTED = {"mma": (125.0, 0.7, 1.3, 0.0, 2.5, 1.0), "wgmma": (48.0, 0.5, 1.0, 0.8, 6.0, 1.0),
-          "tcgen05": (65.0, 0.4, 0.8, 0.8, 4.8, 1.0)}
-SPILLED = {"mma": 250.0, "wgmma": 240.0, "tcgen05": 250.0}
+FITTED = {"mma": (86.9, 0.8, 2.39, 0.38, 0.6, 0.57), "wgmma": (109.1, 0.71, 1.4, 0.0, 0.51, 0.35),
+          "tcgen05": (115.0, 0.63, 1.21, 0.0, 0.79, 0.4)}
+SPILLED = {"mma": 236.0, "wgmma": 260.0, "tcgen05": 255.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,8 @@ class _Block:
 
     def shared(self, body: Body) -> int:
         """Bytes that a loop needs at once."""
-        ahead = self.stages if body.looped and not body.branched else 1
+        parted = self.capability >= 100 and any(p.exact for p in body.products)   # Triton fetches nothing ahead for it
+        ahead = self.stages if body.looped and not body.branched and not parted else 1
         own = body.written if body.looped else set()
         kept: dict[str, int] = {}      # operands that stay
         streamed: dict[str, int] = {}
@@ -176,7 +177,7 @@ class _Block:
             alone = 0
             if fetched_ones and self.capability >= 100:   # one waits; of a computed operand a quarter changes warps
                 alone = BARRIER + max((p.rows * p.depth * p.bytes // 4 for p in fetched_ones
-                                       if self.warps > 4 and p.left in self.loops.computed), default=0)
+                                       if self.warps > 4 and p.left in self.loops.computed and not p.exact), default=0)
             return sum(kept.values()) + max(*turns, *passing) + alone
         stream = sum(streamed.values())
         if fetched_ones:
@@ -210,8 +211,8 @@ class _Block:
         if self.capability < 100:
             return 0
         fetched = [p for p in body.products if self.asynchronous(p)]
-        columns = sum(p.columns + (p.depth * p.bytes // 4 if p.left in self.loops.computed and len(fetched) > 1 else 0)
-                      for p in fetched)
+        columns = sum((1 + p.exact) * (p.columns + (p.depth * p.bytes // 4 if p.left in self.loops.computed
+                                                    and len(fetched) > 1 else 0)) for p in fetched)
         return 1 << max(columns - 1, 0).bit_length() if columns else 0
 
     # -- registers ---------------------------------------------------------------------------------------------------

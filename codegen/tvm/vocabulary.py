@@ -258,11 +258,10 @@ def put_turned(tile: Value, index: Sequence[Value], k: int, rows: Sequence[Value
 
 def store_turned(target: Value, index: Sequence[Value], k: int, kind: str, columns: Sequence[Value]) -> None:
     """Write a square to a param of type `kind`: columns[c][r] goes to position k plus r, last position plus c."""
-    if kind == "bf16":  # the fewer bytes, the cheaper they are to turn
-        columns = [to_bf16(cast("float32", c)) for c in columns]
     for r, row in enumerate(_turn(columns)):
         place = [*index[:k], index[k] + r, *index[k + 1:-1], at(len(columns), index[-1])]
-        T.buffer_store(target, cast("uint8", ne(row, 0)) if kind == "bool" else cast(str(target.dtype), row), place)
+        T.buffer_store(target, to_bf16(cast("float32", row)) if kind == "bf16" else
+                       cast("uint8", ne(row, 0)) if kind == "bool" else cast(str(target.dtype), row), place)
 
 
 def piece(x: Value, start: int, lanes: int) -> Value:

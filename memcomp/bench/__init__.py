@@ -31,9 +31,9 @@ OLDER = 0.8  # times torch's own kernel that older instructions reach, where tor
 @dataclass(frozen=True)
 class Result:
     """One case: who took how long, erred how much (relative to float64) and held how many bytes besides inputs and
-    outputs; `predicted`: what the cost model says of memcomp's; `missing`: rivals that do not run here, and why; `alone`:
-    the time of a loop that reads as much over that of memcomp's kernels, where both are launched without torch.compile,
-    whose own way to a kernel takes longest when a long cache has just been streamed."""
+    outputs; `predicted`: what the cost model says of memcomp's; `missing`: rivals that do not run here, and why;
+    `alone`: the time of a loop that reads as much over that of memcomp's kernels, where both are launched without
+    torch.compile, whose own way to a kernel takes longest when a long cache has just been streamed."""
 
     case: str
     times: dict[str, Times]
