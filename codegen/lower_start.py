@@ -40,17 +40,11 @@ class Starts(Limits):
         for name in self.streamed() if self.idle_joins() else ():
             common = [bounds.plainer(g, self.integer_params()) for g in self.common_guards()]
             first = [p for g in common if (p := self._first(name, g)) is not None]
-            ends = [g for g in common if self._ends(name, g)]
-            if not first or not ends:
+            if not first or not any(self._ends(name, g) for g in common):
                 continue
             by = joined("max", [Const(0), *first])
-            if by == Const(0) or any(self.g.loop in variables(i) for a in self.g.stores.values() for i in a.index):
-                continue
-            size = self.g.dims[name].capacity
-            at = call("add", call("mul", Var(self.g.loop), size), call("add", Var(name), by))
-            # a task that takes a share of the rank must not walk into the next one's
-            own = call("lt", at, call("mul", self.g.steps, size)) if not any(map(self._whole, ends)) else None
-            self._move(name, by, own)
+            if by != Const(0) and not any(self.g.loop in variables(i) for a in self.g.stores.values() for i in a.index):
+                self._move(name, by)
 
     def _first(self, name: str, guard: Expr) -> Expr | None:
         """The first `step * loop variable + dim` at which a guard holds somewhere in the tile."""
@@ -71,28 +65,21 @@ class Starts(Limits):
         return simplify(call("mul", call("floordiv", first, whole), whole), index=True)
 
     def _ends(self, name: str, guard: Expr) -> bool:
-        """Does a guard end the rank, so that steps need not divide it?"""
+        """Does a guard end the rank, so that steps need not divide it?  Not where tasks take shares of it: the end of a
+        share is its last step, and later ones are another task's."""
         h = None if _data(guard) else self.half(guard)
-        if h is None or variables(h.rest) & set(self.g.dims) != {name}:
+        if h is None or variables(h.rest) != {name}:
             return False
         return bounds.count_of(h, name, self.g.loop, self.g.dims[name].capacity, self.end) is not None
 
-    def _whole(self, guard: Expr) -> bool:
-        """Does a guard that ends the rank end the loop's last step, whatever the task?"""
-        h = self.half(guard)
-        return h is not None and not variables(h.rest) - set(self.g.dims)
-
-    def _move(self, name: str, by: Expr, own: Expr | None) -> None:
-        """All operations with `name + by` for the dim, where `own` holds; as they were where one of them asks for the
-        step itself."""
+    def _move(self, name: str, by: Expr) -> None:
+        """All operations with `name + by` for the dim; as they were where one of them asks for the step itself."""
         ops = []
         for o in self.g.ops:
             body, empty, *guards = (self._moved(e, name, by) for e in (o.body, o.empty, *o.guards))
             known = tuple(g for g in guards if g is not None)
             if body is None or empty is None or len(known) < len(guards) or o.when is not None:
                 return
-            if own is not None and o.guards and name in (*o.dims, *o.over):
-                known = (*known, own)
             ops.append(replace(o, body=body, empty=empty, guards=known))
         self.g.ops[:], self.moved = ops, True
 

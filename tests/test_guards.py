@@ -21,6 +21,8 @@ from memcomp.ir.text import parse
 from memcomp.ir.tile import Fold, Loop, Map, Statement, TileProgram, When
 from memcomp.ir.tile_interpret import interpret_tile, measure_tile
 from memcomp.ir.tile_verify import verify_tile
+from memcomp.passes.canonicalize import canonicalize
+from memcomp.passes.reduce_passes import reduce_passes
 from tests.mapped import mapped, same
 
 WIDTH = 4  # of queries, keys and values
@@ -233,3 +235,31 @@ def test_whole_tiles_are_not_masked(text: str, data: dict[str, Any], clean: bool
     bad = replace(tp, kernels=tuple(replace(k, body=poisoned(k.body)) for k in tp.kernels))
     want, got = interpret_tile(tp, a), interpret_tile(bad, a)
     assert all(np.array_equal(want[n], got[n], equal_nan=True) for n in want) == clean
+
+
+WINDOWED = """
+program windowed
+rank P
+rank M
+rank E = 4
+in Q[P, E]: f32
+in K[M, E]: f32
+in V[M, E]: f32
+out O[P, E]: f32
+S[p, m] = sum{e} Q[p, e] * K[m, e]
+G[p] = max{m} S[p, m] where m <= p and p < m + 24
+W[p, m] = exp(S[p, m] - G[p]) where m <= p and p < m + 24
+D[p] = sum{m} W[p, m] where m <= p and p < m + 24
+O[p, e] = sum{m} W[p, m] / D[p] * V[m, e] where m <= p and p < m + 24
+"""
+
+
+@pytest.mark.parametrize("shares", [None, 2, 3, 6])
+def test_a_share_of_a_window_stays_in_its_share(shares: int | None) -> None:
+    """Steps that begin at the first live key must not end in the keys of the next task."""
+    closed = mapped(reduce_passes(canonicalize(parse(WINDOWED)), splits=shares, tile=(32,)))
+    for n in (40, 200, 333):
+        sizes, rng = {"P": n, "M": n}, np.random.default_rng(n)
+        given = {x: rng.normal(size=(n, 4)) for x in "QKV"}
+        got = interpret_tile(lower(closed), given, sizes)["O"]
+        assert np.allclose(got, interpret(parse(WINDOWED), given, sizes)["O"], rtol=1e-9, atol=1e-9), n

@@ -161,7 +161,8 @@ def test_torch_compile_for_a_gpu_that_is_not_there(fn: Any, rows: int, dtype: An
 def test_tensors_must_be_where_the_kernels_run() -> None:
     q = torch.randn(1, 2, 8, 16)
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="kernels for h100 take tensors on cuda, these are on cpu"):
+    why = "kernels for h100 take tensors on cuda, these are on cpu"
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=why):
         torch.compile(grouped, backend="memcomp", options={"target": "h100", "strict": True})(q, q, q)
     tp = lower(mapped(load("onepass_causal_gqa")))
     with pytest.raises(TypeError, match="takes 4 tensors"):
