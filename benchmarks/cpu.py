@@ -47,7 +47,7 @@ def row(r: dict[str, Any]) -> str:
     own = r["times"]["memcomp"]
     probe = next((n for n in r["ratios"] if n == "read" or n.startswith("products (")), "")
     asked = {n: bar for who, bar in r["bars"].items() for n in who.split(" / ")}
-    ratios = [f"{n} {q['value']:.2f}x" * q["sure"] + f"{n} -" * (not q["sure"]) + f" ({asked[n]:.2f}x)" * (n in asked)
+    ratios = [(f"{n} {q['value']:.2f}x" if q["sure"] else f"{n} -") + (f" ({asked[n]:.2f}x)" if n in asked else "")
               for n, q in r["ratios"].items() if n != probe or n in asked]
     others = [e for n, e in r["errors"].items() if n != "memcomp"]
     share = f"{r['ratios'][probe]['value']:.0%}" if probe else ""
