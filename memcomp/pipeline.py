@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from types import MappingProxyType
@@ -258,9 +259,13 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     if others:  # what has no rival needs no figure
         spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, (p, _) in forms.items()}
     strain = _strain(config) or _lowers
-    able = [what for what in forms if what == words or len(forms) > 1 and strain(forms[what][0]) < math.inf]
-    least = min(spent[what] for what in able)
-    chosen = next(what for what in able if spent[what] <= (1 + TIE) * least)  # the plainest comes first
+
+    @cache
+    def able(what: str) -> bool:
+        return what == words or strain(forms[what][0]) < math.inf
+
+    least = next(spent[what] for what in sorted(forms, key=spent.__getitem__) if able(what))
+    chosen = next(what for what in forms if spent[what] <= (1 + TIE) * least and able(what))  # the plainest comes first
     closed, seen = forms[chosen]
     if others:
         told = ", not ".join(f"{what}, {spent[what]:.3g} s" for what in (chosen, *(x for x in forms if x != chosen)))

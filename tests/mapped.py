@@ -13,6 +13,8 @@ from memcomp.ir.expr import Access, Const, Expr, Size, Var
 from memcomp.ir.ops import OPS
 from memcomp.ir.program import Mapping, Program, close, knobs
 from memcomp.ir.text import parse
+from memcomp.ir.tile import TileProgram
+from memcomp.ir.tile_interpret import solve_sizes
 from memcomp.passes.fuse import fuse
 from memcomp.passes.partition import partition
 
@@ -66,6 +68,18 @@ def inputs(program: Program, sizes: dict[str, int], rng: np.random.Generator, sc
         else:
             out[t.name] = scale * rng.normal(size=shape)
     return out
+
+
+def arguments(tp: TileProgram, arrays: dict[str, Any], sizes: dict[str, int]) -> tuple[list[Any], list[int]]:
+    """Torch tensors for every param, and the sizes; what the kernel must write holds rubbish."""
+    import torch
+
+    from memcomp.binding import DTYPES
+
+    known = solve_sizes(tp, {n: np.shape(a) for n, a in arrays.items()}, sizes)
+    args = [torch.from_numpy(np.array(arrays[p.name])).to(DTYPES[p.dtype]) if p.name in arrays else
+            torch.full(tuple(extent(n, known) for n in p.shape), 77).to(DTYPES[p.dtype]) for p in tp.params]
+    return args, list(known.values())
 
 
 def same(got: Any, want: Any, rtol: float, atol: float) -> bool:

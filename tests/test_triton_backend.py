@@ -21,9 +21,9 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.interpret import interpret
 from memcomp.ir.text import parse
 from memcomp.ir.tile import Loop, Statement, TileProgram, When, statements
-from memcomp.ir.tile_interpret import interpret_tile, solve_sizes
+from memcomp.ir.tile_interpret import interpret_tile
 from memcomp.pipeline import map_program
-from tests.mapped import CHAINS, ONEPASS, extent, inputs, load, mapped, same, symbols
+from tests.mapped import CHAINS, ONEPASS, arguments, inputs, load, mapped, same, symbols
 from tests.programs import arrays, programs
 from tests.references import CASES as REFERENCES
 
@@ -40,10 +40,8 @@ TORCH = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16
 
 
 def run(tp: TileProgram, arrays: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
-    known = solve_sizes(tp, {n: np.shape(a) for n, a in arrays.items()}, sizes)
-    args = [torch.from_numpy(np.array(arrays[p.name])).to(TORCH[p.dtype]) if p.name in arrays else
-            torch.full(tuple(extent(n, known) for n in p.shape), 77).to(TORCH[p.dtype]) for p in tp.params]
-    interpreted(emit(tp, "h100"))(*args, *known.values())
+    args, known = arguments(tp, arrays, sizes)
+    interpreted(emit(tp, "h100"))(*args, *known)
     return {p.name: x.double().numpy() for p, x in zip(tp.params, args, strict=True) if p.role in ("out", "state")}
 
 

@@ -22,9 +22,8 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.interpret import interpret
 from memcomp.ir.text import parse
 from memcomp.ir.tile import TileProgram
-from memcomp.ir.tile_interpret import solve_sizes
 from memcomp.ir.tile_text import parse_tile
-from tests.mapped import CHAINS, ONEPASS, extent, inputs, load, mapped, same, symbols
+from tests.mapped import CHAINS, ONEPASS, arguments, inputs, load, mapped, same, symbols
 from tests.programs import arrays, programs
 from tests.references import CASES as REFERENCES
 
@@ -37,18 +36,6 @@ from memcomp.codegen.tvm.isa import AVX2, AVX512, SSE, isa  # noqa: E402
 TORCH = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64,
          "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool}
 FORMS = [f for f in (SSE, AVX2, AVX512) if f.lanes <= isa("cpu").lanes]
-
-
-def arguments(tp: TileProgram, arrays: dict[str, Any], sizes: dict[str, int]) -> tuple[list[Any], list[int]]:
-    """Torch tensors for every param; what the kernel must write holds rubbish."""
-    known = solve_sizes(tp, {n: np.shape(a) for n, a in arrays.items()}, sizes)
-    args = []
-    for p in tp.params:
-        if p.name in arrays:
-            args.append(torch.from_numpy(np.array(arrays[p.name])).to(TORCH[p.dtype]))
-        else:
-            args.append(torch.full(tuple(extent(n, known) for n in p.shape), 77).to(TORCH[p.dtype]))
-    return args, list(known.values())
 
 
 def run(tp: TileProgram, arrays: dict[str, Any], sizes: dict[str, int], form: Any = "cpu") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,12 +36,35 @@ class Call:
     args: tuple[int | str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The text for one layout of the tensors, and by launch the function's name and what it takes."""
+
+    source: str
+    functions: tuple[tuple[str, Arguments], ...]
+
+    @staticmethod
+    def of(tp: TileProgram, units: Units, source: str) -> Form:
+        return Form(source, tuple((name, arguments(tp, k, units))
+                                  for k, name in zip(tp.kernels, function_names(tp), strict=True)))
+
+    def calls(self, tp: TileProgram, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Call]:
+        """The launches on these tensors."""
+        out = []
+        for k, (name, taken) in zip(tp.kernels, self.functions, strict=True):
+            args = tuple(a.of if a.kind == "pointer" else int(tensors[a.of].stride(a.at)) if a.kind == "stride"
+                         else sizes[a.of] for a in taken.args)
+            out.append(Call(name, math.prod(value(extent, sizes) for _, extent in k.grid), args))
+        return out
+
+
 class Launch:
     """A kernel and its texts by the layout of its tensors."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self._texts: dict[Units, str] = {tuple(len(p.shape) - 1 for p in kernel.program.params): kernel.source}
+        usual = tuple(len(p.shape) - 1 for p in kernel.program.params)
+        self._forms = {usual: Form.of(kernel.program, usual, kernel.source)}
         self._lock = threading.Lock()
 
     def __call__(self, *given: Any) -> None:
@@ -64,30 +88,15 @@ class Launch:
                             f"got {len(given)} arguments")
         tensors = {p.name: t for p, t in zip(tp.params, given, strict=False)}
         sizes = {r: int(n) for r, n in zip(tp.sizes, given[len(tp.params):], strict=True)}
-        units = tuple(_unit(t) for t in tensors.values())
-        return tensors, self._text(units), calls(tp, units, tensors, sizes)
+        form = self._form(tuple(_unit(t) for t in tensors.values()))
+        return tensors, form.source, form.calls(tp, tensors, sizes)
 
-    def _text(self, units: Units) -> str:
+    def _form(self, units: Units) -> Form:
         with self._lock:
-            if units not in self._texts:
-                self._texts[units] = emit(self.kernel.program, self.kernel.isa, units).source
-            return self._texts[units]
-
-
-def calls(tp: TileProgram, units: Units, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Call]:
-    """The launches of a program on these tensors."""
-    out = []
-    for k, name in zip(tp.kernels, function_names(tp), strict=True):
-        taken: Arguments = arguments(tp, k, units)
-        args: list[int | str] = []
-        for a in taken.args:
-            args.append(a.of if a.kind == "pointer" else int(tensors[a.of].stride(a.at)) if a.kind == "stride"
-                        else sizes[a.of])
-        points = 1
-        for _, extent in k.grid:
-            points *= value(extent, sizes)
-        out.append(Call(name, points, tuple(args)))
-    return out
+            if units not in self._forms:
+                tp = self.kernel.program
+                self._forms[units] = Form.of(tp, units, emit(tp, self.kernel.isa, units).source)
+            return self._forms[units]
 
 
 def value(e: Expr, sizes: Mapping[str, int]) -> int:

@@ -8,13 +8,14 @@ one has no masks.
 
 from __future__ import annotations
 
+import math
 import re
 
 from memcomp.codegen.names import Names
 from memcomp.codegen.rounding import rounds
 from memcomp.codegen.triton.arguments import Arguments, arguments
 from memcomp.codegen.triton.express import DTYPES, Scope, dims_of, number
-from memcomp.codegen.triton.layout import Axis, layout, sides
+from memcomp.codegen.triton.layout import Axis, layout
 from memcomp.codegen.triton.memory import Memory
 from memcomp.codegen.triton.parts import Part, parts
 from memcomp.codegen.triton.resources import chosen, need
@@ -58,10 +59,10 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
     places = units if units is not None else tuple(len(p.shape) - 1 for p in tp.params)
     words: set[str] = set()
     allowed = rounds(tp)
-    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words).kernel(name)
-             for k, name in zip(tp.kernels, function_names(tp), strict=True)]
     machine = named(target) if isinstance(target, str) else target
-    settings = {name: chosen(tp, k, machine) for k, name in zip(tp.kernels, function_names(tp), strict=True)}
+    launches = list(zip(tp.kernels, function_names(tp), strict=True))
+    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words).kernel(name) for k, name in launches]
+    settings = {name: chosen(tp, k, machine) for k, name in launches}
     told = "".join(f"    {n!r}: dict(num_warps={x.warps}, num_stages={x.stages}),\n"
                    for n, x in settings.items())
     source = "\n\n".join([HEAD, *used(words), *texts, f"SETTINGS = {{\n{told}}}\n"])
@@ -102,10 +103,9 @@ class _Writer:
                 writers.setdefault(s.tile, []).append(s)
         self.stored = {t: self.params[s.source.tensor].dtype for t, (s, *more) in writers.items()
                        if isinstance(s, Load) and not more and self.params[s.source.tensor].dtype in STORED}
-        integers = {t.name for t in k.tiles if t.dtype == "i64"}
-        self.small = {t: self.params[s.source.tensor].dtype for t, (s, *more) in writers.items()
-                      if isinstance(s, Load) and not more and self.params[s.source.tensor].dtype == "i8"} if integers \
-            else {}
+        self.small = {t for t, (s, *more) in writers.items()
+                      if isinstance(s, Load) and not more and self.params[s.source.tensor].dtype == "i8"
+                      and k.tile(t).dtype == "i64"}
         dtypes = {p.name: p.dtype for p in tp.params} | {t.name: t.dtype for t in k.tiles}
         tiles = {t.name: self.layout.of(t.dims) for t in k.tiles}
         self.scope = Scope(names, self.layout, dtypes, tiles, set(self.stored), {d.name: d.capacity for d in k.dims},
@@ -317,55 +317,46 @@ class _Writer:
     # -- contractions ------------------------------------------------------------------------------------------------
 
     def dot(self, s: Dot) -> None:
-        x = sides(self.k, s)
         axes, dtype = self.scope.tiles[s.tile], self.scope.dtypes[s.tile]
-        a, b = s.a, s.b
-        left, right = self.layout.of(x.left), self.layout.of(x.right)
-        at = self.layout.axes.index
-        if left and right and at(right[0]) < at(left[0]) or not left and right:
-            a, b, left, right = b, a, right, left
-        over, batch = self.layout.of(x.over), self.layout.of(x.batch)
-        form = self.form(s, a, b)
-        if len(batch) > 1 or len(left) != 1 or len(right) != 1 or len(over) != 1 or not form:
-            self.product_sum(s, a, b, axes, over, dtype)
+        x, form = self.layout.matrices(self.k, s), self.form(s)
+        if x is None or not form:
+            self.product_sum(s, axes, dtype)
             return
-        first = self.operand(a, (*batch, *left, *over), over, form)
-        second = self.operand(b, (*batch, *over, *right), over, form)
+        first = self.operand(x.a, (*x.batch, x.left, x.over), x.over, form)
+        second = self.operand(x.b, (*x.batch, x.over, x.right), x.over, form)
         exactly = ', input_precision="tf32x3"' if form == "f32" else ""
-        made = (*batch, *left, *right)
-        turned = made != axes
-        if s.accumulate and not turned and dtype == "f32":
+        made = (*x.batch, x.left, x.right)
+        if s.accumulate and made == axes and dtype == "f32":
             self.assign(s.tile, f"tl.dot({first}, {second}, {self.names[s.tile]}{exactly})")
             return
-        value = f"tl.dot({first}, {second}{exactly})"
-        if turned:
-            value = self.turned(value, made, axes)
+        value = self.turned(f"tl.dot({first}, {second}{exactly})", made, axes)
         if form == "i8":
             value = f"{value}.to(tl.int64)"
         self.assign(s.tile, f"{self.names[s.tile]} + {value}" if s.accumulate else value)
 
-    def form(self, s: Dot, a: Access, b: Access) -> str:
+    def form(self, s: Dot) -> str:
         """The format that tensor cores read both operands in; "" where they cannot serve.
 
         A computed operand is rounded to bf16 where the other is stored so and `rounding` allows it.
         """
-        held = [self.stored.get(x.tensor, "") for x in (a, b)]
+        operands = s.a, s.b
+        held = [self.stored.get(x.tensor, "") for x in operands]
         if self.scope.dtypes[s.tile] == "i64":
-            return "i8" if all(x.tensor in self.small for x in (a, b)) else ""
+            return "i8" if all(x.tensor in self.small for x in operands) else ""
         if self.scope.dtypes[s.tile] != "f32":
             return ""
         if held[0] and held[0] == held[1]:
             return held[0]
         if "bf16" in held and "" in held and (self.k.name, s.tile) in self.allowed:
             return "bf16"
-        return "f32" if all(self.scope.dtypes[x.tensor] in ("f32", *STORED) for x in (a, b)) else ""
+        return "f32" if all(self.scope.dtypes[x.tensor] in ("f32", *STORED) for x in operands) else ""
 
-    def operand(self, a: Access, want: tuple[Axis, ...], over: tuple[Axis, ...], form: str) -> str:
+    def operand(self, a: Access, want: tuple[Axis, ...], over: Axis, form: str) -> str:
         """A tile as an operand: in the format, over `want` in this order, 0 where contracted points do not count."""
         own = self.scope.tiles[a.tensor]
         text = self.names[a.tensor]
         if a.tensor not in self.stored and a.tensor not in self.small:
-            if conditions := self.live(own, over):
+            if conditions := self.live(own, (over,)):
                 text = f"tl.where({' & '.join(conditions)}, {text}, 0.0)"
             if form == "bf16":
                 text = f"{self.scope.word('to_bf16')}({text})"
@@ -379,15 +370,10 @@ class _Writer:
         order = [own.index(a) for a in want]
         return f"tl.trans({text}{''.join(f', {n}' for n in order)})"
 
-    def product_sum(self, s: Dot, a: Access, b: Access, axes: tuple[Axis, ...], over: tuple[Axis, ...],
-                    dtype: str) -> None:
+    def product_sum(self, s: Dot, axes: tuple[Axis, ...], dtype: str) -> None:
         """A contraction that is no product of matrices of a format that tensor cores read."""
-        points = 1
-        for x in (*axes, *over):
-            points *= x.size
+        points = math.prod(x.size for x in (*axes, *self.layout.of(s.over)))
         if points * BYTES.get(dtype, 4) > 1 << 18:
             raise Refusal(f"{s.tile} is no product of two matrices that tensor cores read", self.k.name,
                           "a smaller tile, or operands of f32 or bf16")
-        kept = Access(a.tensor, tuple(a.index)), Access(b.tensor, tuple(b.index))
-        body = call("mul", *kept)
-        self.fold(Fold(s.tile, "sum", s.over, body, s.accumulate))
+        self.fold(Fold(s.tile, "sum", s.over, call("mul", s.a, s.b), s.accumulate))

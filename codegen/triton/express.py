@@ -13,7 +13,7 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, variables
 from memcomp.ir.ops import OPS
 
-# an operator -> text of its arguments; words in braces with a name are functions of `words`
+# an operator -> text of its arguments
 _FORMS: dict[str, str] = {
     "neg": "(-{0})", "square": "({0} * {0})", "abs": "tl.abs({0})", "exp": "tl.exp({0})", "exp2": "tl.exp2({0})",
     "log": "tl.log({0})", "log2": "tl.log2({0})", "sin": "tl.sin({0})", "cos": "tl.cos({0})", "erf": "tl.erf({0})",
@@ -29,8 +29,8 @@ DTYPES = {"f32": "tl.float32", "f64": "tl.float64", "i64": "tl.int64", "bool": "
 class Scope:
     """What text may name: axes, tiles, sizes; and what it turns out to need.
 
-    tiles: (axes, dtype of the tile, the name, is it held as it is stored) by tile name.
-    words: functions of `words` that the text calls.
+    dtypes: of tiles and params; tiles: their axes; stored: those held in their param's format; dims: capacities;
+    words: functions of `words` that the text calls; element: text of a param's elements over axes.
     """
 
     names: Names

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Access
 from memcomp.ir.tile import Dot, Fold, Map, Statement, TileKernel, statements
 
 K_LEAST = 16  # contracted points of a tensor core instruction on 16-bit operands
@@ -57,6 +58,19 @@ def sides(k: TileKernel, s: Dot) -> Sides:
 
 
 @dataclass(frozen=True, slots=True)
+class Matrices:
+    """A contraction as a product of matrices: a over batch, left, over; b over batch, over, right; left before right in
+    the order of axes."""
+
+    a: Access
+    b: Access
+    batch: tuple[Axis, ...]
+    left: Axis
+    right: Axis
+    over: Axis
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The axes of a kernel in order."""
 
@@ -69,6 +83,16 @@ class Layout:
 
     def axis(self, dim: str) -> Axis:
         return next(a for a in self.axes if dim in a.dims)
+
+    def matrices(self, k: TileKernel, s: Dot) -> Matrices | None:
+        """None where a contraction is no product of matrices, with at most one axis of batches."""
+        x = sides(k, s)
+        batch, left, right, over = (self.of(d) for d in (x.batch, x.left, x.right, x.over))
+        if len(batch) > 1 or not len(left) == len(right) == len(over) == 1:
+            return None
+        if self.axes.index(right[0]) < self.axes.index(left[0]):
+            return Matrices(s.b, s.a, batch, right[0], left[0], over[0])
+        return Matrices(s.a, s.b, batch, left[0], right[0], over[0])
 
 
 def layout(k: TileKernel) -> Layout:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias, Union
 
-from memcomp.codegen.triton.layout import layout, sides
+from memcomp.codegen.triton.layout import layout
 from memcomp.codegen.triton.parts import parts
 from memcomp.ir.expr import Access, walk
 from memcomp.ir.target import BYTES
@@ -115,17 +115,14 @@ class Loops:
 
     def _product(self, s: Dot) -> Product | None:
         """None where the contraction is multiplied and summed without tensor cores."""
-        x = sides(self.k, s)
-        left, right, over = (self.layout.of(d) for d in (x.left, x.right, x.over))
-        if len(left) != 1 or len(right) != 1 or len(over) != 1 or len(x.batch) > 1 or self.tiles[s.tile].dtype == "f64":
+        x = self.layout.matrices(self.k, s)
+        if x is None or self.tiles[s.tile].dtype == "f64":
             return None
-        a, b = s.a.tensor, s.b.tensor
-        if self.layout.axes.index(right[0]) < self.layout.axes.index(left[0]):
-            a, b, left, right = b, a, right, left
+        a, b = x.a.tensor, x.b.tensor
         stored = {self.stored(a), self.stored(b)}
         exact = not (stored in ({"bf16"}, {"f16"}, {"bf16", ""}) or self.tiles[s.tile].dtype == "i64")
         size = 4 if exact else min(self.element(a), self.element(b))
-        return Product(s.tile, left[0].size, right[0].size, over[0].size, a, b, size, exact)
+        return Product(s.tile, x.left.size, x.right.size, x.over.size, a, b, size, exact)
 
     def stored(self, tile: str) -> str:
         """The format of a tile that is only loaded, "" for one that is computed."""
