@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memcomp.inputs import FORMS, read, used
 from memcomp.ir.errors import InputError, MemcompError, OptionError, nearest
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str, *, takes_input: bool = True,
-                machine: bool = True, target: bool = True) -> argparse.ArgumentParser:
+                machine: bool = True, target: bool = True, backend: bool = False) -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=text, description=text)
         p.set_defaults(run=run)
         if takes_input:
@@ -59,10 +59,13 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument("--json", action="store_true", help="print JSON")
         if target:
             p.add_argument("--target", default="cpu", help="a name of `memcomp targets`")
+        if backend:
+            p.add_argument("--backend", default="", help="who writes the kernels; default: the target's own")
         return p
 
     command("show", _show, "Print the programs that are read out of the input.")
-    explain = command("explain", _explain, "Passes, kernels and traffic of each region, before and after.")
+    explain = command("explain", _explain, "Passes, kernels and traffic of each region, before and after.",
+                      backend=True)
     explain.add_argument("--html", metavar="FILE", type=Path,
                          help="write one page that shows it all, instead (as does -o FILE.html)")
     opt = command("opt", _opt, "Print the rewritten programs.")
@@ -72,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--size", metavar="RANK=N", action="append", default=[], help="extent of a symbolic rank")
     cost.add_argument("--traffic", metavar="BYTES",
                       help="bytes to and from memory, where they are known, instead of the model's")
-    emit = command("emit", _emit, "Print the kernels' source.")
-    emit.add_argument("--backend", default="", help="a folder of codegen; default: the target's own")
-    check = command("check", _check, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.")
+    command("emit", _emit, "Print the kernels' source.", backend=True)
+    check = command("check", _check, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.",
+                    backend=True)
     check.add_argument("--interpret", action="store_true",
                        help="kernels for a GPU by their language's interpreter, on this machine: slow")
     bench = command("bench", _bench, "Time kernels beside torch's, FlexAttention's and Inductor's on this machine.",
@@ -92,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _show(args: argparse.Namespace) -> int:
     return _programs(args, _read_programs(args))
+
+
+def _machine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of a compilation that the command line names; what it does not name the environment may."""
+    return {"target": args.target} | ({"backend": args.backend} if args.backend else {})
 
 
 def _opt(args: argparse.Namespace) -> int:
@@ -128,8 +136,8 @@ def _explain(args: argparse.Namespace) -> int:
         raise OptionError("--html and -o both name the file to write", hint="use one of them")
     given = read(args.input)
     with used(given):
-        found = (explain(given, target=args.target) if isinstance(given, Program)
-                 else explain(given.fn, *given.inputs, target=args.target))
+        found = (explain(given, **_machine_options(args)) if isinstance(given, Program)
+                 else explain(given.fn, *given.inputs, **_machine_options(args)))
     if html:
         return _put(html, found.html())
     return _write(args, json.dumps(found.json(), indent=2) if args.json else str(found))
@@ -164,8 +172,8 @@ def _emit(args: argparse.Namespace) -> int:
     from memcomp.config import config
     from memcomp.pipeline import compile_program
 
-    settings = config({"target": args.target})
-    kernels = [compile_program(p, config=settings, backend=args.backend).kernel for p in _read_programs(args)]
+    settings = config(_machine_options(args))
+    kernels = [compile_program(p, config=settings).kernel for p in _read_programs(args)]
     distinct = {k.source: k for k in kernels}.values()
     if args.json:
         return _write(args, json.dumps([{"name": k.name, "backend": k.backend, "entry": k.entry, "source": k.source}
@@ -178,7 +186,7 @@ def _check(args: argparse.Namespace) -> int:
 
     given = read(args.input)
     with used(given):
-        options = {"target": args.target} | ({"interpret": True} if args.interpret else {})
+        options = _machine_options(args) | ({"interpret": True} if args.interpret else {})
         report = (check_program(given, **options) if isinstance(given, Program)
                   else check(given.fn, *given.inputs, **options))
     if args.json:
@@ -191,10 +199,11 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from memcomp.pipeline import backend_of
+    from memcomp.config import Config
+    from memcomp.pipeline import device_of
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of itself on stderr
-    if backend_of(args.target) != backend_of("cpu"):
+    if device_of(Config(args.target)) != "cpu":
         raise OptionError(f"target {args.target} is not this machine's CPU", hint="cpu, or avx2 for older instructions")
     if args.rounds < 2:
         raise OptionError(f"--rounds {args.rounds} gives no spread", hint="at least 2")

@@ -19,6 +19,7 @@ class Config:
     """How to compile.
 
     target:       a name of `memcomp targets`; kernels are emitted for it.
+    backend:      the folder of codegen that writes the kernels; "" is the target's own.
     rest:         who runs what memcomp does not: "inductor" or "eager".
     rest_options: handed to Inductor as its config patches.
     strict:       an own failure or a refused region is an error instead of a fallback with a warning.
@@ -30,6 +31,7 @@ class Config:
     """
 
     target: str = "cpu"
+    backend: str = ""
     rest: str = "inductor"
     rest_options: tuple[tuple[str, Any], ...] = ()
     strict: bool = False
@@ -42,8 +44,8 @@ class Config:
 def config(options: Mapping[str, Any] | None = None) -> Config:
     """The `Config` of user options (names and values as the user wrote them) and the environment.
 
-    Variables: MEMCOMP_DUMP, MEMCOMP_TARGET, MEMCOMP_REST, MEMCOMP_STRICT and MEMCOMP_INTERPRET (1 or 0),
-    MEMCOMP_TUNE, MEMCOMP_CHAINS; an explicit option wins.  Raises OptionError for an unknown name or an illegal value.
+    Variables: MEMCOMP_DUMP, MEMCOMP_TARGET, MEMCOMP_BACKEND, MEMCOMP_REST, MEMCOMP_STRICT and MEMCOMP_INTERPRET
+    (1 or 0), MEMCOMP_TUNE, MEMCOMP_CHAINS; an explicit option wins.  Raises OptionError for an unknown name or an illegal value.
     """
     given = {**_environment(), **dict(options or {})}
     known = {f.name for f in fields(Config)}
@@ -66,6 +68,10 @@ def config(options: Mapping[str, Any] | None = None) -> Config:
         from memcomp.ir.target import target
 
         target(given["target"])  # raises OptionError listing what is known
+    if given.get("backend"):
+        from memcomp.pipeline import backends
+
+        _choice(given, "backend", tuple(backends()))
     given["dump"] = _stations(given.get("dump", ()))
     return Config(**given)
 
@@ -93,7 +99,7 @@ def _choice(given: Mapping[str, Any], name: str, legal: tuple[str, ...]) -> None
 
 def _environment() -> dict[str, Any]:
     env: dict[str, Any] = {}
-    for name in ("target", "rest", "tune", "chains"):
+    for name in ("target", "backend", "rest", "tune", "chains"):
         if value := os.environ.get(f"MEMCOMP_{name.upper()}"):
             env[name] = value
     for name in ("strict", "interpret"):

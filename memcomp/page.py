@@ -63,8 +63,8 @@ def page(found: Explanation) -> str:
 def _tell(r: RegionReport) -> _Story:
     """The way of the region through the stations once more, watched; nothing is built."""
     seen: list[tuple[str, object]] = []
-    compile_program(r.read, config=config({"target": r.program.target}), observe=lambda s, v: seen.append((s, v)),
-                    sizes=r.known)
+    options = {"target": r.program.target, "backend": r.kernels[0].backend}
+    compile_program(r.read, config=config(options), observe=lambda s, v: seen.append((s, v)), sizes=r.known)
     programs = tuple((s, v) for s, v in seen if isinstance(v, Program))
     tiles = next(v for _, v in seen if isinstance(v, TileProgram))
     kernel = next(v for _, v in seen if isinstance(v, Kernel))

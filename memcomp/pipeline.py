@@ -97,21 +97,21 @@ def rewrite(program: Program, *, observe: Observer, names: tuple[str, ...] = PIP
     return program
 
 
-def backend_of(target_name: str) -> str:
-    """The codegen backend that a target's kernels are written for."""
+def backend_of(config: Config) -> str:
+    """The codegen backend that writes the kernels."""
     from memcomp.ir.target import target
 
-    return target(target_name).backend
+    return config.backend or target(config.target).backend
 
 
-def emit(program: Program, *, config: Config, observe: Observer, backend: str = "") -> tuple[TileProgram, Kernel]:
+def emit(program: Program, *, config: Config, observe: Observer) -> tuple[TileProgram, Kernel]:
     """Tiles and kernel text of a closed program."""
     from memcomp.codegen.lower import lower
     from memcomp.ir.target import target
 
     tiles = lower(program)
     observe("lower", tiles)
-    kernel: Kernel = _codegen(backend or backend_of(config.target)).emit(tiles, target(config.target))
+    kernel: Kernel = _codegen(backend_of(config)).emit(tiles, target(config.target))
     observe("emit", kernel)
     return tiles, kernel
 
@@ -136,7 +136,7 @@ def overwritable(compiled: Compiled) -> list[int]:
 
 def device_of(config: Config) -> str:
     """Where the tensors are that kernels take: "cpu" or "cuda"."""
-    return str(_codegen(backend_of(config.target)).DEVICE)
+    return str(_codegen(backend_of(config)).DEVICE)
 
 
 def build(kernel: Kernel, config: Config) -> Callable[..., Any]:
@@ -164,13 +164,13 @@ def _codegen(name: str) -> Any:
 
 
 def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] | None = None,
-                    observe: Observer | None = None, backend: str = "") -> Compiled:
+                    observe: Observer | None = None) -> Compiled:
     """From the program as read to a callable; equal general programs share one kernel.
 
     sizes: extents that candidates are ranked with, by rank name of `read`; others come from `read`, from a bound, or
     are `EXAMPLE_EXTENT`.  Raises Refusal where a station cannot go on.
     """
-    backend = backend or backend_of(config.target)
+    backend = backend_of(config)
     read = replace(read, target=config.target)
     same = (replace(read, name=""), definitions(read), backend, config.tune, config.interpret)
     with _LOCK:
@@ -187,7 +187,7 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
         key = (general.digest, named, config.target, backend, config.tune, config.interpret)
         if key not in _BUILT or observe is not None:
             closed = closed_form(general, PIPELINE[GENERAL:], read, sizes or {}, config, see)
-            tiles, kernel = emit(closed, config=config, observe=see, backend=backend)
+            tiles, kernel = emit(closed, config=config, observe=see)
             if key not in _BUILT:
                 recheck(general, closed)
                 _BUILT[key] = Compiled(general.digest, before, closed, tiles, kernel, build(kernel, config))
@@ -280,7 +280,7 @@ def _strain(config: Config) -> Callable[[Program], float] | None:
     """How badly a closed program's kernels fit the machine, where the backend can tell before it compiles them."""
     from memcomp.ir.target import target
 
-    admits = getattr(_codegen(backend_of(config.target)), "admits", None)
+    admits = getattr(_codegen(backend_of(config)), "admits", None)
     if admits is None:
         return None
 

@@ -38,11 +38,12 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class KernelText:
-    """One emitted kernel; scratch: bytes that a thread holds in buffers of its own while it runs."""
+    """One emitted kernel; backend: who wrote it; scratch: bytes that a thread holds in buffers while it runs."""
 
     name: str
     source: str = field(repr=False)
     scratch: int = 0
+    backend: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +203,8 @@ def describe(source: str, read: Program, compiled: Compiled, known: Mapping[str,
     after = analyse(compiled.program, sizes, machine)
     return RegionReport(
         source, read, compiled.program,
-        (KernelText(compiled.kernel.name, compiled.kernel.source, compiled.kernel.scratch),),
+        (KernelText(compiled.kernel.name, compiled.kernel.source, compiled.kernel.scratch,
+                    compiled.kernel.backend),),
         Passes(before.passes, after.passes),
         Traffic(spent.traffic, spent.compulsory, spent.levels), sizes, dict(known),
         tuple(x for k in compiled.tiles.kernels for x in rounds(k, sizes, whole)), (before, after),

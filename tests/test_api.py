@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import memcomp
+from memcomp.ir.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -156,3 +157,13 @@ def test_wrong_variables_are_errors(name: str, value: str, monkeypatch: pytest.M
     monkeypatch.setenv(f"MEMCOMP_{name}", value)
     with pytest.raises(memcomp.OptionError):
         memcomp.compile(attention)
+
+
+def test_a_named_backend_writes_the_kernels() -> None:
+    """Whatever the target's own is; a wrong name lists what is known."""
+    q = torch.randn(1, 2, 24, 16)
+    found = memcomp.explain(torch.nn.functional.scaled_dot_product_attention, q, q, q, backend="python")
+    assert [k.backend for r in found.regions for k in r.kernels] == ["python"]
+    assert "import numpy" in found.html()
+    with pytest.raises(OptionError, match="backend='pyhton'"):
+        memcomp.explain(torch.nn.functional.scaled_dot_product_attention, q, q, q, backend="pyhton")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from memcomp.__main__ import main
+from memcomp.ir.target import target as machine
 from memcomp.ir.target import targets
-from memcomp.pipeline import backend_of, backends
+from memcomp.pipeline import backends
 
 PROGRAM = """program weigh on cpu
 rank P <= 64
@@ -244,7 +245,7 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(
         assert (code, out) == (2, "") and err.startswith(f"error: cannot write {place}")
 
 
-@pytest.mark.parametrize("target", [n for n in targets() if backend_of(n) not in backends()])
+@pytest.mark.parametrize("target", [n for n in targets() if machine(n).backend not in backends()])
 def test_a_machine_without_kernels_can_be_shown_and_costed(capsys: pytest.CaptureFixture[str], factory: str,
                                                            target: str) -> None:
     shown = run(capsys, "show", f"{factory}:attend")

@@ -63,7 +63,7 @@ def test_equals_its_meaning(name: str, backend: str) -> None:
     rng = np.random.default_rng(0)
     given = {"X": rng.normal(size=6).astype(np.float32), "Y": rng.normal(size=(6, 5)).astype(np.float32),
              "I": rng.integers(0, 6, 6)}
-    compiled = compile_program(program, config=config({}), backend=backend)
+    compiled = compile_program(program, config=config({"backend": backend}))
 
     def kernel(*args: object) -> None:
         compiled.entry(*(a.numpy() if isinstance(a, torch.Tensor) and backend == "python" else a for a in args))
@@ -101,9 +101,9 @@ def test_what_does_not_fit_is_said(text: str, tmp_path: Path, capsys: pytest.Cap
 
 def test_f64_holds_what_f32_does_not() -> None:
     text = "program p\nrank N = 4\nin X[N]: {0}\nout O[N]: {0}\nO[n] = X[n] * 1e300 * 1e-300\n"
-    compile_program(parse(text.format("f64")), config=config({}), backend="python")
+    compile_program(parse(text.format("f64")), config=config({"backend": "python"}))
     with pytest.raises(Refusal):
-        compile_program(parse(text.format("f32")), config=config({}), backend="python")
+        compile_program(parse(text.format("f32")), config=config({"backend": "python"}))
 
 
 def test_reductions_keep_elements_apart_by_index_only() -> None:
