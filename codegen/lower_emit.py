@@ -318,7 +318,7 @@ class Emitter(Starts):
         if self.g.loop:
             step = branches_joined((*self.body[LOOP], *self.late_loop))
             if self.live is not None:
-                step = (*self.head, When(self.live, step))
+                step = (*self.head, When(self.live, step, spare=True))  # a step without live points changes nothing
             body.append(Loop(self.g.loop, lo, hi, step))
         body += branches_joined((*self.body[POST], *self.late))
         body = list(self._used(tuple(body)))

@@ -13,9 +13,13 @@ from memcomp.ir.point import at_point
 
 
 class Fills:
-    """Known values of tiles at excluded points, and tiles that never hold -inf."""
+    """Known values of tiles at excluded points, and tiles that never hold -inf.
 
-    def __init__(self) -> None:
+    finite: whether 0 times what is not known counts as 0.
+    """
+
+    def __init__(self, finite: bool = True) -> None:
+        self.finite = finite
         self.held: dict[str, tuple[frozenset[Expr], float]] = {}
         self.bounded: set[str] = set()
 
@@ -33,7 +37,7 @@ class Fills:
         if len(numbers) == len(v):
             known = value(OPS[e.op], *numbers)
             return None if math.isnan(known) else known
-        if e.op == "mul" and 0.0 in v:
+        if e.op == "mul" and 0.0 in v and self.finite:
             return 0.0  # policy: excluded points of loaded tiles are finite
         if e.op == "max" and math.inf in v or e.op == "min" and -math.inf in v:
             return next(x for x in v if x is not None and math.isinf(x))

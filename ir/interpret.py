@@ -68,13 +68,15 @@ class _Run:
         return round_to(x, t.dtype) if self.rounded else x
 
     def cast(self, t: Tensor, x: Array) -> Array:
-        """The values as this tensor holds them: int64, bool or float64."""
+        """The values as this tensor holds them: int64, bool or float64.  Least and greatest of no integers, which a share
+        of a rank may have, are the ends of the type, as in kernels; a result that has them is an error."""
         if t.dtype in INTEGER:
-            y = x.astype(np.int64)
-            if x.dtype.kind == "f" and not np.array_equal(x, y):
-                raise InputError(f"{t.name!r} holds integers ({t.dtype}), and was given {x[x != y].flat[0]}",
-                                 hint="convert with int(x)")
             info = np.iinfo(INTEGER[t.dtype])
+            ends = np.isinf(x) & (t.role == "temp") if x.dtype.kind == "f" else False
+            y = np.where(ends, np.where(x > 0, info.max, info.min), np.where(ends, 0, x).astype(np.int64))
+            if x.dtype.kind == "f" and (bad := (x != y) & ~ends).any():
+                raise InputError(f"{t.name!r} holds integers ({t.dtype}), and was given {x[bad].flat[0]}",
+                                 hint="convert with int(x)")
             if y.size and not (info.min <= y.min() and y.max() <= info.max):
                 raise InputError(f"a value of {t.name!r} does not fit {t.dtype}", f"{y.min()} .. {y.max()}")
             return y

@@ -1,4 +1,4 @@
-"""The command line: `memcomp show | explain | opt | cost | emit | check | bench | models | targets | demo`.
+"""The command line: `memcomp show | explain | opt | cost | emit | check | bench | cache | models | targets | demo`.
 
 Results go to stdout (or, whole or not at all, to --output), all else to stderr.  Errors: three lines, exit code 2.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memcomp.cache import commands as cache
+from memcomp.cache import layers
+from memcomp.files import check_place, put
 from memcomp.inputs import FORMS, read, used
 from memcomp.ir.errors import InputError, MemcompError, OptionError, nearest
 from memcomp.ir.program import Program
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (`check` found an error), 2 (bad input), 130 (Ctrl-C)."""
     args = _parser().parse_args(argv)
     try:
-        _check_places(args)
+        for place in filter(None, (getattr(args, "output", None), getattr(args, "html", None))):
+            check_place(place)
         return int(args.run(args))
     except MemcompError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--list", action="store_true", help="list the cases and run none")
     bench.add_argument("--rounds", type=int, default=31, help="turns of a case, at most (default 31)")
     bench.add_argument("-o", "--output", type=Path, help="write the results here as JSON, after each case")
+    cache.add(commands, _cache)
     command("models", _models, "List the workloads that come with memcomp.", takes_input=False, target=False)
     command("targets", _targets, "List the machines that can be compiled for.", takes_input=False, target=False)
     command("demo", _demo, "A real language model, compiled, run and explained.", takes_input=False, machine=False,
@@ -139,7 +142,8 @@ def _explain(args: argparse.Namespace) -> int:
         found = (explain(given, **_machine_options(args)) if isinstance(given, Program)
                  else explain(given.fn, *given.inputs, **_machine_options(args)))
     if html:
-        return _put(html, found.html())
+        put(html, found.html())
+        return 0
     return _write(args, json.dumps(found.json(), indent=2) if args.json else str(found))
 
 
@@ -219,12 +223,19 @@ def _bench(args: argparse.Namespace) -> int:
         found.append(result)
         print("\n".join(result.lines()), file=sys.stderr if args.json else sys.stdout, flush=True)
         if args.output is not None:
-            _put(args.output, written(found))
+            put(args.output, written(found))
 
     run(args.only, args.rounds, done, args.target)
     if args.json:
         print(written(found))
     return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from memcomp.config import config
+
+    settings = config()
+    return int(args.do(args, layers(settings.cache_dir, settings.cache)))
 
 
 def _models(args: argparse.Namespace) -> int:
@@ -307,37 +318,8 @@ def _write(args: argparse.Namespace, text: str) -> int:
     if args.output is None:
         print(text)
         return 0
-    return _put(args.output, text + "\n")
-
-
-def _put(target: Path, text: str) -> int:
-    """As a whole, where the path leads to, keeping who may read it; a pipe or a device is written to as it is."""
-    place = Path(os.path.realpath(target))
-    part = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
-    try:
-        if place.exists() and not (place.is_file() or place.is_dir()):
-            place.write_text(text, encoding="utf-8")
-            return 0
-        try:
-            with part.open("x", encoding="utf-8") as f:
-                f.write(text)
-            if place.is_file():
-                shutil.copymode(place, part)
-            os.replace(part, place)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {target}", error.strerror or str(error)) from error
+    put(args.output, text + "\n")
     return 0
-
-
-def _check_places(args: argparse.Namespace) -> None:
-    """Before any work: can what it makes be written at all?"""
-    for target in filter(None, (getattr(args, "output", None), getattr(args, "html", None))):
-        place = os.path.realpath(target)
-        if os.path.isdir(place) or not os.path.isdir(os.path.dirname(place)):
-            why = "it is a folder" if os.path.isdir(place) else "there is no such folder"
-            raise InputError(f"cannot write {target}", why, "name a file in a folder that exists")
 
 
 if __name__ == "__main__":

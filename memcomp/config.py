@@ -12,6 +12,7 @@ from memcomp.ir.errors import OptionError, nearest
 RESTS = ("inductor", "eager")
 TUNES = ("off",)
 CHAINS = ("gain", "all")
+CACHES = ("on", "read", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Config:
     chains:       reductions without a product: "gain" takes those whose result is small and needs fewer passes than it
                   was written with; "all" also those that write as much as they read, as torch's own kernels do.
     interpret:    kernels for a GPU are run by their language's interpreter, on the CPU: slow, to check them.
+    cache:        "on" keeps and takes tuning results, "read" only takes them, "off" does neither.
+    cache_dir:    the user's folder of them; "" is the usual one (`memcomp.cache`).
     dump:         stations whose program is printed to stderr (MEMCOMP_DUMP=capture,reduce_passes,tvm).
     """
 
@@ -38,14 +41,16 @@ class Config:
     tune: str = "off"
     chains: str = "gain"
     interpret: bool = False
+    cache: str = "on"
+    cache_dir: str = ""
     dump: tuple[str, ...] = ()
 
 
 def config(options: Mapping[str, Any] | None = None) -> Config:
     """The `Config` of user options (names and values as the user wrote them) and the environment.
 
-    Variables: MEMCOMP_DUMP, MEMCOMP_TARGET, MEMCOMP_BACKEND, MEMCOMP_REST, MEMCOMP_STRICT and MEMCOMP_INTERPRET
-    (1 or 0), MEMCOMP_TUNE, MEMCOMP_CHAINS; an explicit option wins.  Raises OptionError for an unknown name or an illegal value.
+    Variables: MEMCOMP_ and the name in capitals, for DUMP, TARGET, BACKEND, REST, STRICT and INTERPRET (1 or 0), TUNE,
+    CHAINS, CACHE, CACHE_DIR; an explicit option wins.  Raises OptionError for an unknown name or an illegal value.
     """
     given = {**_environment(), **dict(options or {})}
     known = {f.name for f in fields(Config)}
@@ -55,6 +60,7 @@ def config(options: Mapping[str, Any] | None = None) -> Config:
     _choice(given, "rest", RESTS)
     _choice(given, "tune", TUNES)
     _choice(given, "chains", CHAINS)
+    _choice(given, "cache", CACHES)
     for name in ("strict", "interpret"):
         if not isinstance(given.get(name, False), bool):
             raise OptionError(f"option {name}={given[name]!r} is not a truth value", hint="use True or False")
@@ -99,7 +105,7 @@ def _choice(given: Mapping[str, Any], name: str, legal: tuple[str, ...]) -> None
 
 def _environment() -> dict[str, Any]:
     env: dict[str, Any] = {}
-    for name in ("target", "backend", "rest", "tune", "chains"):
+    for name in ("target", "backend", "rest", "tune", "chains", "cache", "cache_dir"):
         if value := os.environ.get(f"MEMCOMP_{name.upper()}"):
             env[name] = value
     for name in ("strict", "interpret"):

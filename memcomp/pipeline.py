@@ -145,6 +145,10 @@ def build(kernel: Kernel, config: Config) -> Callable[..., Any]:
     try:
         if config.interpret and backend.DEVICE != "cpu":
             return backend.interpreted(kernel)  # type: ignore[no-any-return]
+        if backend.DEVICE == "cuda":
+            from memcomp.artifact.launch import Launched
+
+            return Launched.of(kernel, backend.compiled)
         return backend.build(kernel)  # type: ignore[no-any-return]
     except ModuleNotFoundError as error:
         raise Refusal(f"the backend {kernel.backend} needs {error.name}, which is not installed") from error

@@ -7,8 +7,12 @@ from torch import Tensor
 
 
 def normal(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Standard normal tensors of these shapes, the same at every call; drawn in float32 and then converted."""
-    generator = torch.Generator().manual_seed(seed)
+    """Standard normal tensors of these shapes on torch's default device, the same at every call; drawn in float32 and
+    then converted."""
+    device = torch.get_default_device()
+    if device.type == "meta":
+        return tuple(torch.empty(shape, dtype=dtype) for shape in shapes)
+    generator = torch.Generator(device).manual_seed(seed)
     return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
 
 

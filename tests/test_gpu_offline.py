@@ -12,6 +12,7 @@ from memcomp.ir.target import target
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from memcomp.codegen.binary import Binary, tool_of  # noqa: E402
 from memcomp.codegen.triton import offline  # noqa: E402
 
 TEXT = '''import triton
@@ -37,7 +38,7 @@ POINTERS, SIZES = ("A", "B", "C"), {"M": 64, "N": 64, "K": 32}
 
 @lru_cache(maxsize=32)
 def made(capability: int, text: str = TEXT, divisible: tuple[str, ...] = (*POINTERS, "stride"), warps: int = 4,
-         **constants: int) -> offline.Binary:
+         **constants: int) -> Binary:
     return offline.compile_text(text, "product", TYPES, SIZES | constants, divisible, capability, warps)
 
 
@@ -64,7 +65,7 @@ def test_registers_are_those_that_the_toolkit_reads() -> None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(b.cubin)
         file.flush()
-        told = subprocess.run([offline._tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True,
+        told = subprocess.run([tool_of("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True,
                               text=True, check=True).stdout
     found = {k: int(n) for k, n in re.findall(r"(REG|STACK|SHARED):(\d+)", told)}
     assert found == {"REG": b.resources.registers, "STACK": b.resources.stack, "SHARED": b.resources.static}

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memcomp.codegen.launches import Argument
 from memcomp.ir.expr import Access, Expr, Size, walk
 from memcomp.ir.tile import Load, Store, TileKernel, TileProgram, expressions, statements
 
 POINTERS = {"f64": "*fp64", "f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i64": "*i64", "i32": "*i32",
             "i16": "*i16", "i8": "*i8", "u8": "*u8", "bool": "*i1"}
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """kind: pointer, stride or size; of: the param or rank; at: the stride's position."""
-
-    name: str
-    kind: str
-    of: str
-    at: int = 0
+ALIGNED = 16  # what Triton is told of an argument, or nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """args: in order.  signature: Triton's type of each, by name; aligned: those that are multiples of 16 where
-    tensors are laid out as usual (the base in bytes, strides in elements)."""
+    """args: in order; `multiple` holds where tensors are laid out as usual."""
 
     args: tuple[Argument, ...]
-    signature: dict[str, str]
-    aligned: frozenset[str]
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """Triton's type of each, by name."""
+        return {a.name: a.type for a in self.args}
+
+    @property
+    def aligned(self) -> frozenset[str]:
+        """Those that are multiples of 16: bases in bytes, strides in elements."""
+        return frozenset(a.name for a in self.args if a.multiple == ALIGNED)
 
 
 def arguments(tp: TileProgram, k: TileKernel, units: tuple[int, ...]) -> Arguments:
@@ -38,21 +37,13 @@ def arguments(tp: TileProgram, k: TileKernel, units: tuple[int, ...]) -> Argumen
                 for s in statements(k.body) if isinstance(s, (Load, Store))}
     sizes = {n.rank for e in _expressions(k) for n in walk(e) if isinstance(n, Size)}
     args: list[Argument] = []
-    signature: dict[str, str] = {}
     for p, unit in zip(tp.params, units, strict=True):
-        if p.name not in touched:
-            continue
-        args.append(Argument(f"{p.name}_ptr", "pointer", p.name))
-        signature[args[-1].name] = POINTERS[p.dtype]
-        for n in range(len(p.shape)):
-            if n != unit:
-                args.append(Argument(f"{p.name}_s{n}", "stride", p.name, n))
-                signature[args[-1].name] = "i32"
-    for r in tp.sizes:
-        if r in sizes:
-            args.append(Argument(r, "size", r))
-            signature[r] = "i32"
-    return Arguments(tuple(args), signature, frozenset(a.name for a in args if a.kind != "size"))
+        if p.name in touched:
+            args.append(Argument(f"{p.name}_ptr", "pointer", p.name, type=POINTERS[p.dtype], multiple=ALIGNED))
+            args += [Argument(f"{p.name}_s{n}", "stride", p.name, n, multiple=ALIGNED)
+                     for n in range(len(p.shape)) if n != unit]
+    args += [Argument(r, "size", r) for r in tp.sizes if r in sizes]
+    return Arguments(tuple(args))
 
 
 def _expressions(k: TileKernel) -> list[Expr]:

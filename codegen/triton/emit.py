@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 
 from memcomp.codegen.names import Names
+from memcomp.codegen.order import TASK, Order, numbered, order
 from memcomp.codegen.rounding import rounds
 from memcomp.codegen.triton.arguments import Arguments, arguments
+from memcomp.codegen.triton.dead import Dead
 from memcomp.codegen.triton.express import DTYPES, Scope, dims_of, number
 from memcomp.codegen.triton.layout import Axis, layout
 from memcomp.codegen.triton.memory import Memory
 from memcomp.codegen.triton.parts import Part, parts
-from memcomp.codegen.triton.resources import chosen, need
+from memcomp.codegen.triton.resources import Setting, chosen, need
+from memcomp.codegen.triton.straight import straight
 from memcomp.codegen.triton.words import FUNCTIONS, HEAD, used
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Const, Expr, call, variables
+from memcomp.ir.expr import Access, Call, Const, Expr, call, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.target import target as named
@@ -61,8 +65,9 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
     allowed = rounds(tp)
     machine = named(target) if isinstance(target, str) else target
     launches = list(zip(tp.kernels, function_names(tp), strict=True))
-    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words).kernel(name) for k, name in launches]
     settings = {name: chosen(tp, k, machine) for k, name in launches}
+    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words, settings[name], order(tp, k, machine)).kernel(name)
+             for k, name in launches]
     told = "".join(f"    {n!r}: dict(num_warps={x.warps}, num_stages={x.stages}),\n"
                    for n, x in settings.items())
     source = "\n\n".join([HEAD, *used(words), *texts, f"SETTINGS = {{\n{told}}}\n"])
@@ -86,8 +91,10 @@ class _Writer:
     """Text of one launch."""
 
     def __init__(self, tp: TileProgram, k: TileKernel, given: Arguments, allowed: set[tuple[str, str]],
-                 words: set[str]) -> None:
-        self.k, self.given, self.allowed = k, given, allowed
+                 words: set[str], setting: Setting, how: Order) -> None:
+        self.setting, self.order = setting, how
+        self.k, self.given, self.allowed = straight(k), given, allowed
+        k = self.k
         self.params = {p.name: p for p in tp.params}
         for p in tp.params:
             if p.dtype in ("e4m3", "e5m2"):
@@ -112,6 +119,7 @@ class _Writer:
                            words)
         self.names = names
         self.full: set[str] = {a.name for a in self.layout.axes if self._always_full(a)}
+        self.dead = Dead(k, self.layout, {t for t, kind in dtypes.items() if kind in ("f32", "f64")})
         self.memory = Memory(self)
         self.scope.element = self.memory.element
         self.lines: list[str] = []
@@ -140,18 +148,11 @@ class _Writer:
         return bool(found) and len(re.findall(rf"\b{found[1] if found else ''}\b", text)) == 1
 
     def _grid(self) -> None:
-        rest = "tl.program_id(0)"
-        for n in range(len(self.k.grid) - 1, -1, -1):
-            v, extent = self.k.grid[n]
-            name = self.names[v]
-            if n == 0:
-                self.line(f"{name} = {rest}")
-            else:
-                held = self.names.fresh("rest")
-                self.line(f"{held} = {rest}")
-                size = self.scope.scalar(extent)
-                self.line(f"{name} = {held} % {size}")
-                rest = f"{held} // {size}"
+        """What the program instance works on."""
+        given = numbered(self.k, self.order)
+        lines = [f"{self.names[name]} = {self.scope.scalar(e)}" for name, e in given]
+        for line in (f"{self.names[TASK]} = tl.program_id(0)", *lines):
+            self.line(line)
 
     def _axis(self, a: Axis) -> None:
         name = self.names[f"i_{a.name}"]
@@ -193,7 +194,7 @@ class _Writer:
     # -- statements --------------------------------------------------------------------------------------------------
 
     def body(self, body: tuple[Statement, ...]) -> None:
-        for s in body:
+        for n, s in enumerate(body):
             if isinstance(s, Loop):
                 self.loop(s)
             elif isinstance(s, When):
@@ -202,8 +203,10 @@ class _Writer:
                 self.memory.store(s)
             elif isinstance(s, Load):
                 self.memory.load(s)
+                own = dims_of(s.source, self.scope.dims)
+                self.dead.set(s.tile, lambda a, own=own: 0.0 if own & set(a.dims) else None)
             elif isinstance(s, Map):
-                self.assign(s.tile, self.filled(s.body, self.scope.tiles[s.tile], self.scope.dtypes[s.tile]))
+                self.map(s, body[n + 1:])
             elif isinstance(s, Fold):
                 self.fold(s)
             else:
@@ -212,12 +215,25 @@ class _Writer:
     def assign(self, tile: str, text: str) -> None:
         self.line(f"{self.names[tile]} = {text}")
 
+    def map(self, s: Map, rest: tuple[Statement, ...]) -> None:
+        """rest: what follows in the same block; one mask here may serve all of it."""
+        axes = self.scope.tiles[s.tile]
+        value, gone = self.dead.fill(s, rest, self.full) or (0.0, ())
+        masked = tuple(a for a in gone if self.dead.at(s.body, a) != value)
+        known = {a: self.dead.at(s.body, a) for a in axes} | dict.fromkeys(masked, value)
+        self.assign(s.tile, self.filled(s.body, axes, self.scope.dtypes[s.tile], self.live(axes, masked),
+                                        number(value)))
+        self.dead.set(s.tile, known.get)
+
     def when(self, s: When) -> None:
         self.line(f"if {self.scope.scalar(s.cond)}:")
+        before = dict(self.dead.held)
         self._block(s.body)
+        after, self.dead.held = self.dead.held, before
         if s.orelse:
             self.line("else:")
             self._block(s.orelse)
+        self.dead.held = dict(self.dead.held.items() & after.items())
 
     def _block(self, body: tuple[Statement, ...]) -> None:
         self.depth += 1
@@ -227,20 +243,25 @@ class _Writer:
         self.depth -= 1
 
     def loop(self, s: Loop) -> None:
-        lo, hi = self.scope.scalar(s.lo), self.scope.scalar(s.hi)
+        lo, hi = self.end(s.lo), self.end(s.hi)
         changing = [a for a in self.layout.axes if self._changes(a, {s.var})]
-        if not (pieces := parts(self.k, s)):
-            self._loop(s.var, lo, hi, s.body, changing)
-            return
+        pieces = parts(self.k, s)
         ends = [lo]
         for p in pieces:
             end = hi
             if p.end is not None:
                 end = self.names.fresh("end")
-                self.line(f"{end} = tl.minimum(tl.maximum({self.scope.scalar(p.end)}, {ends[-1]}), {hi})")
+                self.line(f"{end} = tl.minimum(tl.maximum({self.end(p.end)}, {ends[-1]}), {hi})")
             ends.append(end)
         for p, start, end in zip(pieces, ends, ends[1:], strict=False):
             self._part(s, p, start, end, changing)
+
+    def end(self, e: Expr) -> str:
+        """An end of a loop.  Steps are counted in 32 bits, as sizes are; data have 64."""
+        text = self.scope.scalar(e)
+        if not any(isinstance(n, Access) for n in walk(e)):
+            return text
+        return f"tl.cast({self.scope.word('least')}({self.scope.word('most')}({text}, 0), {2**31 - 1}), tl.int32)"
 
     def _part(self, s: Loop, p: Part, lo: str, hi: str, changing: list[Axis]) -> None:
         before = set(self.full)
@@ -249,28 +270,51 @@ class _Writer:
         self.full = before
 
     def _loop(self, var: str, lo: str, hi: str, body: tuple[Statement, ...], changing: list[Axis]) -> None:
-        self.line(f"for {self.names[var]} in range({lo}, {hi}):")
+        self.line(f"for {self.names[var]} in {self.steps(lo, hi, body)}:")
         self.depth += 1
+        self.dead.forget(body, changing)
         self._counts(changing)
         self.body(body)
         if not body:
             self.line("pass")
         self.depth -= 1
 
-    def filled(self, e: Expr, axes: tuple[Axis, ...], dtype: str) -> str:
-        """The expression as a tensor over all of `axes`, of the tile's dtype."""
+    def steps(self, lo: str, hi: str, body: tuple[Statement, ...]) -> str:
+        """What a loop runs over.  Triton fetches ahead by itself only what feeds tensor cores; elsewhere it is told."""
+        inner = list(statements(body))
+        if self.setting.stages > 1 and any(isinstance(s, Load) for s in inner) and not any(
+                isinstance(s, (Loop, When)) or (isinstance(s, Dot) and self.multiplied(s)) for s in inner):
+            return f"tl.range({lo}, {hi}, num_stages={self.setting.stages})"
+        return f"range({lo}, {hi})"
+
+    def filled(self, e: Expr, axes: tuple[Axis, ...], dtype: str, live: Collection[str] = (),
+               other: str = "0.0") -> str:
+        """The expression as a tensor over all of `axes`, of the tile's dtype; `other` where one of `live` fails."""
         text = self.scope.text(e, axes)
-        shape = self.shape(axes)
         if isinstance(e, Const):
-            return f"tl.full({shape}, {text}, {DTYPES[dtype]})"
+            text = self.constant(axes, text, DTYPES[dtype])
+            return f"tl.where({' & '.join(live)}, {text}, {other})" if live else text
+        joined = isinstance(e, Call) and e.op == "where" and self.scope.text(e.args[2], axes) == other
+        if live and joined:   # one choice for both conditions
+            test, chosen = (self.scope.text(a, axes) for a in e.args[:2])  # type: ignore[union-attr]
+            text = f"tl.where({' & '.join((*live, test))}, {chosen}, {other})"
         held = {"f32": "real", "i64": "int", "bool": "bool"}.get(dtype)
         got = self.exact(e)
         if self.scope.kind(e) != held or got != dtype:
             text = f"tl.cast({text}, {DTYPES[dtype]})"
+        if live and not joined:
+            text = f"tl.where({' & '.join(live)}, {text}, {other})"
         dims = dims_of(e, self.scope.dims)
         if any(not dims & set(a.dims) for a in axes):
-            return f"tl.broadcast_to({text}, {shape})"
+            return self.widened(text, axes)
         return text
+
+    def constant(self, axes: tuple[Axis, ...], text: str, dtype: str) -> str:
+        return f"tl.full({self.shape(axes)}, {text}, {dtype})"
+
+    def widened(self, text: str, axes: tuple[Axis, ...]) -> str:
+        """A tensor over some of the axes as one over all."""
+        return f"tl.broadcast_to({text}, {self.shape(axes)})"
 
     def exact(self, e: Expr) -> str:
         """The dtype that Triton surely gives an expression; "" where it may be another."""
@@ -287,10 +331,8 @@ class _Writer:
         axes, dtype = self.scope.tiles[s.tile], self.scope.dtypes[s.tile]
         gone = self.layout.of(s.over)
         every = tuple(a for a in self.layout.axes if a in axes or a in gone)
-        body, value = s.body, self.filled(s.body, every, dtype)
-        conditions = self.live(every, gone)
-        if conditions and not (isinstance(body, Const) and not gone):
-            value = f"tl.where({' & '.join(conditions)}, {value}, {self.identity(s.monoid, dtype)})"
+        masked = [a for a in gone if self.dead.at(s.body, a) != MONOIDS[s.monoid].identity]
+        value = self.filled(s.body, every, dtype, self.live(every, tuple(masked)), self.identity(s.monoid, dtype))
         join = _JOINS.get(s.monoid, "")
         form = _FOLDS.get(s.monoid, "")
         if s.monoid in _ENDS:
@@ -319,7 +361,7 @@ class _Writer:
     def dot(self, s: Dot) -> None:
         axes, dtype = self.scope.tiles[s.tile], self.scope.dtypes[s.tile]
         x, form = self.layout.matrices(self.k, s), self.form(s)
-        if x is None or not form:
+        if x is None or not self.multiplied(s):
             self.product_sum(s, axes, dtype)
             return
         first = self.operand(x.a, (*x.batch, x.left, x.over), x.over, form)
@@ -333,6 +375,10 @@ class _Writer:
         if form == "i8":
             value = f"{value}.to(tl.int64)"
         self.assign(s.tile, f"{self.names[s.tile]} + {value}" if s.accumulate else value)
+
+    def multiplied(self, s: Dot) -> bool:
+        """Is a contraction one of tensor cores?"""
+        return self.layout.matrices(self.k, s) is not None and self.form(s) != ""
 
     def form(self, s: Dot) -> str:
         """The format that tensor cores read both operands in; "" where they cannot serve.
@@ -356,7 +402,7 @@ class _Writer:
         own = self.scope.tiles[a.tensor]
         text = self.names[a.tensor]
         if a.tensor not in self.stored and a.tensor not in self.small:
-            if conditions := self.live(own, (over,)):
+            if self.dead.held.get((a.tensor, over.name)) != 0.0 and (conditions := self.live(own, (over,))):
                 text = f"tl.where({' & '.join(conditions)}, {text}, 0.0)"
             if form == "bf16":
                 text = f"{self.scope.word('to_bf16')}({text})"

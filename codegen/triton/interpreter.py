@@ -12,10 +12,15 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from memcomp.codegen.triton.build import Call, Launch
+from memcomp.codegen.launches import Layout, unit, value
+from memcomp.codegen.triton.arguments import arguments
+from memcomp.codegen.triton.build import text
+from memcomp.codegen.triton.emit import function_names
 from memcomp.ir.errors import Refusal
 from memcomp.ir.tile import Kernel
 
@@ -23,13 +28,30 @@ _lock = threading.Lock()
 _worker: list[subprocess.Popen[bytes]] = []
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One launch: function of the text, program instances, and what it is given: numbers, or which tensor."""
+
+    function: str
+    grid: int
+    args: tuple[int | str, ...]
+
+
 def interpreted(kernel: Kernel) -> Callable[..., None]:
-    """A callable like that of `build`, for tensors on any device, copied to this machine's memory and back.  Raises
-    Refusal with what the interpreter says where the text cannot run."""
-    launch = Launch(kernel)
+    """A callable(*tensors, *sizes) for tensors on any device, copied to this machine's memory and back.  Raises
+    TypeError for a wrong number of arguments, Refusal with what the interpreter says where the text cannot run."""
+    tp, texts = kernel.program, {}
 
     def run(*given: Any) -> None:
-        tensors, source, calls = launch.prepared(given)
+        if len(given) != len(tp.params) + len(tp.sizes):
+            raise TypeError(f"{tp.name} takes {len(tp.params)} tensors and {len(tp.sizes)} sizes, "
+                            f"got {len(given)} arguments")
+        tensors = {p.name: t for p, t in zip(tp.params, given, strict=False)}
+        sizes = {r: int(n) for r, n in zip(tp.sizes, given[len(tp.params):], strict=True)}
+        layout = Layout(tuple(unit(t.stride()) for t in tensors.values()))
+        if layout not in texts:
+            texts[layout] = text(kernel, layout)
+        source, calls = texts[layout], _calls(kernel, layout, tensors, sizes)
         half = {p.name for p in kernel.program.params if p.dtype == "bf16"}
         plain = {n: t.float().cpu() if n in half else t.cpu() for n, t in tensors.items()}
         done = _ask(source, calls, plain)
@@ -38,6 +60,15 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
                 tensors[p.name].copy_(done[p.name])
 
     return run
+
+
+def _calls(kernel: Kernel, layout: Layout, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Call]:
+    out = []
+    for k, name in zip(kernel.program.kernels, function_names(kernel.program), strict=True):
+        args = tuple(a.of if a.kind == "pointer" else int(tensors[a.of].stride(a.at)) if a.kind == "stride"
+                     else sizes[a.of] for a in arguments(kernel.program, k, layout.units).args)
+        out.append(Call(name, prod(value(extent, sizes) for _, extent in k.grid), args))
+    return out
 
 
 def _ask(source: str, calls: list[Call], tensors: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TypeAlias, Union
 
 from memcomp.codegen.triton.layout import layout
 from memcomp.codegen.triton.parts import parts
+from memcomp.codegen.triton.straight import straight
 from memcomp.ir.expr import Access, walk
 from memcomp.ir.target import BYTES
 from memcomp.ir.tile import (
@@ -49,7 +50,7 @@ class Product:
 class Body:
     """Statements that run as one loop, or those of a kernel in no loop.
 
-    branched: a product stands in a branch, so that nothing is fetched ahead.
+    branched: a product stands in a branch, or anything where there are no products, so that nothing is fetched ahead.
     """
 
     steps: tuple[Step, ...]
@@ -71,12 +72,12 @@ class Loops:
     """The loops of one kernel."""
 
     def __init__(self, tp: TileProgram, k: TileKernel) -> None:
-        self.k, self.layout = k, layout(k)
+        self.k, self.layout = straight(k), layout(k)
         self.params = {p.name: p.dtype for p in tp.params}
-        self.tiles = {t.name: t for t in k.tiles}
+        self.tiles = {t.name: t for t in self.k.tiles}
         self.loads: dict[str, list[Load]] = {}
         self.computed: set[str] = set()
-        for s in statements(k.body):
+        for s in statements(self.k.body):
             if isinstance(s, Load):
                 self.loads.setdefault(s.tile, []).append(s)
             elif isinstance(s, (Map, Fold, Dot)):
@@ -103,13 +104,13 @@ class Loops:
         return tuple(found) or (self._body(self.k.body, False),)
 
     def _parts(self, s: Loop) -> Iterator[Body]:
-        for body in [p.body for p in parts(self.k, s)] or [s.body]:
-            yield self._body(body, True)
+        for p in parts(self.k, s):
+            yield self._body(p.body, True)
 
     def _body(self, body: tuple[Statement, ...], looped: bool) -> Body:
         steps = tuple(s for s in statements(body) if isinstance(s, (Load, Map, Fold, Dot)))
         found = tuple(p for s in steps if isinstance(s, Dot) if (p := self._product(s)) is not None)
-        branched = any(isinstance(s, When) and any(isinstance(x, Dot) for x in statements((s,)))
+        branched = any(isinstance(s, When) and (not found or any(isinstance(x, Dot) for x in statements((s,))))
                        for s in statements(body))
         return Body(steps, found, looped, branched)
 

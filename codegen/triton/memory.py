@@ -91,7 +91,7 @@ class Memory:
         if s.tile not in w.stored and s.tile not in w.small and stored != dtype:
             text = f"({text} != 0)" if dtype == "bool" else f"tl.cast({text}, {DTYPES[dtype]})"
         if own != axes:
-            text = f"tl.broadcast_to({text}, {w.shape(axes)})"
+            text = w.widened(text, axes)
         w.assign(s.tile, text)
 
     def store(self, s: Store) -> None:
@@ -115,5 +115,5 @@ class Memory:
         mask = f", mask={' & '.join(conditions)}" if conditions else ""
         address = self.address(s.target, axes)
         if axes and not dims_of(s.target, w.scope.dims):
-            address = f"{address} + tl.full({w.shape(axes)}, 0, tl.int32)"
+            address = f"{address} + {w.constant(axes, '0', 'tl.int32')}"
         w.line(f"tl.store({address}, {value}{mask})")

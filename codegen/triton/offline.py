@@ -8,18 +8,17 @@ import io
 import linecache
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import threading
 import types
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from memcomp.codegen.triton.elf import Resources, resources
+from memcomp.codegen.binary import Binary
+from memcomp.codegen.elf import resources
 from memcomp.ir.errors import Refusal
 
 # one at a time: Triton's knobs and file descriptor 2 belong to the whole process
@@ -27,63 +26,22 @@ _compiling = threading.Lock()
 _SAYING_NOTHING = ("Failures have been detected", "Internal Triton PTX codegen error")
 
 
-@dataclass(frozen=True, slots=True)
-class Binary:
-    """One kernel for one compute capability.
-
-    parameters: (name, Triton's type) of the arguments that the machine code takes, in order: those that are no
-        constants.  Two pointers that are not listed follow: to global and to profile scratch, null where none is asked.
-    warps: of 32 threads in a block as launched (specialised warps included); shared: dynamic shared memory, bytes;
-    scratch, alignment: bytes of global memory for each block; tensor_memory: columns (sm_100).
-    version: of Triton; registers differ between two of them.
-    """
-
-    name: str
-    capability: int
-    version: str
-    cubin: bytes = field(repr=False)
-    ptx: str = field(repr=False)
-    ttgir: str = field(repr=False)
-    parameters: tuple[tuple[str, str], ...]
-    warps: int
-    shared: int
-    scratch: int
-    alignment: int
-    tensor_memory: int
-    resources: Resources
-
-    @property
-    def sass(self) -> str:
-        """The machine code as text, by the nvdisasm that comes with Triton; Refusal where it cannot be read."""
-        return disassemble(self.cubin)
-
-    def instructions(self, *names: str) -> dict[str, int]:
-        """How often the machine code has each instruction, all of its variants together (`LDGSTS`, `HGMMA`, `STL`)."""
-        found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", self.sass, re.MULTILINE)
-        return {name: found.count(name) for name in names}
-
-    @property
-    def spills(self) -> int:
-        """Instructions that put a register into local memory.  A stack alone is not a spill."""
-        return self.instructions("STL")["STL"] if self.resources.stack else 0
-
-
 def compile_text(source: str, function: str, signature: Mapping[str, str], constants: Mapping[str, Any],
                  divisible: Collection[str], capability: int, warps: int = 4, stages: int = 2,
-                 registers: int | None = None) -> Binary:
-    """Compile one `@triton.jit` function of a module's text.
+                 registers: int | None = None, kept: bool = False) -> Binary:
+    """Compile one `@triton.jit` or `@gluon.jit` function of a module's text.
 
     signature:  type of each argument that is no constant ("*bf16", "i32", "i64", "fp32", "tensordesc<bf16[64,128]>").
     constants:  value of each `tl.constexpr` argument; those with a default may be left out.
     divisible:  arguments that are multiples of 16 (addresses in bytes, integers as they are).  Only then are loads
                 16 bytes wide and asynchronous: strides matter as much as pointers.
     capability: 80, 89, 90, 100.  registers: the most that a thread may have.
+    kept: read and write the user's cache of what Triton compiled.
 
     Raises Refusal with the first line that the compiler calls an error.
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     jitted = getattr(module(source), function)
     names = list(jitted.arg_names)
@@ -97,12 +55,12 @@ def compile_text(source: str, function: str, signature: Mapping[str, str], const
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if registers is not None:
         options["maxnreg"] = registers
-    described = ASTSource(jitted, {n: signature.get(n, "constexpr") for n in names},
+    described = _source(jitted)(jitted, {n: signature.get(n, "constexpr") for n in names},
                           constexprs={(names.index(n),): v for n, v in fixed.items()},
                           attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible})
     printed: list[str] = []
     try:
-        with _compiling, _alone(), _quiet(printed):
+        with _compiling, _alone(kept), _quiet(printed):
             made = triton.compile(described, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # Triton raises errors of a dozen classes, RuntimeError for its passes
         text = "".join(printed)
@@ -120,6 +78,17 @@ def compile_text(source: str, function: str, signature: Mapping[str, str], const
         resources=resources(cubin, told["name"]))
 
 
+def _source(jitted: Any) -> Any:
+    """What Triton calls the text of a function in its language."""
+    if jitted.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
+
+
 @lru_cache(maxsize=256)
 def module(source: str) -> types.ModuleType:
     """The text as a module.  Triton reads the text of a function through `inspect`, which finds it by a file name that
@@ -134,35 +103,15 @@ def module(source: str) -> types.ModuleType:
     return made
 
 
-def disassemble(cubin: bytes) -> str:
-    """Machine code as text."""
-    tool = _tool("nvdisasm")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        run = subprocess.run([tool, "-c", str(file)], capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise Refusal("nvdisasm cannot read the machine code", run.stderr.strip().splitlines()[0])
-    return run.stdout
-
-
-def _tool(name: str) -> str:
-    """A program in Triton's own wheel."""
-    import triton
-
-    found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if not found.exists():
-        raise Refusal(f"this build of Triton {triton.__version__} has no {name}")
-    return str(found)
-
-
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Nothing of the user's settings or files decides what is compiled; what Triton writes is gone afterwards."""
+def _alone(kept: bool) -> Iterator[None]:
+    """Nothing of the user's settings decides what is compiled; nor do files, and what Triton writes is gone afterwards,
+    but where its cache is kept."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.compilation.scope():
-        knobs.cache.dir = folder
+        if not kept:
+            knobs.cache.dir = folder
         knobs.compilation.disable_line_info = True   # a debugger's view of text that is in no file
         yield
 

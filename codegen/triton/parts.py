@@ -6,12 +6,12 @@ dim's tile is full, and those of branches.  Between the first and the last step 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from memcomp.codegen.bounds import first_step, half, last_step
 from memcomp.ir.expr import Call, Const, Expr, call, variables
-from memcomp.ir.tile import Dim, Loop, Statement, TileKernel, When, statements
+from memcomp.ir.tile import Dot, Loop, Statement, TileKernel, When, statements
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,12 @@ class Part:
 
 
 def parts(k: TileKernel, s: Loop) -> list[Part]:
-    """The parts of a loop in order, the middle one plain; [] where nothing is gained."""
+    """The parts of a loop in order, the middle one plain; one where nothing is gained.
+
+    A loop with products has no branches that only spare masks: Triton would fetch nothing ahead.
+    """
     integers = {t.name for t in k.tiles if t.dtype == "i64"}
+    dims = {d.name for d in k.dims}
     held: set[Expr] = set()
     full: set[str] = set()
     starts: list[Expr] = []
@@ -33,31 +37,26 @@ def parts(k: TileKernel, s: Loop) -> list[Part]:
 
     def splits(tests: Iterable[Expr]) -> bool:
         """Note the steps where all tests hold, if each says so."""
-        found: list[tuple[bool, Expr]] = []
-        for test in tests:
-            h = half(test, s.var, integers)
-            if h is None or variables(h.rest) & {d.name for d in k.dims}:
-                return False
-            if h.step > 0:
-                found.append((True, _known(last_step(h.step, h.rest))))
-            elif h.step < 0:
-                found.append((False, _known(first_step(h.step, h.rest))))
-            else:
-                return False
-        for last, at in found:
+        found = [edge(test, s.var, integers, dims) for test in tests]
+        known = [x for x in found if x is not None]
+        if len(known) < len(found):
+            return False
+        for last, at in known:
             (ends if last else starts).append(at)
-        return bool(found)
+        return bool(known)
 
     for d in k.dims:
-        if s.var in variables(d.count) and splits(_full(d, s.var)):
+        if s.var in variables(d.count) and splits(_tests(_full(d.count, d.capacity))):
             full.add(d.name)
     for w in _branches(s.body):
         if splits(_tests(_plain(w))):
             held.add(w.cond)
+    whole = not product(s)   # branches that spare masks stay where nothing is fetched ahead
+    general = _taken(s.body, held, plain=False, whole=whole)
     if not starts and not ends:
-        return []
-    general = _taken(s.body, held, plain=False)
-    out = [Part(_joined("min", ends) if ends else None, _taken(s.body, held, plain=True), frozenset(full))]
+        return [Part(None, general)]
+    plainly = _taken(s.body, held, plain=True, whole=whole)
+    out = [Part(_joined("min", ends) if ends else None, plainly, frozenset(full))]
     if starts:
         out.insert(0, Part(_joined("max", starts), general))
     if ends:
@@ -65,9 +64,25 @@ def parts(k: TileKernel, s: Loop) -> list[Part]:
     return out
 
 
-def _known(e: Expr | None) -> Expr:
-    assert e is not None
-    return e
+def product(s: Loop) -> bool:
+    """Does a loop hold a contraction?"""
+    return any(isinstance(x, Dot) for x in statements(s.body))
+
+
+def edge(test: Expr, var: str, integers: set[str], dims: set[str]) -> tuple[bool, Expr] | None:
+    """Where a condition holds: (True, the step up to which) or (False, the step from which); None: not known."""
+    if isinstance(test, Call) and test.op in ("and", "or"):
+        edges = [edge(a, var, integers, dims) for a in test.args]
+        known = [e for e in edges if e is not None]
+        if len(known) < len(edges) or len({last for last, _ in known}) > 1:
+            return None
+        last = known[0][0]
+        return last, _joined("min" if last == (test.op == "and") else "max", [at for _, at in known])
+    h = half(test, var, integers)
+    if h is None or variables(h.rest) & dims:
+        return None
+    at = last_step(h.step, h.rest) if h.step > 0 else first_step(h.step, h.rest)
+    return None if at is None else (h.step > 0, at)
 
 
 def _joined(op: str, items: list[Expr]) -> Expr:
@@ -77,18 +92,18 @@ def _joined(op: str, items: list[Expr]) -> Expr:
     return out
 
 
-def _full(d: Dim, var: str) -> Iterator[Expr]:
-    """Conditions under which the count is the capacity: every part of a minimum is at least that much."""
-    todo = [d.count]
-    while todo:
-        e = todo.pop()
-        if isinstance(e, Call) and e.op == "min":
-            todo += e.args
-        elif isinstance(e, Const):
-            if e.value < d.capacity:
-                yield call("lt", e, 0)
-        else:
-            yield call("ge", e, d.capacity)
+def _full(e: Expr, capacity: int) -> Expr:
+    """The condition under which a count is the capacity: every part of a minimum is at least that much, or one of a
+    maximum."""
+    if isinstance(e, Const):
+        return Const(e.value >= capacity)
+    if not isinstance(e, Call) or e.op not in ("min", "max"):
+        return call("ge", e, capacity)
+    every = e.op == "min"
+    parts = [p for a in e.args if (p := _full(a, capacity)) != Const(every)]
+    if not parts or Const(not every) in parts:
+        return Const(every if not parts else not every)
+    return Call("and" if every else "or", tuple(parts)) if len(parts) > 1 else parts[0]
 
 
 def _plain(w: When) -> Expr:
@@ -109,19 +124,19 @@ def _branches(body: tuple[Statement, ...]) -> list[When]:
     return [s for s in statements(body) if isinstance(s, When)]
 
 
-def _taken(body: tuple[Statement, ...], held: set[Expr], plain: bool) -> tuple[Statement, ...]:
-    """The statements where the conditions `held` hold; not plain: where they may not, without branches that only spare
-    work."""
+def _taken(body: tuple[Statement, ...], held: set[Expr], plain: bool, whole: bool) -> tuple[Statement, ...]:
+    """The statements where the conditions `held` hold; not plain: where they may not, without branches on them that only
+    spare work.  whole: other branches that do so stay."""
     out: list[Statement] = []
     for s in body:
         if isinstance(s, When) and s.cond in held and plain:
-            out += _taken(s.body if _plain(s) == s.cond else (), held, plain)
-        elif isinstance(s, When) and s.cond in held and s.spare:
-            out += _taken(s.last, held, plain)
+            out += _taken(s.body if _plain(s) == s.cond else (), held, plain, whole)
+        elif isinstance(s, When) and s.spare and (s.cond in held or not whole):
+            out += _taken(s.last, held, plain, whole)
         elif isinstance(s, When):
-            out.append(replace(s, body=_taken(s.body, held, plain), orelse=_taken(s.orelse, held, plain)))
+            out.append(replace(s, body=_taken(s.body, held, plain, whole), orelse=_taken(s.orelse, held, plain, whole)))
         elif isinstance(s, Loop):
-            out.append(replace(s, body=_taken(s.body, held, plain)))
+            out.append(replace(s, body=_taken(s.body, held, plain, whole)))
         else:
             out.append(s)
     return tuple(out)

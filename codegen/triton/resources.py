@@ -10,13 +10,14 @@ are.  Registers are an estimate, good enough to order candidates: fitted, not de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
 from memcomp.codegen.triton.loops import Body, Loops, Product
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Const, walk
+from memcomp.ir.expr import Access, Const, variables, walk
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.tile import Dot, Fold, TileKernel, TileProgram, expressions
 
@@ -179,7 +180,7 @@ class _Block:
                 alone = BARRIER + max((p.rows * p.depth * p.bytes // 4 for p in fetched_ones
                                        if self.warps > 4 and p.left in self.loops.computed and not p.exact), default=0)
             return sum(kept.values()) + max(*turns, *passing) + alone
-        stream = sum(streamed.values())
+        stream = sum(streamed.values()) if body.products else self.copies(body) * (ahead - 1)
         if fetched_ones:
             stream += -stream % ALIGNED
         if fetched_ones and self.capability >= 100:
@@ -189,8 +190,17 @@ class _Block:
 
     def copied(self, tile: str) -> bool:
         """Can the tile be copied ahead: has each thread enough of it?"""
-        a_thread = max(1, self.loops.points(tile) // (32 * self.warps))
-        return self.loops.dims(tile) > 0 and a_thread * self.loops.element(tile) >= COPIED
+        return self.loops.dims(tile) > 0 and self._enough(self.loops.points(tile), self.loops.element(tile))
+
+    def copies(self, body: Body) -> int:
+        """Bytes of what a step reads and a thread can copy ahead, in a loop without products, which is told to."""
+        reads = {n for s in body.steps for e in expressions(s) for n in walk(e) if isinstance(n, Access)}
+        sizes = [(math.prod(a.size for a in axes), BYTES[self.loops.params[x.tensor]]) for x in reads
+                 if x.tensor in self.loops.params and (axes := self.loops.layout.of(variables(x)))]
+        return sum(points * size for points, size in sizes if self._enough(points, size))
+
+    def _enough(self, points: int, size: int) -> bool:
+        return max(1, points // (32 * self.warps)) * size >= COPIED
 
     def spread(self, body: Body, p: Product) -> bool:
         """Are the columns of the operand that feeds p spread over warps?  Products that feed one another are laid out

@@ -7,9 +7,6 @@ from collections.abc import Callable
 import torch
 
 from memcomp.bench.measure import take_turns
-from memcomp.codegen.tvm.build import build
-from memcomp.codegen.tvm.launcher import CHUNKS
-from memcomp.codegen.tvm.probe import LINE, LINES, probe
 from memcomp.ir.target import target
 
 PRODUCT, READ = "products (torch.mm)", "read"
@@ -33,6 +30,10 @@ def product(dtype: torch.dtype, flops: float) -> Callable[[], object]:
 
 def reader(size: int) -> Callable[[], object]:
     """The fastest of several kernels that read `size` bytes once (rounded to what their tasks share evenly)."""
+    from memcomp.codegen.tvm.build import build
+    from memcomp.codegen.tvm.launcher import CHUNKS
+    from memcomp.codegen.tvm.probe import LINE, LINES, probe
+
     found: dict[str, Callable[[], object]] = {}
     for streams in STREAMS:
         step = streams * CHUNKS * LINE * LINES

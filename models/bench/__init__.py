@@ -1,6 +1,6 @@
 """Workloads that `memcomp bench` times: layers in plain PyTorch, their rivals, how much faster memcomp is asked to be.
 
-A module of this folder holds a tuple `CASES`; the folder is the list.
+A module of this folder holds a tuple `CASES`; the folder is the list.  `_flash` is no case but a rival.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ class Rival:
 class Case:
     """fn: the layer that memcomp compiles, tensors -> a tensor or a tuple; exact: the same for float64, if not fn.
 
-    inputs:  makes its arguments.
+    inputs:  makes its arguments, on torch's default device.
     rivals:  by name, in the order of their turns.
     bars:    rivals joined by " / " (the fastest counts), or "read", a loop that reads as much -> how many times faster.
     flops:   multiplications and additions of the products, as the layer needs them (masked ones not counted).
     options: of torch.compile(backend="memcomp").
+    device:  whose sizes these are, "cpu" or "cuda".
+    alone:   axes along which every part is computed alone (batch, heads): the dim of each argument that has it, and of
+             the result, last; -1 for none.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Case:
     flops: float = 0.0
     exact: Layer | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    alone: tuple[tuple[int, ...], ...] = ()
 
 
 def fixed(fn: Layer) -> Callable[..., Layer]:
@@ -55,7 +60,7 @@ def fixed(fn: Layer) -> Callable[..., Layer]:
     return lambda *args: fn
 
 
-def cases() -> tuple[Case, ...]:
-    """All cases, module by module in the order of their names."""
-    modules = sorted(m.name for m in iter_modules(__path__))
-    return tuple(c for m in modules for c in import_module(f"{__name__}.{m}").CASES)
+def cases(device: str = "cpu") -> tuple[Case, ...]:
+    """All cases of a device's sizes, module by module in the order of their names."""
+    modules = sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_"))
+    return tuple(c for m in modules for c in import_module(f"{__name__}.{m}").CASES if c.device == device)

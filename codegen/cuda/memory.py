@@ -1,0 +1,219 @@
+"""What a kernel reads and writes of its params, as CUDA C++ text: addresses, vectors, stored formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memcomp.codegen.cuda.express import CTYPES, Point
+from memcomp.ir.expr import Access, Const, Expr, Var, variables, walk
+from memcomp.ir.simplify import linear
+from memcomp.ir.target import BYTES
+from memcomp.ir.tile import Load, Loop, Param, Store, TileKernel, TileProgram, When, expressions, statements
+
+if TYPE_CHECKING:
+    from memcomp.codegen.cuda.emit import Writer
+
+STORED = {"f64": "double", "f32": "float", "f16": "unsigned short", "bf16": "unsigned short", "i64": "long long",
+          "i32": "int", "i16": "short", "i8": "signed char", "u8": "unsigned char", "bool": "unsigned char"}
+PACKED = ("bf16", "f16", "i8", "u8")   # formats that several of lie in one register
+WIDEST = 16                            # bytes that a thread reads at once, and points of 1 byte that it holds together
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where params may be read by vectors.  units: by param the position of stride 1, -1 for none; even: params whose
+    rows begin at multiples of 16 bytes."""
+
+    units: Mapping[str, int]
+    even: frozenset[str]
+
+    @staticmethod
+    def of(tp: TileProgram, units: tuple[int, ...], aligned: bool) -> Rows:
+        even = frozenset(p.name for p, u in zip(tp.params, units, strict=True) if aligned and _even(p, u))
+        return Rows({p.name: u for p, u in zip(tp.params, units, strict=True)}, even)
+
+    def along(self, a: Access, k: TileKernel) -> tuple[str, int] | None:
+        """The dim whose neighbours are neighbours in memory, and how many of them begin at even places: any where 0.
+        None where there is none."""
+        unit = self.units[a.tensor]
+        if a.tensor not in self.even or unit < 0:
+            return None
+        data = {n.tensor for n in walk(a) if isinstance(n, Access)}
+        terms = linear(a.index[unit], integers=data)
+        names = {d.name for d in k.dims}
+        found = [t.name for t, c in (terms or {}).items() if isinstance(t, Var) and t.name in names and c == 1]
+        if terms is None or len(found) != 1:
+            return None
+        dim, rest = found[0], {t: c for t, c in terms.items() if t != Var(found[0])}
+        elsewhere = [*(i for n, i in enumerate(a.index) if n != unit), *(t for t in rest if t is not None)]
+        if any(dim in variables(i) for i in elsewhere):
+            return None
+        even = 0
+        for c in rest.values():
+            even = _divisor(even, abs(c))
+        return dim, even
+
+
+def _divisor(a: int, b: int) -> int:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+def _even(p: Param, unit: int) -> bool:
+    """Does every row begin at a multiple of 16 bytes, where the tensor is laid out as usual?"""
+    if unit != len(p.shape) - 1 or not p.shape:
+        return False
+    last = p.shape[-1]
+    return len(p.shape) == 1 or (isinstance(last, Const) and int(last.value) * BYTES[p.dtype] % WIDEST == 0)
+
+
+def vectors(tp: TileProgram, k: TileKernel, rows: Rows) -> dict[str, int]:
+    """How many neighbours along each dim a thread holds together: 16 bytes of the narrowest tensor."""
+    found: dict[str, int] = {}
+    for a in accesses(k):
+        if a.tensor not in rows.units or (x := rows.along(a, k)) is None:
+            continue
+        dim, even = x
+        n = WIDEST // BYTES[tp.param(a.tensor).dtype]
+        while n > 1 and (k.dim(dim).capacity % n or k.dim(dim).count != Const(k.dim(dim).capacity) or even % n):
+            n //= 2
+        found[dim] = max(found.get(dim, 1), n)
+    return found
+
+
+def accesses(k: TileKernel) -> Iterator[Access]:
+    """Every access to a tile or param."""
+    for s in statements(k.body):
+        more: tuple[Expr, ...] = (s.target,) if isinstance(s, Store) else ()
+        for e in (*expressions(s), *more):
+            yield from (n for n in walk(e) if isinstance(n, Access))
+
+
+class Memory:
+    """Loads and stores of one kernel."""
+
+    def __init__(self, w: Writer) -> None:
+        self.w = w
+        written = {s.target.tensor for s in statements(w.k.body) if isinstance(s, Store)}
+        read = {a.tensor for s in statements(w.k.body) for e in expressions(s) for a in walk(e)
+                if isinstance(a, Access)} & set(w.params)
+        alike = {p.name: p.over for p in w.params.values() if p.over}
+        touched = written | {alike[n] for n in written if n in alike}
+        self.shared = {n for n in touched if n in read or any(alike.get(m) == n for m in written)} | {
+            n for n in written if alike.get(n) in read}
+        self.written = written
+
+    # -- arguments ---------------------------------------------------------------------------------------------------
+
+    def argument(self, param: str) -> str:
+        """The declaration of a pointer.  What is read and written in one kernel is neither constant nor alone."""
+        const = "" if param in self.written or param in self.shared else "const "
+        alone = "" if param in self.shared else "__restrict__ "
+        return f"{const}{STORED[self.w.params[param].dtype]} *{alone}"
+
+    def address(self, a: Access, at: Point) -> str:
+        strides = {x.at: x.name for x in self.w.args if x.kind == "stride" and x.of == a.tensor}
+        names, parts = self.w.scope.names, [self.w.scope.names[f"{a.tensor}_ptr"]]
+        for n, index in enumerate(a.index):
+            if index == Const(0):
+                continue
+            text = f"(long long)({self.w.scope.text(index, at)})"
+            parts.append(f"{text} * {names[strides[n]]}" if n in strides else text)
+        return " + ".join(parts)
+
+    # -- loads -------------------------------------------------------------------------------------------------------
+
+    def element(self, a: Access, at: Point) -> str:
+        """One element that an expression reads, as a number; 0 where its point does not count."""
+        dtype = self.w.params[a.tensor].dtype
+        text = self.number(f"*({self.address(a, at)})", dtype)
+        tests = self.w.live(tuple(d for d in at if d in variables(a)), at)
+        zero = {"f32": "0.0f", "f64": "0.0", "bool": "false"}.get(self.w.scope.type(a), "0")
+        return f"({' && '.join(tests)} ? {text} : {zero})" if tests else text
+
+    def number(self, text: str, dtype: str) -> str:
+        if dtype in ("bf16", "f16"):
+            return f"from_{dtype}({text})"
+        return f"({text} != 0)" if dtype == "bool" else text
+
+    def wide(self, a: Access, dims: tuple[str, ...]) -> str | None:
+        """The dim along which a tile's numbers are read or written by vectors."""
+        if (x := self.w.rows.along(a, self.w.k)) is None or x[0] not in dims:
+            return None
+        dim, even = x
+        s = self.w.block.dims[dim]
+        return dim if s.vector > 1 and even % s.vector == 0 and s.capacity % s.vector == 0 else None
+
+    def load(self, s: Load) -> None:
+        w, t = self.w, self.w.k.tile(s.tile)
+        dtype, dim = w.params[s.source.tensor].dtype, self.wide(s.source, t.dims)
+        if dim is None:
+            with w.points(t.dims) as at:
+                got = self.element(s.source, at)
+                kind = w.scope.tiles[s.tile]
+                if w.scope.type(s.source) != kind:
+                    got = f"({got}) != 0" if kind == "bool" else f"({CTYPES[kind]})({got})"
+                w.line(f"{w.place(s.tile, at)} = {got};")
+            return
+        vector = w.block.dims[dim].vector
+        with w.points(t.dims, dim) as at:
+            tests = w.live(tuple(d for d in t.dims if d in variables(s.source)), at)
+            live, start = " && ".join(tests) or "true", w.flat(s.tile, at)
+            address = self.address(s.source, at)
+            if s.tile in w.packed:
+                words = 4 // BYTES[dtype]
+                w.line(f"fetch<{vector // words}>({w.scope.names[s.tile]} + {_over(start, words)}, {address}, {live});")
+                return
+            raw = w.scope.names.fresh("raw")
+            w.line(f"{STORED[dtype]} {raw}[{vector}];")
+            w.line(f"fetch<{vector}>({raw}, {address}, {live});")
+            w.unrolled("i", vector, f"{w.scope.names[s.tile]}[{start} + i] = "
+                                    f"{w.converted(self.number(f'{raw}[i]', dtype), s.source, s.tile)};")
+
+    # -- stores ------------------------------------------------------------------------------------------------------
+
+    def store(self, s: Store) -> None:
+        w, t = self.w, self.w.k.tile(s.tile)
+        dtype = w.params[s.target.tensor].dtype
+        if s.target.tensor in self.shared:
+            w.line("__syncthreads();")
+        dim = self.wide(s.target, t.dims)
+        if dim is not None and s.mask is not None and dim in variables(s.mask):
+            dim = None
+        others = ((32 * w.block.warps) - 1) & ~w.block.mask(t.dims)
+        with w.points(t.dims, dim) as at:
+            tests = [f"({w.thread} & {others}) == 0"] * bool(others)
+            tests += w.live(t.dims, at)
+            if s.mask is not None:
+                tests.append(w.scope.cast(s.mask, "bool", at))
+            test = f"if ({' && '.join(tests)}) " if tests else ""
+            address = self.address(s.target, at)
+            if dim is None:
+                w.line(f"{test}*({address}) = {self.stored(w.scope.held(s.tile, at), s.tile, dtype)};")
+            else:
+                vector = w.block.dims[dim].vector
+                raw = w.scope.names.fresh("raw")
+                w.line(f"{STORED[dtype]} {raw}[{vector}];")
+                inner = {**at, dim: f"({at[dim]} + i)" if at[dim] != "0" else "i"}
+                value = self.stored(w.scope.held(s.tile, inner), s.tile, dtype)
+                w.unrolled("i", vector, f"{raw}[i] = {value};")
+                w.line(f"{test}put<{vector}>({address}, {raw});")
+        if s.target.tensor in self.shared:
+            w.line("__syncthreads();")
+
+    def stored(self, text: str, tile: str, dtype: str) -> str:
+        kind = self.w.scope.tiles[tile]
+        if dtype in ("bf16", "f16"):
+            return f"to_{dtype}({text})"
+        if dtype == "bool":
+            return text if kind == "bool" else f"({text}) != 0"
+        return text if CTYPES[kind] == STORED[dtype] else f"({STORED[dtype]})({text})"
+
+
+def _over(text: str, n: int) -> str:
+    return text if n == 1 or text == "0" else f"({text}) / {n}"
+
+

@@ -1,0 +1,201 @@
+"""How the points of tiles are spread over the threads of a block.
+
+A dim has one spread in a whole kernel: bits of the thread's number say which of its points a thread holds, the rest of
+them lie in the thread's registers.  Dims that meet in a statement have bits of their own; dims that never meet may
+share them (the width of keys and that of values).  So no tile ever changes hands: a tile is held alike by all threads
+that differ in bits of other dims only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from memcomp.ir.expr import Access, Expr, variables, walk
+from memcomp.ir.target import BYTES
+from memcomp.ir.tile import Dot, Fold, Loop, Statement, Store, TileKernel, When, expressions, statements
+
+LANE_BITS = 5
+FEW, MANY = 128, 208   # registers of a thread: what leaves room for a second block, and what surely needs no stack
+OTHER = 40             # addresses, counts, indices
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """capacity: points; vector: neighbours that a thread holds together; bits: of the thread's number, lowest first."""
+
+    capacity: int
+    vector: int = 1
+    bits: tuple[int, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Points from one group of a thread to its next."""
+        return self.vector << len(self.bits)
+
+    @property
+    def registers(self) -> int:
+        return -(-self.capacity // self.step) * self.vector
+
+    @property
+    def exact(self) -> bool:
+        """Is there a point at every place?"""
+        return self.capacity % self.step == 0
+
+    @property
+    def mask(self) -> int:
+        return sum(1 << b for b in self.bits)
+
+
+Spreads = Mapping[str, Spread]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """warps: of a block; dims: the spread of each."""
+
+    warps: int
+    dims: Spreads
+
+    def mask(self, dims: tuple[str, ...] | frozenset[str]) -> int:
+        """Bits of the thread's number that say something of these dims."""
+        return sum(1 << b for b in {b for d in dims for b in self.dims[d].bits})
+
+    def registers(self, dims: tuple[str, ...]) -> int:
+        return math.prod(self.dims[d].registers for d in dims)
+
+
+def blocks(k: TileKernel, vectors: Mapping[str, int], held: Mapping[str, float]) -> Block:
+    """The spread of a kernel: the least warps, and threads along a row, with which registers suffice.
+
+    vectors: by dim how many neighbours are read at once; held: bytes of a point of each tile.
+    """
+    meeting = list(_spaces(k))
+    streamed = _streamed(k)
+    inner = _rows(k)
+    found: list[tuple[float, Block]] = []
+    for warps in (0, 1, 2, 3, 4):
+        for lanes in (3, 4, 5):
+            b = _spread(k, vectors, meeting, streamed, inner, warps, lanes)
+            found.append((pressure(k, b, held), b))
+    useful = [(p, b) for p, b in found if _largest(k, b, held) <= 32 or b.warps == max(b.warps for _, b in found)]
+    for most in (FEW, MANY):
+        for p, b in useful:
+            if p <= most:
+                return b
+    return min(found, key=lambda x: x[0])[1]
+
+
+def _largest(k: TileKernel, b: Block, held: Mapping[str, float]) -> float:
+    """Registers of the largest tile."""
+    return max((b.registers(t.dims) * held[t.name] / 4 for t in k.tiles), default=0)
+
+
+def _spread(k: TileKernel, vectors: Mapping[str, int], meeting: list[frozenset[str]], streamed: set[str],
+            inner: list[str], warps: int, lanes: int) -> Block:
+    dims = {d.name: Spread(d.capacity, vectors.get(d.name, 1)) for d in k.dims}
+
+    def give(d: str, most: int) -> None:
+        """Up to so many bits, of those that no dim has that d meets, while they leave fewer points to a thread."""
+        taken = {b for s in meeting if d in s for x in s if x != d for b in dims[x].bits}
+        for bit in range(LANE_BITS + warps):
+            s = dims[d]
+            more = Spread(s.capacity, s.vector, (*s.bits, bit))
+            if bit in taken or bit in s.bits or len(s.bits) >= most or more.registers == s.registers:
+                continue
+            dims[d] = more
+
+    every = [d.name for d in sorted(k.dims, key=lambda d: (d.name not in streamed, -d.capacity))]
+    for d in inner:
+        give(d, lanes)
+    for d in every:
+        if d not in inner:
+            give(d, LANE_BITS + warps)
+    for d in every:
+        give(d, LANE_BITS + warps)
+    used = max((b for s in dims.values() for b in s.bits), default=0)
+    return Block(1 << max(used + 1 - LANE_BITS, 0), dims)
+
+
+def _spaces(k: TileKernel) -> Iterator[frozenset[str]]:
+    """The dims that meet in each statement."""
+    for s in statements(k.body):
+        if isinstance(s, (Loop, When)):
+            continue
+        over = s.over if isinstance(s, (Fold, Dot)) else ()
+        yield frozenset((*k.tile(s.tile).dims, *over))
+
+
+def _streamed(k: TileKernel) -> set[str]:
+    """Dims that a loop walks along."""
+    loops = {s.var for s in statements(k.body) if isinstance(s, Loop)}
+    return {d.name for d in k.dims if variables(d.start) & loops}
+
+
+def _rows(k: TileKernel) -> list[str]:
+    """Dims that the last index of a param walks along, those of the largest tiles first."""
+    weight: dict[str, int] = {}
+    names = {d.name for d in k.dims}
+    for s in statements(k.body):
+        if isinstance(s, (Loop, When)):
+            continue
+        read: list[Expr] = [*expressions(s), *([s.target] if isinstance(s, Store) else [])]
+        for a in (n for e in read for n in walk(e) if isinstance(n, Access)):
+            if a.index and a.tensor not in {t.name for t in k.tiles}:
+                size = math.prod(k.dim(d).capacity for d in k.tile(s.tile).dims)
+                for d in variables(a.index[-1]) & names:
+                    weight[d] = max(weight.get(d, 0), size)
+    return sorted(weight, key=lambda d: -weight[d])
+
+
+def pressure(k: TileKernel, b: Block, held: Mapping[str, float]) -> float:
+    """Registers of a thread at the statement that needs most: of tiles that are written before it and read after."""
+    order: list[Statement] = []
+    spans: list[tuple[int, int]] = []
+
+    def visit(body: tuple[Statement, ...]) -> None:
+        for s in body:
+            order.append(s)
+            at = len(order) - 1
+            if isinstance(s, (Loop, When)):
+                visit(s.body)
+            if isinstance(s, When):
+                visit(s.orelse)
+            if isinstance(s, Loop):
+                spans.append((at, len(order) - 1))
+
+    visit(k.body)
+    names = {t.name for t in k.tiles}
+    uses: dict[str, list[int]] = {t: [] for t in names}
+    fresh: dict[str, list[int]] = {t: [] for t in names}
+    for n, s in enumerate(order):
+        read = {x.tensor for e in expressions(s) for x in walk(e) if isinstance(x, Access)} & names
+        if isinstance(s, Store):
+            read |= {s.tile} | ({x.tensor for x in walk(s.target) if isinstance(x, Access)} & names)
+        elif not isinstance(s, (Loop, When)):
+            if getattr(s, "accumulate", False):
+                read.add(s.tile)
+            if s.tile not in read:
+                fresh[s.tile].append(n)
+            uses[s.tile].append(n)
+        for t in read:
+            uses[t].append(n)
+    load = [0.0] * len(order)
+    for t, at in uses.items():
+        if not at:
+            continue
+        first, last = min(at), max(at)
+        for lo, hi in spans:
+            inside = [n for n in at if lo <= n <= hi]
+            if inside and not (first >= lo and last <= hi and min(inside) in fresh[t]):
+                first, last = min(first, lo), max(last, hi)
+        size = b.registers(k.tile(t).dims) * held[t] / 4
+        for n in range(first, last + 1):
+            load[n] += size
+    return OTHER + max(load, default=0.0)
+
+
+def bytes_held(dtype: str) -> int:
+    """Of one point in registers."""
+    return max(4, BYTES[dtype])

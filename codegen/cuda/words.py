@@ -1,0 +1,150 @@
+"""What every emitted CUDA text begins with.  No header: NVRTC, nvcc and the host's model (`host`) know these words."""
+
+HEAD = r'''
+#define INFINITE32 __int_as_float(0x7f800000)
+#define INFINITE64 __longlong_as_double(0x7ff0000000000000LL)
+#define NOT_A_NUMBER32 __int_as_float(0x7fc00000)
+#define NOT_A_NUMBER64 __longlong_as_double(0x7ff8000000000000LL)
+#define INLINE static __device__ __forceinline__
+
+// neighbours in memory, read and written at once
+template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Block { T at[N]; };
+
+// N numbers from memory, as they are; zeros where they do not count
+template <int N, class T> INLINE void fetch(T *to, const void *from, bool live) {
+  constexpr int most = 16 / sizeof(T), few = N < most ? N : most;
+#pragma unroll
+  for (int k = 0; k < N; k += few) {
+    Block<T, few> x = {};
+    if (live) x = ((const Block<T, few> *)from)[k / few];
+#pragma unroll
+    for (int i = 0; i < few; ++i) to[k + i] = x.at[i];
+  }
+}
+
+// N numbers to memory
+template <int N, class T> INLINE void put(void *to, const T *from) {
+  constexpr int most = 16 / sizeof(T), few = N < most ? N : most;
+#pragma unroll
+  for (int k = 0; k < N; k += few) {
+    Block<T, few> x;
+#pragma unroll
+    for (int i = 0; i < few; ++i) x.at[i] = from[k + i];
+    ((Block<T, few> *)to)[k / few] = x;
+  }
+}
+
+// stored formats; of a word the part that is asked for
+INLINE float from_bf16(unsigned bits) { return __uint_as_float(bits << 16); }
+INLINE float from_f16(unsigned bits) {
+#ifdef __CUDA_ARCH__
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((unsigned short)bits));
+  return x;
+#else
+  return host_from_f16(bits);
+#endif
+}
+INLINE float bf16_of(unsigned word, int k) { return __uint_as_float(k ? word & 0xffff0000u : word << 16); }
+INLINE float f16_of(unsigned word, int k) { return from_f16(k ? word >> 16 : word & 0xffffu); }
+INLINE int i8_of(unsigned word, int k) { return (signed char)(word >> 8 * k); }
+INLINE int u8_of(unsigned word, int k) { return (unsigned char)(word >> 8 * k); }
+
+// nearest, ties to even; a NaN stays one
+INLINE unsigned short to_bf16(float x) {
+  unsigned bits = __float_as_uint(x);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+INLINE unsigned short to_f16(float x) {
+#ifdef __CUDA_ARCH__
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+#else
+  return host_to_f16(x);
+#endif
+}
+
+// a NaN stays one
+INLINE float highest(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float x;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return a != a || a > b ? a : b;
+#endif
+}
+INLINE float lowest(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float x;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+#else
+  return a != a || a < b ? a : b;
+#endif
+}
+INLINE double highest(double a, double b) { return a != a || a > b ? a : b; }
+INLINE double lowest(double a, double b) { return a != a || a < b ? a : b; }
+template <class T> INLINE T most(T a, T b) { return a > b ? a : b; }
+template <class T> INLINE T least(T a, T b) { return a < b ? a : b; }
+
+// rounds down; the remainder has the sign of b.  A point that does not count may have a 0 here.
+template <class T> INLINE T mod(T a, T b) { return b == 0 ? 0 : (a % b + b) % b; }
+template <class T> INLINE T floordiv(T a, T b) { return b == 0 ? 0 : (a - mod(a, b)) / b; }
+template <class T> INLINE T sigmoid(T x) { return T(1) / (T(1) + exp(-x)); }
+template <class T> INLINE T xlogx(T x) { return x == T(0) ? T(0) : x * log(x); }
+
+struct Sum { template <class T> static INLINE T of(T a, T b) { return a + b; } };
+struct Prod { template <class T> static INLINE T of(T a, T b) { return a * b; } };
+struct Max {
+  static INLINE float of(float a, float b) { return highest(a, b); }
+  static INLINE double of(double a, double b) { return highest(a, b); }
+  static INLINE long long of(long long a, long long b) { return most(a, b); }
+};
+struct Min {
+  static INLINE float of(float a, float b) { return lowest(a, b); }
+  static INLINE double of(double a, double b) { return lowest(a, b); }
+  static INLINE long long of(long long a, long long b) { return least(a, b); }
+};
+struct And { static INLINE bool of(bool a, bool b) { return a & b; } };
+struct Or { static INLINE bool of(bool a, bool b) { return a | b; } };
+
+template <class T> INLINE T from_lane(T x, int other) { return __shfl_xor_sync(0xffffffffu, x, other); }
+INLINE bool from_lane(bool x, int other) { return __shfl_xor_sync(0xffffffffu, (int)x, other); }
+
+// Joins what threads hold that differ in these bits of their numbers; then they hold the same.  What passes between
+// warps lies in one of two rooms in turn: who still reads the one has not met the others at the next barrier.
+constexpr int AT_ONCE = 4;
+template <class Join, int BITS, int WARPS, class T, int N>
+INLINE void combine(T (&x)[N], char *rooms, int &turn) {
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2)
+    if (BITS & bit) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = Join::of(x[i], from_lane(x[i], bit));
+    }
+  constexpr int across = BITS >> 5;
+  if constexpr (across != 0) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int k = 0; k < N; k += AT_ONCE) {
+      T *room = (T *)(rooms + turn * (AT_ONCE * WARPS * 32 * 8));
+      turn ^= 1;
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        if (k + i < N) room[(i * WARPS + warp) * 32 + lane] = x[k + i];
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        if (k + i < N) {
+          x[k + i] = room[(i * WARPS + (warp & ~across)) * 32 + lane];
+#pragma unroll
+          for (int w = 1; w < WARPS; ++w)
+            if ((w & ~across) == 0)
+              x[k + i] = Join::of(x[k + i], room[(i * WARPS + (warp & ~across | w)) * 32 + lane]);
+        }
+    }
+  }
+}
+'''

@@ -1,0 +1,133 @@
+"""What a kernel for a GPU is launched with: grid, block, shared memory, arguments in order, and what its machine code
+takes for granted of them.  The same for all who write kernels; nothing here knows a driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from memcomp.codegen.elf import parameters
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Const, Expr, Size, children
+from memcomp.ir.ops import OPS
+
+BYTES = {"i32": 4, "i64": 8}  # of an integer argument; a pointer has 8
+MOST = {"i32": 2**31 - 1, "i64": 2**63 - 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument.
+
+    kind: "pointer" (to a tensor's first element), "stride" (in elements), "size" (the extent of a rank), "scratch" (to
+        memory of the launch's own, `Launch.scratch` bytes a block), "null" (a pointer that nothing reads).
+    of: the param or the rank; at: the position of a stride.
+    type: "*bf16" and the like, "i32", "i64".
+    multiple: what the machine code takes for granted: a pointer in bytes, a stride in elements, is a multiple of it.
+    """
+
+    name: str
+    kind: str
+    of: str = ""
+    at: int = 0
+    type: str = "i32"
+    multiple: int = 1
+
+    @property
+    def bytes(self) -> int:
+        return BYTES.get(self.type, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """grid: blocks in x, y and z, over sizes; block: threads; shared: bytes of dynamic shared memory a block; scratch:
+    bytes of global memory for each block, at a multiple of `alignment`."""
+
+    function: str
+    grid: tuple[Expr, ...]
+    block: int
+    shared: int
+    args: tuple[Argument, ...]
+    scratch: int = 0
+    alignment: int = 1
+
+    def blocks(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
+        """The grid in numbers.  Refusal where CUDA has no such grid."""
+        found = [value(e, sizes) for e in self.grid]
+        x, y, z = *found, *(1,) * (3 - len(found))
+        if x > 2**31 - 1 or max(y, z) > 65535:
+            raise Refusal(f"{self.function} takes {x} x {y} x {z} blocks", "CUDA has 2147483647 x 65535 x 65535 at most",
+                          "call it with smaller extents, in parts")
+        return x, y, z
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a call's tensors allow the machine code to take for granted.
+
+    units: by param the position of stride 1, which is no argument, -1 where there is none.
+    loose: arguments that are no multiples of what they usually are; wide: those that need 64 bits.
+    """
+
+    units: tuple[int, ...]
+    loose: frozenset[str] = frozenset()
+    wide: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A kernel's machine code for one layout: the launches in order, and by launch the cubin that has its function."""
+
+    layout: Layout
+    compiler: str
+    launches: tuple[Launch, ...]
+    cubins: tuple[bytes, ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        for launch, cubin in zip(self.launches, self.cubins, strict=True):
+            agree(launch, cubin)
+
+
+def agree(launch: Launch, cubin: bytes) -> None:
+    """Refusal where the machine code takes other arguments or other blocks than the launch gives."""
+    told = parameters(cubin, launch.function)
+    given = tuple(packed(launch.args))
+    if told.places != given:
+        raise Refusal(f"{launch.function} is launched with arguments at {_places(given)}, its machine code takes them "
+                      f"at {_places(told.places)}", ", ".join(f"{a.name}: {a.type}" for a in launch.args))
+    if told.threads and told.threads != launch.block:
+        raise Refusal(f"{launch.function} is launched with {launch.block} threads, its machine code is for "
+                      f"{told.threads}")
+
+
+def packed(args: Sequence[Argument]) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of each argument, as C lays out a struct of them."""
+    at = 0
+    for a in args:
+        at = -(-at // a.bytes) * a.bytes
+        yield at, a.bytes
+        at += a.bytes
+
+
+def loosened(args: Sequence[Argument], layout: Layout) -> tuple[Argument, ...]:
+    """The arguments of the usual layout, as they are in another."""
+    return tuple(replace(a, multiple=1 if a.name in layout.loose else a.multiple,
+                         type="i64" if a.name in layout.wide else a.type) for a in args)
+
+
+def value(e: Expr, sizes: Mapping[str, int]) -> int:
+    """An extent in numbers."""
+    if isinstance(e, Const):
+        return int(e.value)
+    if isinstance(e, Size):
+        return sizes[e.rank]
+    return int(OPS[e.op].numpy(*(value(x, sizes) for x in children(e))))  # type: ignore[union-attr]
+
+
+def unit(strides: Sequence[int]) -> int:
+    """The position with stride 1, the last if there are several, -1 if there is none."""
+    return next((k for k in range(len(strides) - 1, -1, -1) if strides[k] == 1), -1)
+
+
+def _places(places: Sequence[tuple[int, int]]) -> str:
+    return " ".join(f"{at}:{size}" for at, size in places)

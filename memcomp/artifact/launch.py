@@ -1,0 +1,147 @@
+"""Machine code on torch's tensors: on their device and its current stream, checked before every launch.
+
+Nothing here waits for the device or reads a tensor's elements, and what is allocated comes from torch's allocator: a
+call may be captured in a CUDA graph, once one call before has loaded the code.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from memcomp.artifact.driver import Core, Driver, packed
+from memcomp.codegen.launches import MOST, Argument, Form, Launch, Layout, unit
+from memcomp.ir.errors import Refusal
+from memcomp.ir.tile import Kernel, Param
+
+_CORE = Core()
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A form on a device: its launches with their functions, and all arguments, each once."""
+
+    launches: tuple[tuple[Launch, Any], ...]
+    args: tuple[Argument, ...]
+
+
+class Launched:
+    """A callable(*tensors, *sizes) in the order of the program's params and sizes; writes outputs in place.
+
+    Tensors of one GPU, any strides.  Raises TypeError for a wrong number of arguments, and Refusal where a dtype, the
+    GPU or what the machine code takes for granted is not as it must be.
+    """
+
+    def __init__(self, name: str, target: str, capability: int, params: Sequence[Param], sizes: Sequence[str],
+                 form: Callable[[Layout], Form], driver: Driver = _CORE) -> None:
+        self.name, self.target, self.capability, self.params = name, target, capability, tuple(params)
+        self.sizes, self._form, self._driver = tuple(sizes), form, driver
+        self._loaded: dict[tuple[int, Layout], _Loaded] = {}
+        self._known: list[tuple[str, Any]] = []
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def of(kernel: Kernel, compiled: Callable[..., Form], driver: Driver = _CORE) -> Launched:
+        """A kernel that is compiled when it is called, for each layout of its tensors once."""
+        from memcomp.ir.target import target
+
+        return Launched(kernel.name, kernel.isa, target(kernel.isa).capability, kernel.program.params,
+                        kernel.program.sizes, lambda layout: compiled(kernel, layout, kept=True), driver)
+
+    def __call__(self, *given: Any) -> None:
+        tensors, sizes = self._taken(given)
+        device = self._device(tensors.values())
+        units = tuple(map(_unit, tensors.values()))
+        loaded = self._ready(device, Layout(units))
+        values = {a.name: self._value(a, tensors, sizes) for a in loaded.args}
+        loose = frozenset(a.name for a in loaded.args if values[a.name] % a.multiple)
+        wide = frozenset(a.name for a in loaded.args if abs(values[a.name]) > MOST.get(a.type, 2**64))
+        if loose or wide:
+            loaded = self._other(device, Layout(units, loose, wide), loaded, values)
+        with self._driver.stream(device) as stream:
+            for launch, kernel in loaded.launches:
+                grid = launch.blocks(sizes)
+                if not all(grid):
+                    continue
+                if launch.scratch:
+                    scratch = self._scratch(device, grid[0] * grid[1] * grid[2] * launch.scratch)
+                    values["scratch"] = scratch.data_ptr()
+                self._driver.launch(kernel, stream, grid, launch.block, launch.shared,
+                                    [packed(a, values[a.name]) for a in launch.args])
+
+    def _taken(self, given: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, int]]:
+        if len(given) != len(self.params) + len(self.sizes):
+            raise TypeError(f"{self.name} takes {len(self.params)} tensors and {len(self.sizes)} sizes, "
+                            f"got {len(given)} arguments")
+        tensors = {p.name: t for p, t in zip(self.params, given, strict=False)}
+        for name, dtype in self._dtypes():
+            if tensors[name].dtype != dtype:
+                raise Refusal(f"{self.name} takes {name} as {dtype}, not as {tensors[name].dtype}")
+        return tensors, {r: int(n) for r, n in zip(self.sizes, given[len(self.params):], strict=True)}
+
+    def _dtypes(self) -> list[tuple[str, Any]]:
+        if not self._known:
+            from memcomp.binding import DTYPES
+
+            self._known = [(p.name, DTYPES[p.dtype]) for p in self.params]
+        return self._known
+
+    def _device(self, tensors: Iterable[Any]) -> int:
+        devices = {t.device for t in tensors}
+        if len(devices) != 1 or (device := devices.pop()).type != "cuda":
+            raise Refusal(f"{self.name} is a kernel for a GPU and its tensors are not on one", self.target,
+                          "move them to the device, or compile for a target of this machine")
+        return int(device.index)
+
+    def _value(self, a: Argument, tensors: dict[str, Any], sizes: dict[str, int]) -> int:
+        if a.kind == "size":
+            return sizes[a.of]
+        if a.kind == "pointer":
+            return int(tensors[a.of].data_ptr())
+        if a.kind == "stride":  # with one element or none nobody steps
+            return int(tensors[a.of].stride(a.at)) if tensors[a.of].shape[a.at] > 1 else 0
+        return 0
+
+    def _other(self, device: int, layout: Layout, usual: _Loaded, values: dict[str, int]) -> _Loaded:
+        """Of a call whose arguments are not what the usual machine code takes for granted."""
+        odd = ", ".join([f"{a.name} = {values[a.name]} is no multiple of {a.multiple}"
+                         for a in usual.args if a.name in layout.loose] +
+                        [f"{a.name} = {values[a.name]} has more than 32 bits"
+                         for a in usual.args if a.name in layout.wide])
+        if any(a.kind == "size" for a in usual.args if a.name in layout.wide):
+            raise Refusal(f"{self.name} counts in 32 bits", odd)
+        try:
+            return self._ready(device, layout)
+        except Refusal as error:
+            raise Refusal(f"{self.name}: {odd}", str(error)) from error
+
+    def _ready(self, device: int, layout: Layout) -> _Loaded:
+        found = self._loaded.get((device, layout))
+        if found is None:
+            with self._lock:
+                found = self._loaded.get((device, layout)) or self._load(device, layout)
+                self._loaded[device, layout] = found
+        return found
+
+    def _load(self, device: int, layout: Layout) -> _Loaded:
+        there = self._driver.capability(device)
+        if there != self.capability:
+            raise Refusal(f"{self.name} is machine code for compute capability {self.capability / 10} ({self.target}), "
+                          f"device {device} has {there / 10}", hint="compile for a target of that capability")
+        form = self._form(layout)
+        return _Loaded(tuple((x, self._driver.load(device, cubin, x.function, x.shared))
+                             for x, cubin in zip(form.launches, form.cubins, strict=True)),
+                       tuple({a.name: a for x in form.launches for a in x.args}.values()))
+
+    def _scratch(self, device: int, size: int) -> Any:
+        import torch
+
+        return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
+
+
+def _unit(t: Any) -> int:
+    """The position of stride 1: the last where it will do, which with one element there it always does."""
+    strides = t.stride()
+    return len(strides) - 1 if strides and t.shape[-1] <= 1 else unit(strides)
