@@ -31,7 +31,7 @@ BAR = 1.0  # seconds
 STATIONS = {  # what is timed -> the functions, by module and name
     "capture": [("memcomp.capture.find", "find_regions")],
     "rewrites": [("memcomp.pipeline", "rewrite")],
-    "tune": [("memcomp.pipeline", "close_knobs")],
+    "tune": [("memcomp.pipeline", "modelled")],
     "lower": [("memcomp.codegen.lower", "lower")],
     "emit": [("memcomp.codegen.tvm", "emit")],
     "read text": [("memcomp.codegen.tvm.script", "read")],

@@ -56,8 +56,8 @@ class Launch:
         found = [value(e, sizes) for e in self.grid]
         x, y, z = *found, *(1,) * (3 - len(found))
         if x > 2**31 - 1 or max(y, z) > 65535:
-            raise Refusal(f"{self.function} takes {x} x {y} x {z} blocks", "CUDA has 2147483647 x 65535 x 65535 at most",
-                          "call it with smaller extents, in parts")
+            raise Refusal(f"{self.function} takes {x} x {y} x {z} blocks",
+                          "a launch has at most 2147483647 x 65535 x 65535", "call it with smaller extents, in parts")
         return x, y, z
 
 

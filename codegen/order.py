@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from memcomp.ir.expr import Access, Const, Expr, Size, Var, call, children, variables, walk
+from memcomp.ir.expr import Access, Const, Expr, Size, Var, call, children, symbols, variables, walk
 from memcomp.ir.ops import OPS
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.tile import Loop, Param, Statement, Store, TileKernel, TileProgram, When, expressions, statements
@@ -22,6 +22,7 @@ from memcomp.ir.tile import Loop, Param, Statement, Store, TileKernel, TileProgr
 TASK = "task"      # the number of a task
 USUAL = 8192       # extents that are not known
 SAMPLES = 9        # values of a grid variable at which loops are looked at
+SMALL = 8          # a stream of so many times fewer bytes than the largest does not count
 UNEVEN = 1.25      # the longest task, by their mean, from which on it matters
 
 
@@ -44,6 +45,9 @@ def order(tp: TileProgram, k: TileKernel, target: Target) -> Order:
     """The order of a launch's tasks."""
     grid = [v for v, _ in k.grid]
     streams = _streams(tp, k)
+    size = {a: BYTES[_param(tp, a.tensor).dtype] * _points(k, a) for a in streams}
+    most = max(size.values(), default=0)
+    streams = {a: used for a, used in streams.items() if size[a] * SMALL >= most}
     lacking = {v: frozenset(a for a, used in streams.items() if v not in used) for v in grid}
     rising = {v: r for v in grid if (r := _rising(k, v)) is not None}
     apart = tuple(v for v in grid if not lacking[v])
@@ -55,26 +59,26 @@ def order(tp: TileProgram, k: TileKernel, target: Target) -> Order:
         if not panel:
             return Order((*slow, *rest), last=last)
         inner = tuple(v for v in rest if lacking[v])
-        return Order((), panel, _held(tp, set(streams), {*panel}, target), slow, inner, last)
+        return Order((), panel, _held(tp, k, set(streams), {*panel}, target), slow, inner, last)
     shared = [v for v in grid if lacking[v]]
     kinds = list(dict.fromkeys(lacking[v] for v in shared))
     if len(kinds) < 2:
         return Order((*apart, *shared))
-    size = {a: BYTES[_param(tp, a.tensor).dtype] * _points(k, a) for a in streams}
     kinds.sort(key=lambda kind: sum(size[a] for a in kind))
     panel = tuple(v for v in shared if lacking[v] == kinds[0])
     slow = tuple(v for v in shared if lacking[v] != kinds[0])
     # of W tasks at once, a panel values by W/a others: a X + W/a Y bytes are least at a = sqrt(W Y / X)
-    own = sum(n for a, n in size.items() if a not in lacking[panel[0]])
-    others = sum(n for a, n in size.items() if a in lacking[panel[0]])
-    many = round(math.log2(max(1.0, math.sqrt(target.threads * others / max(own, 1)))))
-    return Order(apart, panel, Const(1 << many), slow)
+    own = sum(size[a] for a in streams if a not in lacking[panel[0]])
+    others = sum(size[a] for a in lacking[panel[0]])
+    many = 1 << round(math.log2(max(1.0, math.sqrt(target.threads * others / max(own, 1)))))
+    extents = [e.value if isinstance(e, Const) else math.inf for v, e in k.grid if v in panel]
+    return Order((*apart, *slow, *panel)) if math.prod(extents) <= many else Order(apart, panel, Const(many), slow)
 
 
-def numbered(k: TileKernel, how: Order, task: Expr = Var(TASK)) -> tuple[tuple[str, Expr], ...]:
-    """What task number `task` works on, from 0: assignments in order, of each grid variable and of names that begin
+def numbered(k: TileKernel, how: Order) -> tuple[tuple[str, Expr], ...]:
+    """What task number `TASK` works on, from 0: assignments in order, of each grid variable and of names that begin
     with `TASK` and a point."""
-    extents = dict(k.grid)
+    extents, task = dict(k.grid), Var(TASK)
     out: list[tuple[str, Expr]] = []
 
     def note(stem: str, e: Expr) -> Expr:
@@ -83,8 +87,9 @@ def numbered(k: TileKernel, how: Order, task: Expr = Var(TASK)) -> tuple[tuple[s
         out.append((f"{TASK}.{stem}", e))
         return Var(out[-1][0])
 
-    def digits(rest: Expr, names: tuple[str, ...], whole: bool) -> Expr:
+    def digits(stem: str, rest: Expr, names: tuple[str, ...], whole: bool = True) -> Expr:
         """Assign names by the last digits of rest, and give what is left; whole: nothing is."""
+        rest = note(stem, rest) if len(names) > 1 else rest
         for n in range(len(names) - 1, -1, -1):
             v = names[n]
             place = rest if whole and n == 0 else call("mod", rest, extents[v])
@@ -96,24 +101,24 @@ def numbered(k: TileKernel, how: Order, task: Expr = Var(TASK)) -> tuple[tuple[s
         return rest
 
     if not how.panel:
-        digits(task, how.outer, True)
+        digits("", task, how.outer)
         return tuple(out)
     assert how.size is not None
     panels, slow = (note(stem, _product([extents[v] for v in names]))
                     for stem, names in (("panel", how.panel), ("slow", how.slow)))
     size = note("size", call("min", panels, how.size))
-    rest = digits(task, how.inner, False)
+    rest = digits("", task, how.inner, whole=False)
     if how.outer:
         whole = note("whole", call("mul", panels, slow))
         inside = note("inside", call("mod", rest, whole))
-        digits(note("outside", call("floordiv", rest, whole)), how.outer, True)
+        digits("outside", call("floordiv", rest, whole), how.outer)
         rest = inside
     each = note("each", call("mul", size, slow))
     first = note("first", call("mul", call("floordiv", rest, each), size))
     count = note("count", call("min", call("sub", panels, first), size))
     within = note("within", call("mod", rest, each))
-    digits(note("at", call("add", first, call("mod", within, count))), how.panel, True)
-    digits(note("turn", call("floordiv", within, count)), how.slow, True)
+    digits("at", call("add", first, call("mod", within, count)), how.panel)
+    digits("turn", call("floordiv", within, count), how.slow)
     return tuple(out)
 
 
@@ -160,21 +165,23 @@ def _streams(tp: TileProgram, k: TileKernel) -> dict[Access, frozenset[str]]:
     return found
 
 
-def _held(tp: TileProgram, streams: set[Access], apart: set[str], target: Target) -> Expr:
-    """How many values of the variables `apart` stream no more than half of the second level cache."""
+def _held(tp: TileProgram, k: TileKernel, streams: set[Access], apart: set[str], target: Target) -> Expr:
+    """How many values of the variables `apart` stream no more than half of the second level cache, by the extents that
+    the kernel is told."""
+    told = _sizes(k)
     share = target.level("l2").bytes // 2 // max(1, len({a.tensor for a in streams}))
     sizes: list[Expr] = []
     for a in streams:
         p = _param(tp, a.tensor)
         each: Expr = Const(share // BYTES[p.dtype])
         for index, extent in zip(a.index, p.shape, strict=True):
-            if not variables(index) & apart:
+            if not variables(index) & apart and symbols(extent) <= told:
                 each = call("floordiv", each, extent if isinstance(extent, Const) else call("max", extent, 1))
-        sizes.append(each)
+        sizes.append(_folded(each))
     out, *rest = sorted(set(sizes), key=str)
     for e in rest:
         out = call("min", out, e)
-    return call("max", _folded(out), 1)
+    return call("max", out, 1)
 
 
 def _folded(e: Expr) -> Expr:
@@ -191,11 +198,15 @@ def _folded(e: Expr) -> Expr:
     return out
 
 
+def _sizes(k: TileKernel) -> set[str]:
+    """The extents that a kernel's expressions name."""
+    found = [e for _, e in k.grid] + [e for s in statements(k.body) for e in expressions(s)]
+    return {r for e in found for r in symbols(e)}
+
+
 def _rising(k: TileKernel, v: str) -> bool | None:
     """Do tasks of later values of a grid variable take more steps?  None: as many, or it is not known."""
-    sizes = {e.rank for _, x in k.grid for e in walk(x) if isinstance(e, Size)}
-    sizes |= {e.rank for s in statements(k.body) for x in expressions(s) for e in walk(x) if isinstance(e, Size)}
-    known = dict.fromkeys(sizes, USUAL)
+    known = dict.fromkeys(_sizes(k), USUAL)
     at = dict.fromkeys((name for name, _ in k.grid), 0)
     extent = int(value(dict(k.grid)[v], known, at))
     values = sorted({n * (extent - 1) // (SAMPLES - 1) for n in range(SAMPLES)})

@@ -2,8 +2,8 @@
 
 `wgmma` is asynchronous: its issue (`HGMMA`) and the wait for it (`WARPGROUP.DEPBAR.LE gsb0, n`: at most n groups are
 still in flight) are two instructions, and only what stands between them costs no time of the tensor cores.  The
-assembler moves a wait above arithmetic that does not read what it waits for, but not over the edge of a basic block.  So
-what the text says is no proof; this reads the proof off the machine code, which `Binary.sass` gives as text.
+assembler moves a wait above arithmetic that does not read what it waits for, but not over the edge of a basic block.
+So what the text says is no proof; this reads the proof off the machine code, which `Binary.sass` gives as text.
 """
 
 from __future__ import annotations

@@ -72,11 +72,14 @@ class _Run:
         of a rank may have, are the ends of the type, as in kernels; a result that has them is an error."""
         if t.dtype in INTEGER:
             info = np.iinfo(INTEGER[t.dtype])
-            ends = np.isinf(x) & (t.role == "temp") if x.dtype.kind == "f" else False
-            y = np.where(ends, np.where(x > 0, info.max, info.min), np.where(ends, 0, x).astype(np.int64))
-            if x.dtype.kind == "f" and (bad := (x != y) & ~ends).any():
-                raise InputError(f"{t.name!r} holds integers ({t.dtype}), and was given {x[bad].flat[0]}",
-                                 hint="convert with int(x)")
+            with np.errstate(invalid="ignore"):  # what is no integer is found below
+                y = x.astype(np.int64)
+            if x.dtype.kind == "f" and not np.array_equal(x, y):
+                ends = np.isinf(x) & (t.role == "temp")
+                y = np.where(ends, np.where(x > 0, info.max, info.min), y)
+                if (bad := (x != y) & ~ends).any():
+                    raise InputError(f"{t.name!r} holds integers ({t.dtype}), and was given {x[bad].flat[0]}",
+                                     hint="convert with int(x)")
             if y.size and not (info.min <= y.min() and y.max() <= info.max):
                 raise InputError(f"a value of {t.name!r} does not fit {t.dtype}", f"{y.min()} .. {y.max()}")
             return y

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from memcomp.dtypes import DTYPES
 from memcomp.ir.errors import Refusal
 from memcomp.ir.program import Program
 from memcomp.ir.tile import TileProgram
@@ -16,12 +17,6 @@ from memcomp.runtime import Entry, Extents, Prepare, Recompute
 from memcomp.sizes import extent, input_shapes, sources, spell
 
 Fresh: TypeAlias = tuple[Sequence[str], torch.dtype, tuple[int, ...]]  # extents, dtype, order of a tensor
-
-DTYPES = {
-    "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
-    "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "i64": torch.int64, "i32": torch.int32,
-    "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool,
-}
 
 
 def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[..., Any],

@@ -10,7 +10,7 @@ from typing import Any
 from memcomp.ir.errors import OptionError, nearest
 
 RESTS = ("inductor", "eager")
-TUNES = ("off",)
+TUNES = ("cached", "off")
 CHAINS = ("gain", "all")
 CACHES = ("on", "read", "off")
 
@@ -24,7 +24,8 @@ class Config:
     rest:         who runs what memcomp does not: "inductor" or "eager".
     rest_options: handed to Inductor as its config patches.
     strict:       an own failure or a refused region is an error instead of a fallback with a warning.
-    tune:         "off" closes knobs by the cost model.
+    tune:         "cached" takes what was measured on this machine, where the cache knows it, else what the cost model
+                  says; "off" asks the model alone.
     chains:       reductions without a product: "gain" takes those whose result is small and needs fewer passes than it
                   was written with; "all" also those that write as much as they read, as torch's own kernels do.
     interpret:    kernels for a GPU are run by their language's interpreter, on the CPU: slow, to check them.
@@ -38,7 +39,7 @@ class Config:
     rest: str = "inductor"
     rest_options: tuple[tuple[str, Any], ...] = ()
     strict: bool = False
-    tune: str = "off"
+    tune: str = "cached"
     chains: str = "gain"
     interpret: bool = False
     cache: str = "on"

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from memcomp.ir.cascade import Einsum
 from memcomp.ir.errors import InputError
 from memcomp.ir.expr import Call, Expr, depth
 from memcomp.ir.program import Program
+
+if TYPE_CHECKING:
+    from memcomp.config import Config
 
 EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "e4m3": 2.0**-3, "e5m2": 2.0**-2}
 Array = npt.NDArray[np.float64]
@@ -160,13 +163,18 @@ def check(fn: Callable[..., Any], *example_inputs: Any, **options: Any) -> Repor
 
     fn: a function, or an nn.Module (its float64 twin is a copy).  Every run gets its own copy of the inputs.  Errors
     are relative to the RMS of each output; the bound is twice eager torch's own error.  Integer outputs must be equal.
+    All runs are on the device that the kernels are for; a module whose parameters are elsewhere is copied there.
     options: as for `compile`.  Raises OptionError for a wrong option, InputError where `fn` returns no tensors.
     """
     import torch
 
     from memcomp.backend import compile, uncompiled
+    from memcomp.config import config
 
-    fn = uncompiled(fn)
+    fn, place = uncompiled(fn), _place(config(options))
+    if isinstance(fn, torch.nn.Module) and any(t.device.type != place for t in (*fn.parameters(), *fn.buffers())):
+        fn = copy.deepcopy(fn).to(place)
+    example_inputs = tuple(_moved(example_inputs, place))
     compiled = compile(fn, **options)
     with torch.no_grad():
         actual = _leaves(compiled(*_copied(example_inputs)))
@@ -188,7 +196,8 @@ def check_program(program: Program, **options: Any) -> Report:
     """
     import torch
 
-    from memcomp.binding import DTYPES, make_entry
+    from memcomp.binding import make_entry
+    from memcomp.dtypes import DTYPES
     from memcomp.config import config
     from memcomp.ir.interpret import interpret
     from memcomp.pipeline import compile_program, fixed, shape_sizes
@@ -197,7 +206,8 @@ def check_program(program: Program, **options: Any) -> Report:
 
     known = {**fixed(program), **shape_sizes(program, program, {})}
     _fits(program, known)
-    compiled = compile_program(program, config=config(options), sizes=known)
+    settings = config(options)
+    compiled, place = compile_program(program, config=settings, sizes=known), _place(settings)
     random = torch.Generator().manual_seed(0)
     tensors = []
     for t, shape in zip(program.cascade.inputs(), input_shapes(program.cascade), strict=True):
@@ -208,8 +218,8 @@ def check_program(program: Program, **options: Any) -> Report:
             high = 2 if t.dtype == "bool" else max(1, min(known.values(), default=1))
             tensors.append(torch.randint(0, high, extents, generator=random).to(dtype))
     symbols = [r.name for r in program.cascade.ranks if r.extent is None]
-    entry = make_entry(program.digest, program, compiled.tiles, compiled.entry, (), symbols, None)
-    outs = run(entry, tensors, [known[s] for s in symbols])
+    entry = make_entry(program.digest, program, compiled.tiles, compiled.entry, (), symbols, None, place)
+    outs = run(entry, _moved(tensors, place), [known[s] for s in symbols])
     arrays = {t.name: x.double().numpy() if t.dtype in EPSILON else x.numpy()
               for t, x in zip(program.cascade.inputs(), tensors, strict=True)}
     exact, scale = interpret(program, arrays, known), absolute_terms(program, arrays, known)
@@ -217,7 +227,7 @@ def check_program(program: Program, **options: Any) -> Report:
     for t, out in zip(program.cascade.outputs(), outs, strict=True):
         bound = tolerance([i.dtype for i in program.cascade.inputs()], t.dtype, elements=out.numel(), length=length,
                           torch_error=None)
-        rows.append(Row(t.name, measure(out.double().numpy(), exact[t.name], scale[t.name]), bound))
+        rows.append(Row(t.name, measure(out.cpu().double().numpy(), exact[t.name], scale[t.name]), bound))
     return Report(tuple(rows))
 
 
@@ -241,7 +251,7 @@ def _roundings(program: Program, known: Mapping[str, int]) -> int:
 
 
 def _row(name: str, actual: Any, eager: Any, exact: Any) -> Row:
-    from memcomp.binding import DTYPES
+    from memcomp.dtypes import DTYPES
 
     dtype = next(n for n, d in DTYPES.items() if d == actual.dtype)
     got, own, want = (t.detach().cpu().double().numpy() for t in (actual, eager, exact))
@@ -251,6 +261,20 @@ def _row(name: str, actual: Any, eager: Any, exact: Any) -> Row:
     own_error = measure(own, want)
     return Row(name, measure(got, want),
                tolerance([dtype], dtype, elements=want.size, length=None, torch_error=own_error))
+
+
+def _place(settings: Config) -> str:
+    """Where the tensors are that a check runs on."""
+    from memcomp.pipeline import device_of
+
+    return "cpu" if settings.interpret else device_of(settings)
+
+
+def _moved(values: Any, place: str) -> Any:
+    import torch
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda x: x.to(place) if isinstance(x, torch.Tensor) and x.device.type != place else x, values)
 
 
 def _leaves(value: Any) -> list[Any]:

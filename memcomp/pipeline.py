@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -16,18 +18,20 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from memcomp.cache import CacheWarning, Choice, Layers, environment, layers, present
 from memcomp.choice import TIE, alternatives, seconds
 from memcomp.config import Config
 from memcomp.ir.cascade import extent_of
 from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
-from memcomp.ir.program import Program
+from memcomp.ir.program import Program, close
 from memcomp.ir.register import definitions
 from memcomp.ir.tile import Kernel, TileProgram
 from memcomp.ir.verify import verify
 from memcomp.passes import PIPELINE
 from memcomp.recheck import recheck
 from memcomp.sizes import evaluate, input_shapes, solve, sources
-from memcomp.tune import close_knobs
+from memcomp.space import Space, buckets, problem
+from memcomp.tune import modelled
 
 STATIONS = ("capture", *PIPELINE, "tune", "lower", "emit")
 CANONICAL = PIPELINE.index("canonicalize") + 1  # the form in which the user's passes are counted
@@ -45,6 +49,7 @@ class Compiled:
     digest:  of the generalised program: everything after it depends on nothing else but target and options.
     before:  the canonical program; its passes are what the user's form costs.
     program: closed and mapped.
+    problem, choice: what the tuning cache calls the program, and the way that was taken.
     """
 
     digest: str
@@ -53,11 +58,14 @@ class Compiled:
     tiles: TileProgram
     kernel: Kernel
     entry: Callable[..., Any]
+    problem: Mapping[str, Any]
+    choice: Choice
 
 
 _LOCK = threading.RLock()
-_READ: dict[tuple[Program, tuple[str, ...], str, str, bool], Compiled] = {}  # equal layers take the first exit
-_BUILT: dict[tuple[str, tuple[str, ...], str, str, str, bool], Compiled] = {}
+_Near: TypeAlias = tuple[tuple[str, int], ...]  # sizes, where what was measured may differ with them
+_READ: dict[tuple[Program, tuple[str, ...], Config, _Near], Compiled] = {}  # equal layers take the first exit
+_BUILT: dict[tuple[str, tuple[str, ...], Config, _Near], Compiled] = {}
 
 
 def observers(config: Config, observe: Observer | None = None) -> Observer:
@@ -161,6 +169,16 @@ def backends() -> list[str]:
     return sorted(m.name for m in iter_modules(memcomp.codegen.__path__) if m.ispkg)
 
 
+def backends_for(device: str) -> list[str]:
+    """Those whose kernels take tensors on `device` ("cpu", "cuda"), as far as what they need is installed."""
+    found = []
+    for name in backends():
+        with suppress(ModuleNotFoundError):
+            if _codegen(name).DEVICE == device:
+                found.append(name)
+    return found
+
+
 def _codegen(name: str) -> Any:
     if name not in backends():
         raise OptionError(f"unknown backend {name!r}", hint=nearest(name, backends()))
@@ -174,9 +192,10 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
     sizes: extents that candidates are ranked with, by rank name of `read`; others come from `read`, from a bound, or
     are `EXAMPLE_EXTENT`.  Raises Refusal where a station cannot go on.
     """
-    backend = backend_of(config)
     read = replace(read, target=config.target)
-    same = (replace(read, name=""), definitions(read), backend, config.tune, config.interpret)
+    deciding = Config(target=config.target, backend=config.backend, tune=config.tune, interpret=config.interpret)
+    stores = _stores(config)
+    same = (replace(read, name=""), definitions(read), deciding, buckets(read, sizes or {}) if stores else ())
     with _LOCK:
         if same in _READ and observe is None:
             return _READ[same]
@@ -185,17 +204,24 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
         see("capture", read)
         before = rewrite(read, observe=see, names=PIPELINE[:CANONICAL])
         general = rewrite(before, observe=see, names=PIPELINE[CANONICAL:GENERAL])
-        # a digest does not know names, and sizes that no shape shows are passed by name
-        shown = sources(input_shapes(general.cascade))
-        named = tuple(r.name for r in general.cascade.ranks if r.extent is None and r.name not in shown)
-        key = (general.digest, named, config.target, backend, config.tune, config.interpret)
+        named = _named(general)
+        extents = shape_sizes(read, general, sizes or {})
+        key = (general.digest, named, deciding, buckets(general, extents) if stores else ())
         if key not in _BUILT or observe is not None:
-            closed = closed_form(general, PIPELINE[GENERAL:], read, sizes or {}, config, see)
-            tiles, kernel = emit(closed, config=config, observe=see)
+            made = closed_form(general, PIPELINE[GENERAL:], read, sizes or {}, config, see, named)
+            chosen = replace(config, backend=made.choice.backend or config.backend)
+            tiles, kernel = emit(made.program, config=chosen, observe=see)
             if key not in _BUILT:
-                recheck(general, closed)
-                _BUILT[key] = Compiled(general.digest, before, closed, tiles, kernel, build(kernel, config))
+                recheck(general, made.program)
+                _BUILT[key] = Compiled(general.digest, before, made.program, tiles, kernel, build(kernel, chosen),
+                                       problem(general, named, extents, config.backend, made.space), made.choice)
         return _READ.setdefault(same, _BUILT[key])
+
+
+def _named(general: Program) -> tuple[str, ...]:
+    """Ranks whose size no shape shows: a digest does not know names, and these are passed by name."""
+    shown = sources(input_shapes(general.cascade))
+    return tuple(r.name for r in general.cascade.ranks if r.extent is None and r.name not in shown)
 
 
 def gains(read: Program) -> tuple[bool, tuple[str, ...]]:
@@ -231,19 +257,36 @@ def map_program(read: Program, *, config: Config, sizes: Mapping[str, int] | Non
     see = observers(config)
     verify(read)
     see("capture", read)
-    return closed_form(read, () if read.mapping.groups else PIPELINE, read, sizes or {}, config, see)
+    if read.mapping.groups:
+        return closed_form(read, (), read, sizes or {}, config, see).program
+    general = rewrite(read, observe=see, names=PIPELINE[:GENERAL])
+    return closed_form(general, PIPELINE[GENERAL:], read, sizes or {}, config, see, _named(general)).program
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A program with its knobs closed, and which member of which space that is."""
+
+    program: Program
+    choice: Choice
+    space: Space
 
 
 def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: Mapping[str, int], config: Config,
-                observe: Observer) -> Program:
-    """`program` after the rewrites of `names`, with its knobs closed.
+                observe: Observer, named: tuple[str, ...] = ()) -> Closed:
+    """`program` after the rewrites of `names`, with its knobs closed: as was measured to be best, where the cache knows
+    it, else by the cost model.
 
-    Where the algebra has other forms that may be faster (`memcomp.choice`) they are made too, and the cost model
-    chooses; the last proof says so.  sizes: as for `compile_program`, of `read`.
+    Where the algebra has other forms that may be faster (`memcomp.choice`) they are made too; the last proof says which
+    was taken, and why.  sizes: as for `compile_program`, of `read`; named: ranks whose size no shape shows.
     """
-    def form(options: Mapping[str, Any], seen: list[tuple[str, object]]) -> tuple[Program, list[tuple[str, object]]]:
+    strain = _strain(config)
+
+    def form(options: Mapping[str, Any], seen: list[tuple[str, object]]) -> _Form:
         mapped = rewrite(program, observe=lambda *x: seen.append(x), names=names, options={"reduce_passes": options})
-        return close_knobs(mapped, shape_sizes(read, mapped, sizes), tune=config.tune, strain=_strain(config)), seen
+        extents = shape_sizes(read, mapped, sizes)
+        values = modelled(mapped, extents, strain)
+        return _Form(mapped, values, close(mapped, values), seen, extents)
 
     begun: list[tuple[str, object]] = []
     try:
@@ -252,32 +295,80 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
         for station, value in begun:  # how far it came
             observe(station, value)
         raise
-    words, others = alternatives(first[0], shape_sizes(read, first[0], sizes)) if "reduce_passes" in names else ("", {})
+    words, others = alternatives(first.closed, first.extents) if "reduce_passes" in names else ("", {})
     forms = {words: first}
     for what, options in others.items():
         try:
             forms[what] = form(options, [])
         except Refusal:  # the first one serves
             continue
+    space = Space({what: f.mapped for what, f in forms.items()})
+    made = _measured(program, named, shape_sizes(read, program, sizes), space, config) if names else None
+    if made is None:
+        made = _modelled(forms, words, space, strain or _lowers)
+    for station, value in (*forms[made.choice.form].seen, ("tune", made.program)):
+        observe(station, value)
+    return made
+
+
+def _stores(config: Config) -> Layers | None:
+    """Where results of tuning lie that hold for this machine; None where none may be asked for or there are none."""
+    if config.tune == "off" or config.interpret or (stores := layers(config.cache_dir, config.cache)).empty:
+        return None
+    return stores if present(device_of(config)) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """One form: with open knobs, the cost model's values for them, and what the stations made on the way."""
+
+    mapped: Program
+    values: dict[str, int]
+    closed: Program
+    seen: list[tuple[str, object]]
+    extents: dict[str, int]
+
+
+def _modelled(forms: Mapping[str, _Form], words: str, space: Space, strain: Callable[[Program], float]) -> Closed:
+    """The cost model's choice; of forms between which it sees no difference the first that the machine can run."""
     spent = {words: 0.0}
-    if others:  # what has no rival needs no figure
-        spent = {what: seconds(p, shape_sizes(read, p, sizes)) for what, (p, _) in forms.items()}
-    strain = _strain(config) or _lowers
+    if len(forms) > 1:  # what has no rival needs no figure
+        spent = {what: seconds(f.closed, f.extents) for what, f in forms.items()}
 
     @cache
     def able(what: str) -> bool:
-        return what == words or strain(forms[what][0]) < math.inf
+        return what == words or strain(forms[what].closed) < math.inf
 
     least = next(spent[what] for what in sorted(forms, key=spent.__getitem__) if able(what))
     chosen = next(what for what in forms if spent[what] <= (1 + TIE) * least and able(what))  # the plainest comes first
-    closed, seen = forms[chosen]
-    if others:
+    f = forms[chosen]
+    closed = f.closed
+    if len(forms) > 1:
         told = ", not ".join(f"{what}, {spent[what]:.3g} s" for what in (chosen, *(x for x in forms if x != chosen)))
-        at = ", ".join(f"{r}={n}" for r, n in shape_sizes(read, closed, sizes).items())
+        at = ", ".join(f"{r}={n}" for r, n in f.extents.items())
         closed = replace(closed, proofs=(*closed.proofs, f"by cost{' at ' * bool(at)}{at}: {told}"))
-    for station, value in (*seen, ("tune", closed)):
-        observe(station, value)
-    return closed
+    return Closed(closed, space.choice(chosen, f.values), space)
+
+
+def _measured(general: Program, named: tuple[str, ...], extents: Mapping[str, int], space: Space,
+              config: Config) -> Closed | None:
+    """What was measured to be best on this machine; None where nothing was, or nothing may be asked."""
+    stores = _stores(config)
+    if stores is None:
+        return None
+    asked = problem(general, named, extents, config.backend, space)
+    entry = stores.get(asked, environment(device_of(config)))
+    if entry is None:
+        return None
+    try:
+        closed = space.closed(entry.choice)
+        if device_of(replace(config, backend=entry.choice.backend or config.backend)) != device_of(config):
+            raise OptionError(f"the backend {entry.choice.backend} is for another device")
+    except OptionError as error:
+        warnings.warn(f"memcomp: the cache's entry {entry.key} is not used: {error}", CacheWarning, stacklevel=2)
+        return None
+    said = f"by measurement: {entry.measured.median:.3g} s, the next best {entry.measured.runner_up:.3g} s"
+    return Closed(replace(closed, proofs=(*closed.proofs, said)), entry.choice, space)
 
 
 def _strain(config: Config) -> Callable[[Program], float] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from memcomp.binding import DTYPES
+from memcomp.dtypes import DTYPES
 from memcomp.capture.lookups import Lookup, lookups
 from memcomp.capture.reader import meta
 from memcomp.capture.writes import memory, mutates, written

@@ -4,45 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from itertools import product
 
-from memcomp.ir.cascade import Knob, Rank
-from memcomp.ir.errors import OptionError, Refusal
-from memcomp.ir.expr import Const, Expr
-from memcomp.ir.program import Group, Program, knobs
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Const
+from memcomp.ir.program import Program, close, knobs
 
 CANDIDATES = 256
 
 
-def assign(program: Program, values: Mapping[str, int]) -> Program:
-    """The program with the knobs named in `values` closed; the others stay open.
-
-    Raises OptionError for a value that is not among a knob's choices.
-    """
-    known = {k.name: k for k in knobs(program)}
-    for name, value in values.items():
-        if name in known and value not in known[name].choices:
-            raise OptionError(f"knob {name} has no choice {value}",
-                              hint=f"choices: {', '.join(map(str, known[name].choices))}")
-
-    def close(size: Expr | Knob | None) -> Expr | Knob | None:
-        return Const(values[size.name]) if isinstance(size, Knob) and size.name in values else size
-
-    def rank(r: Rank) -> Rank:
-        return replace(r, extent=close(r.extent))
-
-    def group(g: Group) -> Group:
-        return replace(g, partition=tuple((n, close(s)) for n, s in g.partition))  # type: ignore[misc]
-
-    cascade = replace(program.cascade, ranks=tuple(map(rank, program.cascade.ranks)))
-    return replace(program, cascade=cascade,
-                   mapping=replace(program.mapping, groups=tuple(map(group, program.mapping.groups))))
+def close_knobs(program: Program, sizes: Mapping[str, int]) -> Program:
+    """Close every knob as `modelled` says."""
+    return close(program, modelled(program, sizes))
 
 
-def close_knobs(program: Program, sizes: Mapping[str, int], *, tune: str = "off",
-                strain: Callable[[Program], float] | None = None) -> Program:
-    """Close every knob; "off" takes the candidate that the cost model says is fastest.
+def modelled(program: Program, sizes: Mapping[str, int],
+             strain: Callable[[Program], float] | None = None) -> dict[str, int]:
+    """A value for every open knob: of the candidate that the cost model says is fastest.
 
     strain: 0 for what fits the machine, more for what fits it badly, infinity for what does not: the fastest candidate
     of the least strain wins.
@@ -57,32 +35,33 @@ def close_knobs(program: Program, sizes: Mapping[str, int], *, tune: str = "off"
 
     open_knobs = knobs(program)
     if not open_knobs:
-        return program
+        return {}
     count = math.prod(len(k.choices) for k in open_knobs)
     if count == 0 or count > CANDIDATES:
         raise Refusal(f"{count} candidates for the knobs of {program.name}",
                       hint=f"between 1 and {CANDIDATES} are searched")
-    if tune != "off":
-        raise OptionError(f"tune={tune!r} is not known", hint="known: off")
     machine = target(program.target)
 
+    def named(choice: tuple[int, ...]) -> dict[str, int]:
+        return dict(zip((k.name for k in open_knobs), choice, strict=True))
+
     def rating(choice: tuple[int, ...]) -> tuple[float, float, float, float, int]:
-        closed = assign(program, dict(zip((k.name for k in open_knobs), choice, strict=True)))
+        closed = close(program, named(choice))
         off_middle = sum(abs(k.choices.index(c) - len(k.choices) // 2) for k, c in zip(open_knobs, choice, strict=True))
         spent = cost(closed, dict(sizes), machine)
         return spent.seconds, spent.traffic, spent.again, _idle(closed, sizes), off_middle
 
     candidates = product(*(k.choices for k in open_knobs))
     ranked = [min(candidates, key=rating)] if strain is None else sorted(candidates, key=rating)
-    best, least = program, math.inf
-    for choice in ranked:
-        closed = assign(program, dict(zip((k.name for k in open_knobs), choice, strict=True)))
-        found = strain(closed) if strain is not None else 0.0
-        if best is program or found < least:
-            best, least = closed, found
-        if not least:
-            break
-    return best
+    best, least = ranked[0], math.inf
+    if strain is not None:
+        for choice in ranked:
+            found = strain(close(program, named(choice)))
+            if found < least:
+                best, least = choice, found
+            if not least:
+                break
+    return named(best)
 
 
 def _idle(program: Program, sizes: Mapping[str, int]) -> float:

@@ -9,6 +9,7 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["MEMCOMP_CACHE"] = "off"  # what was tuned on this machine decides no test
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # OpenMP pools spin: more threads than cores cost 3x
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 

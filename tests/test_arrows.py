@@ -11,11 +11,11 @@ ROOMS = {"ir": {"ir"}, "passes": {"ir", "passes"}, "codegen": {"ir", "codegen"},
 FOREIGN = {  # third-party package -> folders (or files) that may import it, besides memcomp/ itself where it says so
     "torch": ("memcomp", "models"),
     "transformers": ("memcomp",),
-    "triton": ("codegen/triton", "memcomp/artifact"),
+    "triton": ("codegen/triton", "models/bench/_flash", "memcomp/artifact"),
     "cuda": ("codegen/cuda", "memcomp/artifact"),
     "tvm": ("codegen/tvm", "memcomp/artifact", "memcomp/capture/relax"),
     "tvm_ffi": ("codegen/tvm", "memcomp/artifact", "memcomp/capture/relax"),
-    "numpy": ("ir", "codegen/python", "passes/kv", "memcomp"),
+    "numpy": ("ir", "codegen/python", "codegen/gluon/model", "passes/kv", "memcomp"),
 }
 
 

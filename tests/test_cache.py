@@ -29,7 +29,7 @@ HERE = {"device": {"kind": "cpu", "cores": 2}, "code": "c0de", "versions": {}}
 names = st.text("abcdefgh", min_size=1, max_size=4)
 numbers = st.integers(-2**53, 2**53)
 choices = st.builds(Choice, st.sampled_from(["", "one share", "2 shares"]), st.dictionaries(names, numbers, max_size=3),
-                    st.dictionaries(names, numbers, max_size=2))
+                    st.sampled_from(["", "gluon"]))
 seconds = st.floats(1e-9, 1e3)
 
 
@@ -102,12 +102,11 @@ def test_the_nearest_layer_answers_and_the_writable_one_is_written(tmp_path: Pat
 
 
 def test_the_environment_is_of_plain_values_and_stays_the_same() -> None:
-    a = environment("tvm", "cpu")
-    assert json.loads(json.dumps(a)) == a == environment("tvm", "cpu")
-    code = "from memcomp.cache import environment; import json; print(json.dumps(environment('tvm', 'cpu')))"
+    a = environment("cpu")
+    assert json.loads(json.dumps(a)) == a == environment("cpu")
+    code = "from memcomp.cache import environment; import json; print(json.dumps(environment('cpu')))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(told.stdout) == a
-    assert a != environment("triton", "cpu")
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

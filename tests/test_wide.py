@@ -19,7 +19,7 @@ from memcomp.models.families.attention import causal, with_lse
 from memcomp.passes.fuse import fuse
 from memcomp.passes.partition import partition, tiles_of
 from memcomp.passes.reduce_passes import reduce_passes
-from memcomp.tune import close_knobs
+from memcomp.tune import close_knobs, modelled
 from tests.mapped import same
 
 ATTENTION = """
@@ -112,8 +112,8 @@ def test_short_rows_have_no_choice() -> None:
 @pytest.mark.parametrize("f0", [1024, 4096])
 def test_kernels_of_either_way(f0: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, launched once, right; and explain says what it costs."""
-    monkeypatch.setattr("memcomp.pipeline.close_knobs", lambda program, sizes, *, tune="off", strain=None: close_knobs(
-        close(program, {"f0": f0}), sizes, tune=tune))
+    monkeypatch.setattr("memcomp.pipeline.modelled", lambda program, sizes, strain=None: {
+        "f0": f0, **modelled(close(program, {"f0": f0}), sizes)})
     for kept in ("_READ", "_BUILT"):  # what another size was chosen for
         monkeypatch.setattr(f"memcomp.pipeline.{kept}", {})
     q, k = torch.randn(2, 1, 1, 40, 16)

@@ -159,17 +159,20 @@ class Memory:
                 w.line(f"{w.place(s.tile, at)} = {got};")
             return
         vector = w.block.dims[dim].vector
-        with w.points(t.dims, dim) as at:
+        with w.points(t.dims, dim, names=dim is not None) as at:
             tests = w.live(tuple(d for d in t.dims if d in variables(s.source)), at)
-            live, start = " && ".join(tests) or "true", w.flat(s.tile, at)
+            live, start = f", {' && '.join(tests)}" if tests else "", w.flat(s.tile, at)
             address = self.address(s.source, at)
             if s.tile in w.packed:
                 words = 4 // BYTES[dtype]
-                w.line(f"fetch<{vector // words}>({w.scope.names[s.tile]} + {_over(start, words)}, {address}, {live});")
+                w.line(f"fetch<{vector // words}>({w.scope.names[s.tile]} + {_over(start, words)}, {address}{live});")
                 return
-            raw = w.scope.names.fresh("raw")
+            if STORED[dtype] == CTYPES[w.scope.tiles[s.tile]]:
+                w.line(f"fetch<{vector}>({w.scope.names[s.tile]} + {start}, {address}{live});")
+                return
+            raw = w.scope.names["raw"]
             w.line(f"{STORED[dtype]} {raw}[{vector}];")
-            w.line(f"fetch<{vector}>({raw}, {address}, {live});")
+            w.line(f"fetch<{vector}>({raw}, {address}{live});")
             w.unrolled("i", vector, f"{w.scope.names[s.tile]}[{start} + i] = "
                                     f"{w.converted(self.number(f'{raw}[i]', dtype), s.source, s.tile)};")
 
@@ -184,7 +187,7 @@ class Memory:
         if dim is not None and s.mask is not None and dim in variables(s.mask):
             dim = None
         others = ((32 * w.block.warps) - 1) & ~w.block.mask(t.dims)
-        with w.points(t.dims, dim) as at:
+        with w.points(t.dims, dim, names=dim is not None) as at:
             tests = [f"({w.thread} & {others}) == 0"] * bool(others)
             tests += w.live(t.dims, at)
             if s.mask is not None:
@@ -195,7 +198,7 @@ class Memory:
                 w.line(f"{test}*({address}) = {self.stored(w.scope.held(s.tile, at), s.tile, dtype)};")
             else:
                 vector = w.block.dims[dim].vector
-                raw = w.scope.names.fresh("raw")
+                raw = w.scope.names["raw"]
                 w.line(f"{STORED[dtype]} {raw}[{vector}];")
                 inner = {**at, dim: f"({at[dim]} + i)" if at[dim] != "0" else "i"}
                 value = self.stored(w.scope.held(s.tile, inner), s.tile, dtype)

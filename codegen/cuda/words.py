@@ -5,18 +5,43 @@ HEAD = r'''
 #define INFINITE64 __longlong_as_double(0x7ff0000000000000LL)
 #define NOT_A_NUMBER32 __int_as_float(0x7fc00000)
 #define NOT_A_NUMBER64 __longlong_as_double(0x7ff8000000000000LL)
-#define INLINE static __device__ __forceinline__
+#define INLINE __device__ __forceinline__
 
 // neighbours in memory, read and written at once
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Block { T at[N]; };
 
+// As many bytes from memory.  Volatile, so that loads which stand before a barrier are under way before it: the compiler
+// would sink what is constant to where it is used.
+template <class T> INLINE T loaded(const void *from, bool live) {
+#ifdef __CUDA_ARCH__
+  unsigned w[4];
+  const unsigned long long at = __cvta_generic_to_global(from);
+  if constexpr (sizeof(T) == 16)
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0; "
+                 "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(at), "r"((int)live));
+  else if constexpr (sizeof(T) == 8)
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0; "
+                 "@p ld.global.v2.u32 {%0, %1}, [%2]; }" : "=r"(w[0]), "=r"(w[1]) : "l"(at), "r"((int)live));
+  else if constexpr (sizeof(T) == 4)
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%1]; }"
+                 : "=r"(w[0]) : "l"(at), "r"((int)live));
+  else
+    return live ? *(const T *)from : T{};
+  T x;
+  memcpy(&x, w, sizeof x);
+  return x;
+#else
+  return live ? *(const T *)from : T{};
+#endif
+}
+
 // N numbers from memory, as they are; zeros where they do not count
-template <int N, class T> INLINE void fetch(T *to, const void *from, bool live) {
+template <int N, class T> INLINE void fetch(T *to, const void *from, bool live = true) {
   constexpr int most = 16 / sizeof(T), few = N < most ? N : most;
 #pragma unroll
   for (int k = 0; k < N; k += few) {
-    Block<T, few> x = {};
-    if (live) x = ((const Block<T, few> *)from)[k / few];
+    const Block<T, few> x = loaded<Block<T, few>>((const Block<T, few> *)from + k / few, live);
 #pragma unroll
     for (int i = 0; i < few; ++i) to[k + i] = x.at[i];
   }

@@ -74,8 +74,8 @@ def box(tp: TileProgram, k: TileKernel, s: Load, axes: tuple[Axis, Axis], unit: 
             if p.shape[n] != Const(1):
                 places.append((n, 1, index, ""))
             continue
-        terms = linear(index)
-        if terms is None or len(inside) > 1 or terms.get(Var(d := inside.pop())) != 1:
+        terms, d = linear(index), min(inside)
+        if terms is None or len(inside) > 1 or terms.get(Var(d)) != 1:
             raise refuse(f"position {n} of its index is no dim of the tile plus a number")
         size, capacity = extents[d], k.dim(d).capacity
         start = simplify(call("sub", index, Var(d)), index=True)

@@ -42,7 +42,8 @@ def compiled(kernel: Kernel, layout: Layout, kept: bool = False) -> Form:
 
 def launch(k: TileKernel, args: tuple[Argument, ...], binary: Binary) -> Launch:
     """How a function that Triton compiled for the launch `k` is started: one block for each point of the grid."""
-    blocks: Expr = reduce(lambda a, b: call("mul", a, b), (extent for _, extent in k.grid), Const(1))
+    extents: list[Expr] = [extent for _, extent in k.grid] or [Const(1)]
+    blocks = reduce(lambda a, b: call("mul", a, b), extents)
     return Launch(binary.name, (blocks,), 32 * binary.warps, binary.shared, (*args, *_HIDDEN), binary.scratch,
                   binary.alignment)
 

@@ -66,8 +66,8 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
     machine = named(target) if isinstance(target, str) else target
     launches = list(zip(tp.kernels, function_names(tp), strict=True))
     settings = {name: chosen(tp, k, machine) for k, name in launches}
-    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words, settings[name], order(tp, k, machine)).kernel(name)
-             for k, name in launches]
+    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words, settings[n], order(tp, k, machine)).kernel(n)
+             for k, n in launches]
     told = "".join(f"    {n!r}: dict(num_warps={x.warps}, num_stages={x.stages}),\n"
                    for n, x in settings.items())
     source = "\n\n".join([HEAD, *used(words), *texts, f"SETTINGS = {{\n{told}}}\n"])
@@ -149,20 +149,24 @@ class _Writer:
 
     def _grid(self) -> None:
         """What the program instance works on."""
-        given = numbered(self.k, self.order)
-        lines = [f"{self.names[name]} = {self.scope.scalar(e)}" for name, e in given]
-        for line in (f"{self.names[TASK]} = tl.program_id(0)", *lines):
-            self.line(line)
+        if self.k.grid:
+            self.line(f"{self.names[TASK]} = tl.program_id(0)")
+        for name, e in numbered(self.k, self.order):
+            self.line(f"{self.names[name]} = {self.scope.scalar(e)}")
 
     def _axis(self, a: Axis) -> None:
         name = self.names[f"i_{a.name}"]
-        self.line(f"{name} = tl.arange(0, {a.size})")
+        self.line(f"{name} = {self.points(a)}")
         step = 1
         for d in reversed(a.dims if len(a.dims) > 1 else ()):
             size = self.k.dim(d).capacity
             at = name if step == 1 else f"{name} // {step}"
             self.line(f"{self.names[f'i_{a.name}__{d}']} = ({at}) % {size}")
             step *= size
+
+    def points(self, a: Axis) -> str:
+        """The numbers of an axis' points."""
+        return f"tl.arange(0, {a.size})"
 
     def _changes(self, a: Axis, names: set[str]) -> bool:
         return any(variables(self.k.dim(d).count) & names for d in a.dims)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 
 from memcomp.codegen.lower_fuse import kind
 from memcomp.codegen.names import Names
 from memcomp.codegen.triton.layout import Axis, Layout
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, variables
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
 from memcomp.ir.ops import OPS
+from memcomp.ir.simplify import linear, simplify
 
 # an operator -> text of its arguments
 _FORMS: dict[str, str] = {
@@ -21,6 +23,7 @@ _FORMS: dict[str, str] = {
     "and": "({0} & {1})", "or": "({0} | {1})", "recip": "(1.0 / {0})", "rsqrt": "(1.0 / tl.sqrt_rn({0}))",
     "sqrt": "tl.sqrt_rn({0})", "int": "tl.cast({0}, tl.int64)", "real": "tl.cast({0}, tl.float32)",
 }
+_COMPARED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}  # with the sides changed
 _WORDS = {"tanh": "tanh", "expm1": "expm1", "log1p": "log1p", "xlogx": "xlogx", "round": "nearest"}
 DTYPES = {"f32": "tl.float32", "f64": "tl.float64", "i64": "tl.int64", "bool": "tl.int1"}
 
@@ -79,7 +82,27 @@ class Scope:
             return f"{got}.to(tl.float32)" if e.tensor in self.stored else got
         return self.call(e, axes)
 
+    def sided(self, e: Call) -> Call:
+        """A comparison of indices with one dim, of the last axis, alone on one side: what changes from step to step is
+        then added up once for a row, not for every point."""
+        if e.op not in _COMPARED or any(isinstance(n, Access) for n in walk(e)):
+            return e
+        terms = linear(Call("sub", e.args))
+        alone = [v for v, c in (terms or {}).items() if isinstance(v, Var) and v.name in self.dims and c in (1, -1)]
+        if terms is None or not alone:
+            return e
+        own = max(alone, key=lambda v: self.layout.axes.index(self.layout.axis(v.name)))
+        sign = terms.pop(own)
+        scalars, moving = ([Const(-sign * c) if t is None else t if c == -sign else call("mul", t, -sign * c)
+                            for t, c in terms.items() if (t is not None and bool(dims_of(t, self.dims))) == moves]
+                           for moves in (False, True))
+        rest: Expr = simplify(reduce(lambda a, b: call("add", a, b), scalars, Const(0)), index=True)
+        for t in moving:
+            rest = t if rest == Const(0) else call("add", rest, t)
+        return Call(e.op if sign > 0 else _COMPARED[e.op], (own, rest))
+
     def call(self, e: Call, axes: tuple[Axis, ...]) -> str:
+        e = self.sided(e)
         args = [self.text(a, axes) for a in e.args]
         real = any(self.kind(a) == "real" for a in e.args)
         if e.op in ("max", "min"):
@@ -103,7 +126,10 @@ class Scope:
             return _FORMS[e.op].format(*args)
         infix = OPS[e.op].infix
         if infix:
-            return f"({args[0]} {infix} {args[1]})"
+            text = f"({args[0]} {infix} {args[1]})"
+            # the interpreter of 3.9 spreads a single comparison of reals as reals
+            alone = axes and real and self.kind(e) == "bool" and not dims_of(e, self.dims)
+            return f"tl.where({text}, True, False)" if alone else text
         raise Refusal(f"the operator {e.op} has no form in Triton", hint="known: the operators of `ir.ops`")
 
     def power(self, e: Call, args: list[str]) -> str:

@@ -96,18 +96,18 @@ class Layout:
 
 
 def layout(k: TileKernel) -> Layout:
-    """The axes of a kernel's tiles.  Raises Refusal where a reduction would take part of an axis."""
+    """The axes of a kernel's tiles.
+
+    Where a reduction takes a part of what a contraction would make one axis, that contraction is no product of matrices:
+    its dims stay axes of their own, and `Layout.matrices` gives None for it.
+    """
     dots = [s for s in statements(k.body) if isinstance(s, Dot)]
     every = [sides(k, s) for s in dots]
-    together: dict[str, frozenset[str]] = {d.name: frozenset({d.name}) for d in k.dims}
-    for group in (g for x in every for g in (x.batch, x.left, x.right, x.over)):
-        joined = frozenset[str]().union(*(together[d] for d in group))
-        together |= dict.fromkeys(joined, joined)
-    for s in statements(k.body):
-        over = set(s.over) if isinstance(s, (Fold, Dot)) else set()
-        if cut := next((g for g in together.values() if len(g) > 1 and 0 < len(g & over) < len(g)), None):
-            raise Refusal(f"{', '.join(sorted(cut))} are one axis of a product and a reduction takes a part of them",
-                          k.name, "map the group so that a kernel holds one of them")
+    together = _joined(k, every)
+    while cut := _cut(k, together):
+        kept = [n for n, x in enumerate(every) if not any(len({*g} & cut) > 1 for g in _groups(x))]
+        dots, every = [dots[n] for n in kept], [every[n] for n in kept]
+        together = _joined(k, every)
     contracted = {d for x in every for d in x.over}
     dims = [d.name for d in k.dims]
     axes: list[Axis] = []
@@ -119,6 +119,28 @@ def layout(k: TileKernel) -> Layout:
         size = 1 << max(points - 1, 0).bit_length()
         axes.append(Axis(members, points, max(size, K_LEAST) if contracted & set(members) else size))
     return Layout(_ordered(k, axes, dots, every))
+
+
+def _groups(x: Sides) -> tuple[tuple[str, ...], ...]:
+    return x.batch, x.left, x.right, x.over
+
+
+def _joined(k: TileKernel, every: list[Sides]) -> dict[str, frozenset[str]]:
+    """By dim, the dims that these contractions make one axis with it."""
+    together: dict[str, frozenset[str]] = {d.name: frozenset({d.name}) for d in k.dims}
+    for group in (g for x in every for g in _groups(x)):
+        joined = frozenset[str]().union(*(together[d] for d in group))
+        together |= dict.fromkeys(joined, joined)
+    return together
+
+
+def _cut(k: TileKernel, together: dict[str, frozenset[str]]) -> frozenset[str]:
+    """Dims of one axis of which a reduction takes a part; empty where there are none."""
+    for s in statements(k.body):
+        over = set(s.over) if isinstance(s, (Fold, Dot)) else set()
+        if cut := next((g for g in together.values() if len(g) > 1 and 0 < len(g & over) < len(g)), None):
+            return cut
+    return frozenset()
 
 
 def _ordered(k: TileKernel, axes: list[Axis], dots: list[Dot], every: list[Sides]) -> tuple[Axis, ...]:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memcomp.artifact.launch import Launched
-    from memcomp.artifact.saved import Loaded, Saved, load, save, saved
+    from memcomp.artifact.files import Loaded, Saved, load, save, saved
 
 __all__ = ["Launched", "Loaded", "Saved", "load", "save", "saved"]
-_HOMES = {"Launched": "launch", **dict.fromkeys(("Loaded", "Saved", "load", "save", "saved"), "saved")}
+_HOMES = {"Launched": "launch", **dict.fromkeys(("Loaded", "Saved", "load", "save", "saved"), "files")}
 
 
 def __getattr__(name: str) -> object:

@@ -47,8 +47,14 @@ class Launched:
         """A kernel that is compiled when it is called, for each layout of its tensors once."""
         from memcomp.ir.target import target
 
+        def form(layout: Layout) -> Form:
+            try:
+                return compiled(kernel, layout, kept=True)
+            except ModuleNotFoundError as error:
+                raise Refusal(f"the backend {kernel.backend} needs {error.name}, which is not installed") from error
+
         return Launched(kernel.name, kernel.isa, target(kernel.isa).capability, kernel.program.params,
-                        kernel.program.sizes, lambda layout: compiled(kernel, layout, kept=True), driver)
+                        kernel.program.sizes, form, driver)
 
     def __call__(self, *given: Any) -> None:
         tensors, sizes = self._taken(given)
@@ -83,7 +89,7 @@ class Launched:
 
     def _dtypes(self) -> list[tuple[str, Any]]:
         if not self._known:
-            from memcomp.binding import DTYPES
+            from memcomp.dtypes import DTYPES
 
             self._known = [(p.name, DTYPES[p.dtype]) for p in self.params]
         return self._known

@@ -1,4 +1,4 @@
-"""The machine that GPU kernels are timed on: its clock, graphs, what it reaches; and this one in its place to rehearse."""
+"""The machine that GPU kernels are timed on: clock, graphs, what it reaches; and this one in its place to rehearse."""
 
 from __future__ import annotations
 

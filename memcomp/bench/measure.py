@@ -6,8 +6,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 WIDE = 0.15  # the ratio of medians and the ratio of minima may differ by this much, the quartiles by twice it
@@ -76,8 +77,16 @@ def machine() -> dict[str, Any]:
     from memcomp.ir.detect import cpu
 
     facts = asdict(cpu())
-    return {
-        **facts, "architecture": platform.machine(), "threads": torch.get_num_threads(),
-        "versions": {p: version(p) for p in ("torch", "apache-tvm", "numpy", "memcomp")} | {
-            "python": platform.python_version()},
-    }
+    return {**facts, "architecture": platform.machine(), "threads": torch.get_num_threads(),
+            "versions": versions("torch", "apache-tvm", "numpy")}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of memcomp, Python and these packages, those that are installed."""
+    import memcomp
+
+    found = {"memcomp": memcomp.__version__, "python": platform.python_version()}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memcomp.ir.errors import MemcompError, OptionError, Refusal
+from memcomp.ir.errors import MemcompError, Refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,12 +105,14 @@ class Tasks:
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
     def facts(self) -> Answer:
-        """The device, what is compiled for, which backends write for it, and versions."""
+        """The device, what is compiled for, which backends write for it, versions, and what the cache calls it all."""
         from memcomp.bench.measure import versions
+        from memcomp.cache import environment
         from memcomp.pipeline import backends_for
 
         return Answer(OK, told={"device": self.machine.facts(), "target": self.target,
-                                "backends": backends_for("cuda"), "versions": versions()})
+                                "backends": backends_for("cuda"), "versions": versions("torch", "triton", "cuda-core"),
+                                "environment": environment(self.machine.place)})
 
     def peaks(self) -> Answer:
         return Answer(OK, told=asdict(self.machine.peaks()))
@@ -130,10 +132,13 @@ class Tasks:
 
         from memcomp.models.families import families
         from memcomp.oracle import check
+        from memcomp.runtime import stats
 
         (found,) = (f for f in families() if f.name == name)
-        args = found.inputs(70, 200, torch.bfloat16)
+        args, before = found.inputs(70, 200, torch.bfloat16), stats()["launches"]
         report = check(found.fn, *args, **self._options(backend), rest="eager")
+        if stats()["launches"] == before:
+            raise Refusal("nothing in it is a region")
         return Answer(OK if report.ok else WRONG, "" if report.ok else str(report.worst),
                       {"max": report.max_error, "bound": report.tolerance})
 
@@ -143,18 +148,13 @@ class Tasks:
 
         case, args = self._begin(name)
         run, own = self._made(case, form, args)
-        run(*args)
-        out = self._poisoned(run, args)
+        out = _poisoned(run, args)
         if not isinstance(out, torch.Tensor):
             raise Refusal(f"the case {name} gives {type(out).__name__}, not a tensor")
-        error, bound = compared(case, args, out)
+        error, bound, eager = compared(case, args, out)
         told: dict[str, Any] = {"rms": error.rms, "max": error.max, "bound": bound.max, "bound_rms": bound.rms,
-                                "bytes": sum(t.numel() * t.element_size() for t in (*args, out)),
+                                "eager": eager.max, "bytes": sum(t.numel() * t.element_size() for t in (*args, out)),
                                 "own": [_told(x) for x in own]}
-        if own:
-            from memcomp.cache import environment
-
-            told["environment"] = {} if self.rehearse else environment(form.removeprefix(OWN), "cuda")
         right = bound.admits(error)
         why = "" if right else f"rms {error.rms:.1e} (bound {bound.rms:.1e}), max {error.max:.1e} ({bound.max:.1e})"
         return Answer(OK if right else WRONG, why, told)
@@ -182,8 +182,9 @@ class Tasks:
         """The forms that are ready, in turn."""
         from memcomp.bench.measure import take_turns
 
-        times = take_turns({n: x.run for n, x in self._ready.items()}, ROUNDS, clock=self.machine.clock)
-        told = {n: {**asdict(t.each(self._ready[n].calls)), "calls": self._ready[n].calls, "rounds": ROUNDS,
+        rounds, warm = (2, 0) if self.rehearse else (ROUNDS, 2)
+        times = take_turns({n: x.run for n, x in self._ready.items()}, rounds, warm, self.machine.clock)
+        told = {n: {**asdict(t.each(self._ready[n].calls)), "calls": self._ready[n].calls, "rounds": rounds,
                     "without_graph": self._ready[n].why} for n, t in times.items()}
         self._ready = {}
         return Answer(OK, told=told)
@@ -194,7 +195,10 @@ class Tasks:
         """A case and its arguments, where nothing was compiled before: equal programs of other sizes share kernels."""
         import torch
 
+        import memcomp
+
         torch._dynamo.reset()
+        memcomp.reset()
         if self.machine.place == "cuda":
             torch.cuda.empty_cache()
         case = self.cases[name]
@@ -227,39 +231,41 @@ class Tasks:
 
         return torch.compile(case.fn, backend=backend, dynamic=False), own
 
-    def _poisoned(self, run: Layer, args: tuple[Tensor, ...]) -> Any:
-        """A result in memory that held no numbers: what is not written shows."""
-        import torch
-        from torch.utils._pytree import tree_leaves
 
-        first = run(*args)
-        like = [t for t in tree_leaves(first) if isinstance(t, torch.Tensor)]
-        del first
-        blocks = [torch.full_like(t, math.nan) for t in like if t.is_floating_point()]
-        del like, blocks  # torch's allocator hands the block out again
-        return run(*args)
+def _poisoned(run: Layer, args: tuple[Tensor, ...]) -> Any:
+    """A result, the second one, in memory that held no numbers: what is not written shows."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    found = [t for t in tree_leaves(run(*args)) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    shapes = [(t.shape, t.dtype, t.device) for t in found]
+    del found
+    blocks = [torch.full(shape, math.nan, dtype=dtype, device=device) for shape, dtype, device in shapes]
+    del blocks  # torch's allocator hands the memory out again
+    return run(*args)
 
 
-def compared(case: Case, args: Sequence[Tensor], out: Tensor) -> tuple[Error, Tolerance]:
-    """The error of a result against the case in float64, relative to its RMS, and how much may be: as `oracle.check`.
+def compared(case: Case, args: Sequence[Tensor], out: Tensor) -> tuple[Error, Tolerance, Error]:
+    """The error of a result against the case in float64, relative to its RMS, how much may be (as in `oracle.check`),
+    and torch's own.
 
     Up to `PARTS` parts of the axes along which everything is computed alone; all of the result must be finite.
     """
+    from memcomp.dtypes import DTYPES
     from memcomp.oracle import Error, tolerance
-    from memcomp.pipeline_dtypes import name_of
 
-    infinite = Error(math.inf, math.inf)
     seen, ours, theirs = 0, _Sums(), _Sums()
     for given, there in parts(case, args, out):
         exact = (case.exact or case.fn)(*(t.double() if t.is_floating_point() else t for t in given))
         if exact.shape != there.shape:
-            return infinite, tolerance([], "f32", elements=1, length=1, torch_error=None)
+            raise Refusal(f"{case.name} gives {tuple(there.shape)} where float64 gives {tuple(exact.shape)}")
         ours.add(there, exact)
         theirs.add(case.fn(*given), exact)
         seen += exact.numel()
-    dtype = name_of(out.dtype)
-    bound = tolerance([dtype], dtype, elements=seen, length=None, torch_error=theirs.error())
-    return ours.error() if bool(out.isfinite().all()) else infinite, bound
+    dtype = next(n for n, d in DTYPES.items() if d == out.dtype)
+    eager = theirs.error()
+    bound = tolerance([dtype], dtype, elements=seen, length=None, torch_error=eager)
+    return ours.error() if bool(out.isfinite().all()) else Error(math.inf, math.inf), bound, eager
 
 
 class _Sums:
@@ -303,16 +309,10 @@ def _call(run: Layer, args: Sequence[Tensor]) -> Callable[[], object]:
 
 
 def _told(one: Installed) -> dict[str, Any]:
-    """A region's kernel: what it is of, and what was chosen for it."""
-    from memcomp.backend import region_sizes
-    from memcomp.ir.expr import Const
-
-    program = one.compiled.program
-    knobs = {f"{n}.{rank}": int(size.value) for n, g in enumerate(program.mapping.groups)
-             for rank, size in g.partition if isinstance(size, Const)}
-    return {"digest": one.compiled.digest, "sizes": region_sizes(one.region), "knobs": knobs,
-            "form": next((p for p in program.proofs if p.startswith("by cost")), ""),
-            "launches": len(one.compiled.tiles.kernels)}
+    """A region's kernel: what the cache calls its program, and what was chosen."""
+    made = one.compiled
+    return {"digest": made.digest, "launches": len(made.tiles.kernels), "problem": dict(made.problem),
+            "choice": {"form": made.choice.form, "knobs": dict(made.choice.knobs)}}
 
 
 def _failure(error: BaseException) -> Answer:

@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 
 from memcomp.cache.entry import Choice, Entry, Measured, Rejected
-from memcomp.cache.environment import environment
+from memcomp.cache.environment import environment, present
 from memcomp.cache.store import CacheWarning, Layers, Store
 
 __all__ = ["CacheWarning", "Choice", "Entry", "Layers", "Measured", "Rejected", "Store", "environment", "layers",
-           "shipped"]
+           "present", "shipped"]
 
 
 def layers(folder: str = "", mode: str = "on") -> Layers:

@@ -64,11 +64,11 @@ def device(e: Entry) -> str:
 
 
 def _line(e: Entry) -> str:
-    knobs = ", ".join(f"{k}={v}" for k, v in sorted({**e.choice.knobs, **e.choice.setting}.items()))
+    knobs = ", ".join(f"{k}={v}" for k, v in sorted(e.choice.knobs.items()))
     extents = e.problem.get("extents")
     at = ", ".join(f"{k}={v}" for k, v in sorted(extents.items())) if isinstance(extents, dict) else ""
     return (f"{e.key[:12]}  {e.measured.median:.3e} s +- {e.measured.spread:.0%}  {device(e)}  "
-            f"{e.problem.get('target', '?')}/{e.problem.get('backend', '?')}  at {at or 'fixed sizes'}: "
+            f"{e.problem.get('target', '?')} {e.choice.backend}  at {at or 'fixed sizes'}: "
             + "; ".join(x for x in (e.choice.form, knobs) if x))
 
 

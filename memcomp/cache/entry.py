@@ -22,11 +22,11 @@ TEXT, ITEMS, DEPTH = 2048, 512, 6  # of a string, of a list or mapping, of neste
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One point of a problem's space.  form: of the program, in the words of `memcomp.choice`; knobs: of its mapping;
-    setting: what the backend chooses besides (warps, stages)."""
+    backend: the folder of codegen that writes the kernels, "" for the target's own."""
 
     form: str = ""
     knobs: Mapping[str, int] = field(default_factory=dict)
-    setting: Mapping[str, int] = field(default_factory=dict)
+    backend: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +197,12 @@ def _number(x: Any, at: str) -> float:
 
 
 def _choice(x: Any, at: str) -> Choice:
-    parts = _mapping(x, at, {"form", "knobs", "setting"})
-    numbers: list[dict[str, int]] = []
-    for name in ("knobs", "setting"):
-        held = parts[name]
-        if not isinstance(held, dict) or len(held) > ITEMS:
-            raise ValueError(f"{at}.{name} is no mapping of at most {ITEMS}")
-        numbers.append({_text(k, f"{at}.{name}"): _integer(v, f"{at}.{name}.{k[:40]}") for k, v in held.items()})
-    return Choice(_text(parts["form"], f"{at}.form"), *numbers)
+    parts = _mapping(x, at, {"form", "knobs", "backend"})
+    held = parts["knobs"]
+    if not isinstance(held, dict) or len(held) > ITEMS:
+        raise ValueError(f"{at}.knobs is no mapping of at most {ITEMS}")
+    numbers = {_text(k, f"{at}.knobs"): _integer(v, f"{at}.knobs.{k[:40]}") for k, v in held.items()}
+    return Choice(_text(parts["form"], f"{at}.form"), numbers, _text(parts["backend"], f"{at}.backend"))
 
 
 def _free(x: Any, at: str, depth: int = 0) -> None:

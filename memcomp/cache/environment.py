@@ -8,13 +8,22 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
-BUILDERS = {"tvm": ("apache-tvm",), "triton": ("triton",), "gluon": ("triton",), "cuda": ("nvidia-cuda-nvrtc",)}
+BUILDERS = {"cpu": ("apache-tvm",), "cuda": ("triton", "nvidia-cuda-nvrtc")}
 
 
-def environment(backend: str, device: str) -> dict[str, Any]:
-    """backend: a folder of codegen; device: "cpu", or "cuda" for torch's current GPU."""
+def environment(device: str) -> dict[str, Any]:
+    """device: "cpu", or "cuda" for torch's current GPU."""
     return {"device": _gpu() if device == "cuda" else _cpu(), "code": code(),
-            "versions": {p: _version(p) for p in BUILDERS.get(backend, ())}}
+            "versions": {p: _version(p) for p in BUILDERS[device]}}
+
+
+def present(device: str) -> bool:
+    """Is such a device here?"""
+    if device == "cpu":
+        return True
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _cpu() -> dict[str, Any]:

@@ -167,5 +167,9 @@ class Layers:
         return [e for s in self.stores for e in s.hints(problem, environment)]
 
     @property
+    def empty(self) -> bool:
+        return not any(s.root.joinpath(VERSION).is_dir() for s in self.stores)
+
+    @property
     def writable(self) -> Store | None:
         return next((s for s in self.stores if s.writable), None)

@@ -1,7 +1,7 @@
-"""Operators at the sizes of a GPU: for `memcomp bench --device cuda`, and compiled offline by benchmarks/gpu_offline.py.
+"""Operators at the sizes of a GPU: `memcomp bench --device cuda` times them, benchmarks/gpu_offline.py compiles them.
 
-Ten of them are those of Neptune (PLDI 2026, scripts/neptune_bench/operators.py): f16 there, bf16 here.  What matters most
-comes first.
+Ten of them are those of Neptune (PLDI 2026, scripts/neptune_bench/operators.py): f16 there, bf16 here.  What matters
+most comes first.
 """
 
 from __future__ import annotations

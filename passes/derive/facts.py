@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from memcomp.ir.cascade import Cascade, Einsum, Knob
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, conjunction, reads, rebuild, variables
+from memcomp.ir.expr import (
+    Access,
+    Call,
+    Const,
+    Expr,
+    Size,
+    Var,
+    children,
+    conjunction,
+    reads,
+    rebuild,
+    substitute,
+    variables,
+    walk,
+)
 from memcomp.ir.laws import law, value
 from memcomp.ir.ops import OPS, Op
 from memcomp.ir.simplify import linear, simplify
@@ -229,7 +243,7 @@ class Facts:
         condition: closed form over what does not vary along `over` (None = always true).  rest: conjuncts that have no
         closed form; where it is not empty a count has to be kept.
         """
-        over = tuple(over)
+        over, guard = tuple(over), tuple(guard)
         low: dict[str, list[Expr]] = {v: [Const(0)] for v in over}
         high: dict[str, list[Expr]] = {v: [self.extent(v.upper())] for v in over}
         need: list[Expr] = []
@@ -242,10 +256,33 @@ class Facts:
                 (low if cut[0] == "low" else high)[next(iter(mine))].append(cut[1])
             else:
                 rest.append(g)
-        need += [Call("lt", (a, b)) for v in over for a in low[v] for b in high[v]]
         ranges = self.ranges()
-        left = [s for n in need if (s := simplify(n, ranges, index=True)) != Const(True)]
-        return conjunction(left), tuple(rest)
+        if rest and len(over) == 1 and self._witnessed(over[0], guard):
+            return simplified(Call("lt", (Const(0), self.extent(over[0].upper()))), ranges), ()
+        need += [Call("lt", (a, b)) for v in over for a in low[v] for b in high[v]]
+        return conjunction([s for n in need if (s := simplified(n, ranges)) is not None]), tuple(rest)
+
+    def _witnessed(self, v: str, guard: tuple[Expr, ...]) -> bool:
+        """Is there one point of v, if it has any, at which all of `guard` holds whatever the other variables are?
+
+        Tried are the first point and those where a comparison holds just so (`m <= p`: p).
+        """
+        points: list[Expr] = [Const(0)]
+        for c in (n for g in guard for n in walk(g) if v in variables(n)):
+            if (cut := bound(c, v)) is not None:
+                points.append(cut[1] if cut[0] == "low" else Call("sub", (cut[1], Const(1))))
+        ranges, high = self.ranges(), self.extent(v.upper())
+        for w in dict.fromkeys(points):
+            inside = () if w == Const(0) else (Call("le", (Const(0), w)), Call("lt", (w, high)))
+            if all(simplified(substitute(c, {Var(v): w}), ranges) is None for c in (*guard, *inside)):
+                return True
+        return False
+
+
+def simplified(cond: Expr, ranges: Mapping[str, tuple[Expr | int | None, Expr | int | None]]) -> Expr | None:
+    """A condition on indices; None where it always holds."""
+    left = simplify(cond, ranges, index=True)
+    return None if left == Const(True) else left
 
 
 def bound(cond: Expr, v: str) -> tuple[str, Expr] | None:

@@ -1,18 +1,19 @@
-"""What Gluon computes with: element types, layouts, tensors in registers.
+"""What Gluon computes with: element types, tensors in registers.
 
-A tensor is a numpy array with the type and the layout that Gluon gives it.  bf16 is held as the f32 of the same value and
-rounded after every operation.  Layouts decide nothing here but whether two tensors may meet: Gluon refuses an operation on
-two layouts, and so does this.
+A tensor is a numpy array with the type and the layout that Gluon gives it.  bf16 is held as the f32 of the same value
+and rounded after every operation.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from memcomp.codegen.gluon.model.layouts import AUTO, SliceLayout
 
 TEXT = "<gluon "  # file names of modules that the model runs begin so
 
@@ -57,11 +58,13 @@ class DType:
         return self.name
 
 
-_KINDS = ("b1 ?", "i8 i1", "i16 i2", "i32 i4", "i64 i8", "u8 u1", "u16 u2", "u32 u4", "u64 u8", "f16 f2", "f32 f4", "f64 f8")
 _WORDS = {"b": "int", "i": "int", "u": "uint", "f": "float"}
-DTYPES = {f"{_WORDS[k[0]]}{k.split()[0][1:]}": DType(f"{_WORDS[k[0]]}{k.split()[0][1:]}", int(k.split()[0][1:]), k[0],
-                                                     k.split()[1]) for k in _KINDS}
+DTYPES = {f"{_WORDS[kind]}{bits}": DType(f"{_WORDS[kind]}{bits}", bits, kind, hold) for kind, bits, hold in (
+    ("b", 1, "?"), ("i", 8, "i1"), ("i", 16, "i2"), ("i", 32, "i4"), ("i", 64, "i8"), ("u", 8, "u1"), ("u", 16, "u2"),
+    ("u", 32, "u4"), ("u", 64, "u8"), ("f", 16, "f2"), ("f", 32, "f4"), ("f", 64, "f8"))}
 DTYPES["bfloat16"] = DType("bfloat16", 16, "f", "f4")
+STORED = {"bool": DTYPES["int1"], "bf16": DTYPES["bfloat16"]} | {
+    f"{d.kind}{d.bits}": d for d in DTYPES.values() if d.kind != "b" and d.name != "bfloat16"}
 BOOL, I32, I64, F32, F64, BF16 = (DTYPES[n] for n in ("int1", "int32", "int64", "float32", "float64", "bfloat16"))
 
 
@@ -74,108 +77,16 @@ class Memory:
     name: str
 
 
-class Layout:
-    """Lists are kept as tuples, so that two that say the same are equal."""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, f.name, _plain(getattr(self, f.name)))
-
-
-def _plain(x: Any) -> Any:
-    return tuple(_plain(y) for y in x) if isinstance(x, list | tuple) else x
-
-
-@dataclass(frozen=True)
-class AutoLayout(Layout):
-    pass
-
-
-@dataclass(frozen=True)
-class BlockedLayout(Layout):
-    size_per_thread: Any
-    threads_per_warp: Any
-    warps_per_cta: Any
-    order: Any
-    cga_layout: Any = ()
-
-    @property
-    def rank(self) -> int:
-        return len(self.order)
-
-
-@dataclass(frozen=True)
-class NVMMADistributedLayout(Layout):
-    version: Any
-    warps_per_cta: Any
-    instr_shape: Any
-    cga_layout: Any = ()
-    rank = 2
-
-
-@dataclass(frozen=True)
-class SliceLayout(Layout):
-    dim: int
-    parent: Any
-
-    @property
-    def rank(self) -> int:
-        return int(self.parent.rank) - 1
-
-
-@dataclass(frozen=True)
-class DotOperandLayout(Layout):
-    operand_index: int
-    parent: Any
-    k_width: int
-    rank = 2
-
-
-@dataclass(frozen=True)
-class SwizzledSharedLayout(Layout):
-    vec: int
-    per_phase: int
-    max_phase: int
-    order: Any
-    cga_layout: Any = ()
-
-
-class MBarrierLayout(SwizzledSharedLayout):
-    def __init__(self, cga_layout: Any = ()) -> None:
-        super().__init__(1, 1, 1, (0,), cga_layout)
-
-
-@dataclass(frozen=True)
-class NVMMASharedLayout(Layout):
-    swizzle_byte_width: int
-    element_bitwidth: int
-    rank: int = 2
-    transposed: bool = False
-    fp4_padded: bool = False
-    cga_layout: Any = ()
-
-    @staticmethod
-    def get_default_for(block_shape: Sequence[int], dtype: DType, transposed: bool = False, fp4_padded: bool = False,
-                        cga_layout: Any = ()) -> NVMMASharedLayout:
-        shape = [block_shape[-1], *block_shape[1:-1], block_shape[0]] if transposed else list(block_shape)
-        inner = shape[-1] * dtype.bits // 8
-        width = next((w for w in (128, 64, 32) if inner >= w and inner % w == 0), 0)
-        if len(shape) < 2 or int(np.prod(shape[:-1])) < 8:
-            width = 0
-        return NVMMASharedLayout(width, dtype.bits, len(shape), transposed, fp4_padded, cga_layout)
-
-
-AUTO = AutoLayout()
-
-
 class Tensor:
-    """A value in registers.  layout: None of a single number.  flight: what tells whether a product that makes it is done,
-    where the value was handed out before."""
+    """A value in registers.
+
+    layout: None of a single number.  flight: the product that makes it, where it was handed out before that had ended.
+    """
 
     __slots__ = ("_data", "dtype", "flight", "layout")
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, data: Any, dtype: Any, layout: Any = None, flight: Callable[[], str] | None = None) -> None:
+    def __init__(self, data: Any, dtype: Any, layout: Any = None, flight: Any = None) -> None:
         self._data = np.asarray(data, dtype=np.int64 if isinstance(dtype, Memory) else dtype.numpy)
         self.dtype, self.layout, self.flight = dtype, layout if self._data.ndim else None, flight
         rank = getattr(layout, "rank", self._data.ndim)
@@ -185,8 +96,12 @@ class Tensor:
     @property
     def data(self) -> np.ndarray[Any, Any]:
         if self.flight is not None:
-            raise Fault(self.flight())
+            raise Fault(f"the product at {self.flight.what} is read after a wait that does not cover it")
         return self._data
+
+    def handed(self) -> Tensor:
+        """What a wait makes of it."""
+        return self if self.flight is None else self.flight.handed()
 
     @property
     def shape(self) -> list[int]:
@@ -222,6 +137,9 @@ class Tensor:
         if fp_downcast_rounding not in (None, "rtne"):
             raise Fault(f"rounding {fp_downcast_rounding} is not modelled")
         return bits(self, dtype) if bitcast else cast(self, dtype)
+
+    def broadcast_to(self, shape: Sequence[int]) -> Tensor:
+        return Tensor(np.broadcast_to(self.data, tuple(shape)), self.dtype, self.layout)
 
     def __getitem__(self, key: Any) -> Tensor:
         out, axis = self, 0
@@ -346,13 +264,14 @@ def together(a: Any, b: Any, name: str = "") -> tuple[Tensor, Tensor, Any]:
         dtype = common(a.dtype, b.dtype, weak, name)
     layout_of(a, b)
     if a.shape and b.shape:
-        if len(a.shape) != len(b.shape) or any(m != n and 1 not in (m, n) for m, n in zip(a.shape, b.shape, strict=True)):
+        if len(a.shape) != len(b.shape) or any(m != n and 1 not in (m, n)
+                                               for m, n in zip(a.shape, b.shape, strict=True)):
             raise Fault(f"shapes {a.shape} and {b.shape} do not go together")
     return a, b, dtype
 
 
 def common(a: DType, b: DType, weak: Sequence[bool], name: str) -> DType:
-    """Triton's rule: a literal of a lower or equal kind takes the tensor's type; then floats before integers, and wider ones."""
+    """Triton's rule: a literal of a lower or equal kind takes the tensor's type; else floats win, then wider ones."""
     order = {"b": 0, "i": 1, "u": 1, "f": 2}
     divides = name in ("truediv", "rest")
     if weak[0] != weak[1]:

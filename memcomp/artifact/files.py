@@ -90,7 +90,7 @@ class Loaded:
         """
         import torch
 
-        from memcomp.binding import DTYPES
+        from memcomp.dtypes import DTYPES
 
         ins = [p for p in self.saved.params if p.role in ("in", "state")]
         if len(inputs) != len(ins):

@@ -1,0 +1,273 @@
+"""TileProgram -> Gluon text for sm_90: a launch's warps divide its work.
+
+One group of warps fetches, two multiply and compute, 64 rows each (`form` says for which kernels).  A step's second
+product waits for the next step's first one: both are under way while the groups compute what lies between them.
+
+    fetches:   K's slot free?  K(j) into it;  V's slot free?  V(j) into it
+    computes:  K(j) there?  S = Q K(j);  O += P(j-1) V(j-1);  S ready?  K's slot is free
+               ... S becomes P(j) ...
+               V(j) there?  O ready?  the slot of V(j-1) is free;  O = O * again
+
+The wait for V(j), a loop in the machine code, stands where it does so that the wait for O is not moved up over the
+exponentials: a compiler moves it to the wait for S otherwise, and the products no longer run while they are computed.
+
+V's slots count from 1: slot 0 is zeros and P begins as 0, so that the first step has a second product to start and no
+step is written apart.  So loops may follow one another, be in parts, or have no steps.
+"""
+
+from __future__ import annotations
+
+from memcomp.codegen.gluon.box import NAMES, Box, box, offsets
+from memcomp.codegen.gluon.form import HALF, Form, form, needed, reads, wrote
+from memcomp.codegen.gluon.group import Group, Places
+from memcomp.codegen.gluon.rows import STAGES, Rows, Slots, Steps
+from memcomp.codegen.gluon.words import HEAD, RESERVED, spoken
+from memcomp.codegen.order import order
+from memcomp.codegen.rounding import rounds
+from memcomp.codegen.triton.arguments import Arguments, arguments
+from memcomp.codegen.triton.emit import function_names
+from memcomp.codegen.triton.layout import Axis, layout
+from memcomp.codegen.triton.parts import parts
+from memcomp.codegen.triton.resources import Setting
+from memcomp.codegen.triton.straight import straight
+from memcomp.codegen.triton.words import used
+from memcomp.ir.errors import Refusal
+from memcomp.ir.expr import Access, Const, Expr, variables, walk
+from memcomp.ir.target import Target
+from memcomp.ir.target import target as named
+from memcomp.ir.tile import Kernel, Load, Loop, Statement, Store, TileKernel, TileProgram, expressions, statements
+
+WARPS = 4          # of a group
+REGISTERS = 240, 24   # of a thread that computes, and of one that fetches
+BARRIERS = 1024    # bytes at most of barriers, of what groups are handed, and of alignment
+HELD = 176         # registers for sums, scores and weights, beyond which kernels spilled
+
+
+def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = None) -> Kernel:
+    """Kernel text; deterministic.
+
+    units: for each param the position whose stride is 1 in memory, -1 where there is none; the last by default.
+    Raises Refusal for machines other than sm_90, and where a launch has not the form or does not fit.
+    """
+    machine = named(target) if isinstance(target, str) else target
+    if machine.capability != 90:
+        raise Refusal(f"the gluon backend writes for sm_90, {machine.name} has sm_{machine.capability}", tp.name,
+                      "the triton backend takes it")
+    places = units if units is not None else tuple(len(p.shape) - 1 for p in tp.params)
+    words: set[str] = set()
+    allowed = rounds(tp)
+    texts: list[str] = []
+    names = function_names(tp)
+    for k, name in zip(tp.kernels, names, strict=True):
+        one = _Launch(tp, k, machine, places, allowed, words)
+        if one.shared > machine.level("smem").bytes:
+            raise Refusal(f"{k.name} needs {one.shared:,} bytes of shared memory, and a block of {machine.name} has "
+                          f"{machine.level('smem').bytes:,}", tp.name, "fewer keys in a step")
+        texts += one.functions(name)
+    told = "".join(f"    {name!r}: dict(num_warps={WARPS}),\n" for name in names)
+    source = "\n\n".join([HEAD, *map(spoken, used(words)), *map(spoken, texts), f"SETTINGS = {{\n{told}}}\n"])
+    return Kernel(tp.name, "gluon", source, "SETTINGS", tp, machine.name)
+
+
+def admits(tp: TileProgram, target: Target) -> int:
+    """0: every launch fits the machine with its registers; 1: some spill.  Raises Refusal where one does not fit or has
+    no text."""
+    emit(tp, target)
+    held = []
+    for k in tp.kernels:
+        f = form(straight(k), layout(k))
+        held.append(HALF * (f.columns.size + f.keys.size + f.keys.size // 2) // (32 * WARPS))
+    return int(max(held, default=0) > HELD)
+
+
+def boxes(tp: TileProgram, k: TileKernel, units: tuple[int, ...]) -> dict[str, Box]:
+    """What a launch takes before its other arguments, by name: the box of each tile that is fetched."""
+    f = form(straight(k), layout(k))
+    unit = dict(zip((p.name for p in tp.params), units, strict=True))
+
+    def one(s: Load, axes: tuple[Axis, Axis], rows: int = 0) -> Box:
+        return box(tp, k, s, axes, unit[s.source.tensor], rows)
+
+    found = (one(f.query, (f.rows, f.depth), HALF), one(f.left, (f.keys, f.depth)), one(f.right, (f.keys, f.columns)))
+    return {f"{s.tile}_box": x for s, x in zip(f.fetched, found, strict=True)}
+
+
+def given(tp: TileProgram, k: TileKernel, units: tuple[int, ...]) -> Arguments:
+    """The other arguments: of tensors that a launch reads or writes by address, and sizes."""
+    tiles = {s.tile for s in form(straight(k), layout(k)).fetched}
+    rest = [s for s in statements(k.body) if not (isinstance(s, Load) and s.tile in tiles)]
+    touched = {n.tensor for s in rest for e in expressions(s) for n in walk(e) if isinstance(n, Access)}
+    touched |= {s.target.tensor for s in rest if isinstance(s, Store)}
+    return Arguments(tuple(a for a in arguments(tp, k, units).args if a.kind == "size" or a.of in touched))
+
+
+class _Launch:
+    """Text of one launch: what starts the groups, and the groups."""
+
+    def __init__(self, tp: TileProgram, k: TileKernel, machine: Target, units: tuple[int, ...],
+                 allowed: set[tuple[str, str]], words: set[str]) -> None:
+        self.boxes = boxes(tp, k, units)
+        common = given(tp, k, units), allowed, words, Setting(WARPS, STAGES), order(tp, k, machine)
+        self.host, self.fetch, self.rows = Group(tp, k, *common), Group(tp, k, *common), Rows(tp, k, *common)
+        self.k, self.names = self.host.k, self.host.names
+        self.plan = f = form(self.k, self.host.layout)
+        for d in (*f.depth.dims, *f.columns.dims):
+            if self.k.dim(d).count != Const(self.k.dim(d).capacity):
+                raise Refusal(f"the number of {d} is not known", k.name, "the triton backend takes it")
+        self.kind = self.rows.form(f.first)
+        if self.kind not in NAMES or self.rows.form(f.last) != self.kind:
+            raise Refusal(f"{f.first.tile} and {f.last.tile} are no products of {' or '.join(NAMES)}", k.name,
+                          "the triton backend takes it")
+        self.names.used |= RESERVED
+        matrices = {a: self.names[f"L_{a.name}"] for a in dict.fromkeys((f.keys, f.columns))}
+        for g in (self.host, self.fetch, self.rows):
+            g.names = g.scope.names = self.names
+            g.place(f, Places(f.rows, matrices if g is self.rows else {}))
+        self.tiles = [self.names[s.tile] for s in f.fetched]
+        self.bars = [self.names[f"{self.tiles[n]}_{what}"] for n, what in
+                     ((0, "full"), (1, "full"), (1, "free"), (2, "full"), (2, "free"))]
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory, at most."""
+        query, left, right = (x.bytes for x in self.boxes.values())
+        return 2 * query + STAGES * (left + right) + BARRIERS
+
+    def functions(self, name: str) -> list[str]:
+        f, h, names = self.plan, self.host, self.names
+        pieces = [tuple(parts(self.k, s)) for s in f.loops]
+        bounds = [e for s in f.loops for e in (s.lo, s.hi)] + [p.end for ps in pieces for p in ps if p.end is not None]
+        read = reads((*f.loops, *f.after))
+        # numbers that are known before the first step are the same in all groups
+        numbers = {t.name for t in self.k.tiles if not t.dims} & wrote(f.before) & (read | _tensors(bounds))
+        before = needed(f.before, numbers)
+        h._grid()
+        h.indices([a for a in h.layout.axes if self._met(before, a)], set())
+        h.body(before)
+        loops: list[Steps] = []
+        for s, ps in zip(f.loops, pieces, strict=True):
+            loops.append(self._steps(s, ps, loops[-1].done if loops else ""))
+        self._memory()
+        texts = [*(names[a.name] for a in h.given.args), *(names[v] for v, _ in self.k.grid),
+                 *(names[t] for t in sorted(numbers & read)), *(x for s in loops for x in (*s.ends, s.skip, s.done)),
+                 *self.tiles, *self.bars]
+        handed = ", ".join(x for x in dict.fromkeys(texts) if x.isidentifier())
+        described = ", ".join(names[x] for x in self.boxes)
+        fetches, computes = names.fresh(f"{name}_fetch", True), names.fresh(f"{name}_rows", True)
+        h.line("gl.warp_specialize([")
+        for half in (0, 1):
+            h.line(f"    ({computes}, ({handed}, {half})),")
+        h.line(f"    ({fetches}, ({described}, {handed})),")
+        h.line(f"], [{WARPS}, {WARPS}], [{', '.join(map(str, REGISTERS))}])")
+        args = ", ".join((described, *(names[a.name] for a in h.given.args)))
+        self._fetch(loops)
+        self._rows(loops, numbers)
+        return [self.fetch.function(f"def {fetches}({described}, {handed}):"),
+                self.rows.function(f"def {computes}({handed}, half: gl.constexpr):"), h.function(f"def {name}({args}):")]
+
+    def _met(self, body: tuple[Statement, ...], a: Axis) -> bool:
+        """Do statements meet an axis?"""
+        dims = {d for s in statements(body) for e in expressions(s) for d in variables(e)}
+        dims |= {d for t in wrote(body) for d in self.k.tile(t).dims}
+        return bool(dims & set(a.dims))
+
+    def _steps(self, s: Loop, pieces: tuple, done: str) -> Steps:  # type: ignore[type-arg]
+        """Where a loop and its parts begin and end; done: steps before it."""
+        h = self.host
+
+        def held(stem: str, text: str) -> str:
+            if text.isdecimal():
+                return text
+            name = self.names.fresh(stem, True)
+            h.line(f"{name} = {text}")
+            return name
+
+        lo, hi = held("first", h.end(s.lo)), held("last", h.end(s.hi))
+        ends = [lo]
+        for p in pieces:
+            ends.append(hi if p.end is None else
+                        held("end", f"tl.minimum(tl.maximum({h.end(p.end)}, {ends[-1]}), {hi})"))
+        skip = held("skip", f"{lo} - {done}") if done else lo
+        own = f"tl.maximum({hi} - {lo}, 0)" if lo != "0" else f"tl.maximum({hi}, 0)"
+        return Steps(s, pieces, tuple(ends), skip, held("steps", f"{done} + {own}" if done else own))
+
+    def _memory(self) -> None:
+        """Slots for the tiles, and the barriers."""
+        h, (q, k, v) = self.host, self.tiles
+        for tile, x, slots in zip(self.tiles, self.boxes.values(), (2, STAGES, STAGES), strict=True):
+            h.line(f"{tile} = gl.allocate_shared_memory(gl.{NAMES[x.dtype]}, {[slots, *x.shape]}, gl.NVMMASharedLayout("
+                   f"swizzle_byte_width={x.swizzle}, element_bitwidth=16, rank={len(x.shape)}))")
+        for name, (slots, count) in zip(self.bars, ((1, 1), (STAGES, 1), (STAGES, 2)) + ((STAGES, 1), (STAGES, 2)),
+                                        strict=True):
+            h.line(f"{name} = gl.allocate_shared_memory(gl.int64, [{slots}, 1], mbarrier.MBarrierLayout())")
+            for n in range(slots):
+                h.line(f"mbarrier.init({name}.index({n}), count={count})")
+        right = list(self.boxes.values())[2]
+        slow, fast = right.matrix
+        across = min(32, fast // 8)
+        h.line(f"{_matrix(f'{v}.index(0)', right)}.store(gl.full([{slow}, {fast}], 0.0, gl.{NAMES[right.dtype]}, "
+               f"gl.BlockedLayout([1, 8], [{32 // across}, {across}], [{WARPS}, 1], [1, 0])))")
+        h.line("fence_async_shared()")
+        h.line(f"mbarrier.arrive({self.bars[3]}.index(0))")
+
+    def _fetch(self, loops: list[Steps]) -> None:
+        g, names, (q, k, v) = self.fetch, self.names, self.tiles
+        q_full, k_full, k_free, v_full, v_free = self.bars
+        (query_name, query), *streamed = ((names[n], x) for n, x in self.boxes.items())
+        g.line(f"mbarrier.expect({q_full}.index(0), {2 * query.bytes})")
+        for half in (0, 1):
+            g.line(f"fetch({query_name}, {self._at(query, half)}, {q_full}.index(0), {q}.index({half}))")
+        for s in loops:
+            g.line(f"for {names[s.loop.var]} in range({s.ends[0]}, {s.ends[-1]}):")
+            g.depth += 1
+            n = s.count(g)
+            for tile, full, free, m, (name, x) in ((k, k_full, k_free, n, streamed[0]),
+                                                   (v, v_full, v_free, f"({n} + 1)", streamed[1])):
+                slot = f"{m} % {STAGES}"
+                g.line(f"mbarrier.wait({free}.index({slot}), (({m} // {STAGES}) & 1) ^ 1)")
+                g.line(f"mbarrier.expect({full}.index({slot}), {x.bytes})")
+                g.line(f"fetch({name}, {self._at(x)}, {full}.index({slot}), {tile}.index({slot}))")
+            g.depth -= 1
+
+    def _at(self, x: Box, half: int = 0) -> str:
+        """Where a box begins, or that of the second half of the rows."""
+        texts = [self.fetch.scope.scalar(e) for e in x.at]
+        for d, more in offsets(self.k, self.plan.rows, HALF).items() if half else ():
+            n = next(n for n, p in enumerate(x.places) if d in variables(self.plan.query.source.index[p]))
+            texts[n] = f"{texts[n]} + {more}" if more else texts[n]
+        return f"[{', '.join(texts)}]"
+
+    def _rows(self, loops: list[Steps], numbers: set[str]) -> None:
+        g, f, (q, k, v) = self.rows, self.plan, self.tiles
+        g.kind = NAMES[self.kind]
+        for a, name in g.places.matrices.items():
+            g.line(f"{name}: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[{WARPS}, 1], "
+                   f"instr_shape=[16, {min(a.size, 256)}, 16])")
+        query, left, right = self.boxes.values()
+        g.slots = Slots(_operand(f"{q}.index(half)", query, f.rows), _operand(f"{k}.index({{}})", left, f.depth),
+                        _operand(f"{v}.index({{}})", right, f.keys), *self.bars)
+        known = numbers | {s.tile for s in f.fetched}
+        wanted = (reads((*f.loops, *f.after)) | {f.last.tile}) - known
+        before = needed(tuple(s for s in f.before if not wrote((s,)) <= known), wanted)
+        g.indices([f.rows, f.keys, f.columns], {s.var for s in f.loops})
+        g.body(before)
+        g.loops(loops)
+        g.body(f.after)
+
+
+def _tensors(found: list[Expr]) -> set[str]:
+    return {n.tensor for e in found for n in walk(e) if isinstance(n, Access)}
+
+
+def _matrix(slot: str, x: Box) -> str:
+    """A slot as a matrix as it lies in memory."""
+    return f"{slot}.reshape([{x.matrix[0]}, {x.matrix[1]}])" if len(x.shape) > 2 else slot
+
+
+def _operand(slot: str, x: Box, slow: Axis) -> str:
+    """A slot as a matrix whose rows are the points of an axis."""
+    text = _matrix(slot, x)
+    return text if x.sides[0] == slow else f"{text}.permute((1, 0))"
+
+
+__all__ = ["Form", "admits", "boxes", "emit", "given"]

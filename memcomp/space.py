@@ -1,0 +1,68 @@
+"""The ways a general program can be mapped: its forms, each with knobs.  What is tuned is a member of this space.
+
+Knobs are named by their order here (k0, k1, ...), and so are sizes (r0, r1, ...): two models whose programs differ in
+names only share what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any
+
+from memcomp.cache.entry import Choice, digest
+from memcomp.ir.errors import OptionError, nearest
+from memcomp.ir.program import Program, close, knobs
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """forms: words of `memcomp.choice` -> mapped program with open knobs."""
+
+    forms: Mapping[str, Program]
+
+    def __len__(self) -> int:
+        return sum(prod(len(k.choices) for k in knobs(p)) for p in self.forms.values())
+
+    def choices(self) -> Iterator[Choice]:
+        """Every member."""
+        for words, p in self.forms.items():
+            for values in product(*(k.choices for k in knobs(p))):
+                yield Choice(words, {f"k{n}": v for n, v in enumerate(values)})
+
+    def choice(self, form: str, values: Mapping[str, int]) -> Choice:
+        """The member with these values, by the knobs' own names."""
+        return Choice(form, {f"k{n}": values[k.name] for n, k in enumerate(knobs(self.forms[form]))})
+
+    def closed(self, choice: Choice) -> Program:
+        """The program of a member.  Raises OptionError where the choice is none."""
+        if choice.form not in self.forms:
+            raise OptionError(f"the program has no form {choice.form!r}", hint=nearest(choice.form, self.forms))
+        form = self.forms[choice.form]
+        own = {f"k{n}": k.name for n, k in enumerate(knobs(form))}
+        if own.keys() != choice.knobs.keys():
+            raise OptionError(f"the form {choice.form!r} has the knobs {', '.join(own) or 'none'}",
+                              f"the choice names {', '.join(choice.knobs) or 'none'}")
+        return close(form, {own[n]: v for n, v in choice.knobs.items()})
+
+    @property
+    def digest(self) -> str:
+        return digest({words: [list(k.choices) for k in knobs(p)] for words, p in self.forms.items()})
+
+
+def problem(general: Program, named: tuple[str, ...], extents: Mapping[str, int], backend: str,
+            space: Space) -> dict[str, Any]:
+    """What decides which choices there are and which is best, on one machine.
+
+    named: ranks whose size no shape shows; extents: of the symbolic ranks; backend: "" where it is open.
+    """
+    return {"program": general.digest, "named": len(named), "target": general.target, "backend": backend,
+            "extents": dict(buckets(general, extents)), "space": space.digest}
+
+
+def buckets(general: Program, extents: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Sizes, coarsely: a kernel takes any, and what is best for one is about best for those near it."""
+    return tuple((f"r{n}", 1 << max(0, extents[r.name] - 1).bit_length())
+                 for n, r in enumerate(general.cascade.ranks) if r.name in extents)

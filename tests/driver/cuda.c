@@ -1,0 +1,63 @@
+// A driver without a device, in place of libcuda.so.1: it says what it was asked, one line a call, and does nothing.
+// DRIVER_LOG: where the lines go; DRIVER_CAPABILITY: 90; DRIVER_SIZES: bytes of each parameter, as the cubin tells them.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SAY(...) do { FILE *f = fopen(getenv("DRIVER_LOG"), "a"); fprintf(f, __VA_ARGS__); fclose(f); } while (0)
+typedef struct { unsigned grid[3], block[3], shared; void *stream, *attributes; unsigned count; } Config;
+static void *context = (void *)0x100;
+
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int *v) { *v = 13000; return 0; }
+int cuDeviceGetCount(int *n) { *n = 2; return 0; }
+int cuDeviceGet(int *d, int ordinal) { *d = ordinal; return 0; }
+int cuDeviceGetAttribute(int *v, int which, int device) {
+  int capability = atoi(getenv("DRIVER_CAPABILITY"));
+  *v = which == 75 ? capability / 10 : which == 76 ? capability % 10 : 1;
+  return 0;
+}
+int cuDevicePrimaryCtxRetain(void **c, int device) { *c = context; return 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
+int cuCtxGetCurrent(void **c) { *c = context; return 0; }
+int cuCtxSetCurrent(void *c) { return 0; }
+int cuCtxGetDevice(int *d) { *d = 0; return 0; }
+int cuGetErrorName(int e, const char **s) { *s = "REFUSED"; return 0; }
+int cuGetErrorString(int e, const char **s) { *s = "refused"; return 0; }
+int cuLibraryLoadData(void **l, const void *code, void *o, void *ov, unsigned no, void *p, void *pv, unsigned np) {
+  SAY("load %02x%.3s\n", *(unsigned char *)code, (const char *)code + 1);
+  *l = (void *)0x200;
+  return 0;
+}
+int cuLibraryUnload(void *l) { return 0; }
+int cuLibraryGetKernel(void **k, void *l, const char *name) { SAY("function %s\n", name); *k = (void *)0x300; return 0; }
+int cuKernelSetAttribute(int which, int value, void *k, int device) {
+  SAY("attribute %d %d %p %d\n", which, value, k, device);
+  return value > 232448 ? 1 : 0;
+}
+int cuLaunchKernelEx(const Config *c, void *f, void **args, void **extra) {
+  SAY("launch %p %u,%u,%u %u,%u,%u %u %p %u ", f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1],
+      c->block[2], c->shared, c->stream, c->count);
+  char *sizes = strdup(getenv("DRIVER_SIZES")), *rest = sizes;
+  for (char *one; (one = strsep(&rest, ",")); ++args)
+    for (int n = atoi(one), i = 0; i < n; ++i) SAY("%02x%s", ((unsigned char *)*args)[i], i == n - 1 ? "," : "");
+  SAY("\n");
+  free(sizes);
+  return 0;
+}
+
+// every other function: it is there, it must not be called
+static int other(void) { SAY("other\n"); return 999; }
+int cuGetProcAddress_v2(const char *name, void **out, int version, uint64_t flags, int *status) {
+  static void *self;
+  char versioned[256];
+  if (!self) self = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+  snprintf(versioned, sizeof versioned, "%s_v2", name);
+  if (!(*out = dlsym(self, name)) && !(*out = dlsym(self, versioned))) *out = (void *)other;
+  if (status) *status = 0;
+  return 0;
+}
+int cuGetProcAddress(const char *name, void **out, int v, uint64_t f) { return cuGetProcAddress_v2(name, out, v, f, 0); }

@@ -1,0 +1,156 @@
+"""What the cache knows decides how a program is mapped; nothing else of it does."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import memcomp
+from memcomp.cache import CacheWarning, Choice, Entry, Measured, Store, environment
+from memcomp.config import Config
+from memcomp.ir.cascade import Rank
+from memcomp.ir.errors import OptionError
+from memcomp.ir.program import Program, knobs
+from memcomp.pipeline import Compiled, compile_program, forget
+from memcomp.space import Space, problem
+
+pytestmark = pytest.mark.usefixtures("fresh", "no_grad")
+
+
+def made(config: Config, **sizes: int) -> Compiled:
+    forget()
+    return compile_program(program(), config=config, sizes=sizes)
+
+
+def program() -> Program:
+    from memcomp.ir.text import parse
+
+    return parse((Path(__file__).parent / "cases" / "attention_3pass.mc").read_text())
+
+
+def entry(of: Compiled, choice: Choice) -> Entry:
+    return Entry(of.problem, environment("cpu"), choice, Measured(1e-3, 0.1, 9, 0.5, 1.0, 2e-3))
+
+
+def space_of(compiled: Compiled, config: Config) -> Space:
+    seen: dict[str, Any] = {}
+    forget()
+    compile_program(program(), config=config, observe=seen.__setitem__)
+    return Space({"": seen["partition"]})
+
+
+def another(compiled: Compiled) -> Choice:
+    space = space_of(compiled, Config(tune="off"))
+    return next(c for c in space.choices() if c.knobs != compiled.choice.knobs)
+
+
+def test_a_measured_choice_is_taken(tmp_path: Path) -> None:
+    plain = made(Config(tune="off"))
+    other = another(plain)
+    Store(tmp_path).put(entry(plain, other))
+    tuned = made(Config(cache_dir=str(tmp_path)))
+    assert tuned.choice == other and tuned.problem == plain.problem
+    assert "by measurement: 0.001 s" in tuned.program.proofs[-1]
+    assert tuned.program != plain.program and not knobs(tuned.program)
+    assert made(Config(cache_dir=str(tmp_path), tune="off")).choice == plain.choice
+    assert made(Config(cache_dir=str(tmp_path), cache="off")).choice == plain.choice
+    assert made(Config(cache_dir=str(tmp_path / "empty"))).choice == plain.choice
+
+
+@pytest.mark.parametrize("change", ["environment", "problem", "size"])
+def test_what_was_measured_for_something_else_is_not_taken(tmp_path: Path, change: str) -> None:
+    plain = made(Config(tune="off"), M=100, P=100)
+    e = entry(plain, another(plain))
+    if change == "environment":
+        e = replace(e, environment={**e.environment, "code": "another"})
+    elif change == "problem":
+        e = replace(e, problem={**e.problem, "space": "another"})
+    Store(tmp_path).put(e)
+    far = 5000 if change == "size" else 100
+    assert made(Config(cache_dir=str(tmp_path)), M=far, P=100).choice == plain.choice
+    if change == "size":
+        assert made(Config(cache_dir=str(tmp_path)), M=120, P=100).choice == e.choice, "near enough"
+
+
+def test_a_choice_that_is_no_member_is_not_taken_and_told(tmp_path: Path) -> None:
+    plain = made(Config(tune="off"))
+    Store(tmp_path).put(entry(plain, Choice("", {n: 7 for n in plain.choice.knobs})))
+    with pytest.warns(CacheWarning, match="is not used"):
+        assert made(Config(cache_dir=str(tmp_path))).choice == plain.choice
+    Store(tmp_path).put(entry(plain, replace(plain.choice, backend="nobody")))
+    with pytest.warns(CacheWarning, match="nobody"):
+        assert made(Config(cache_dir=str(tmp_path))).choice == plain.choice
+
+
+def test_every_member_of_the_space_and_nothing_else_has_a_program() -> None:
+    plain = made(Config(tune="off"))
+    space = space_of(plain, Config(tune="off"))
+    members = list(space.choices())
+    assert len(members) == len(space) and plain.choice in members
+    programs = {str(space.closed(c)) for c in members}
+    assert len(programs) == len(members)
+    for wrong in (Choice("another"), Choice("", {}), Choice("", {n: 3 for n in plain.choice.knobs}),
+                  Choice("", {**plain.choice.knobs, "more": 1})):
+        with pytest.raises(OptionError):
+            space.closed(wrong)
+
+
+def renamed(p: Program) -> Program:
+    """Other names of ranks, tensors and the program itself."""
+    from memcomp.ir.text import parse
+
+    text = str(p)
+    names = {r.name for r in p.cascade.ranks}
+    for n in sorted(names, key=len, reverse=True):
+        import re
+
+        text = re.sub(rf"(?<![A-Za-z0-9_]){n}(?![A-Za-z0-9_])", f"{n}X", text)
+        text = re.sub(rf"(?<![A-Za-z0-9_]){n.lower()}(?![A-Za-z0-9_])", f"{n.lower()}x", text)
+    return parse(text)
+
+
+def test_names_make_no_new_key_and_what_a_kernel_reads_does() -> None:
+    plain = made(Config(tune="off"))
+    forget()
+    assert compile_program(renamed(program()), config=Config(tune="off")).problem == plain.problem
+    assert made(Config(tune="off", rest="eager", strict=True, chains="all", dump=())).problem == plain.problem
+    extents = {r.name: 100 for r in program().cascade.ranks if isinstance(r, Rank)}
+    space = Space({"": plain.program})
+
+    def key(**change: Any) -> dict[str, Any]:
+        given: dict[str, Any] = {"general": plain.before, "named": (), "extents": extents, "backend": "",
+                                 "space": space}
+        return problem(**{**given, **change})
+
+    assert key() == key(extents={n: 101 for n in extents}), "one bucket"
+    others = [key(extents={n: 1000 for n in extents}), key(backend="python"), key(general=plain.program),
+              key(named=("M",)), key(space=Space({"other": plain.program}))]
+    assert all(o != key() for o in others)
+
+
+def test_a_compiled_function_takes_it(tmp_path: Path) -> None:
+    """Through torch.compile, and the results stay the same."""
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    q, k, v = torch.randn(3, 1, 2, 70, 16).unbind()
+    report = memcomp.explain(attend, q, k, v, tune="off")
+    read, known = report.regions[0].read, report.regions[0].known
+    forget()
+    seen: dict[str, Any] = {}
+    plain = compile_program(read, config=Config(tune="off"), sizes=known, observe=seen.__setitem__)
+    space = Space({plain.choice.form: seen["partition"]})
+    other = next(c for c in space.choices() if c.knobs != plain.choice.knobs)
+    Store(tmp_path).put(entry(plain, other))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = memcomp.explain(attend, q, k, v, cache_dir=str(tmp_path))
+        assert any("by measurement" in line for line in found.regions[0].program.proofs)
+        g = torch.compile(attend, backend="memcomp", options={"cache_dir": str(tmp_path), "strict": True})
+        torch.testing.assert_close(g(q, k, v), attend(q, k, v))
