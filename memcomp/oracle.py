@@ -197,8 +197,8 @@ def check_program(program: Program, **options: Any) -> Report:
     import torch
 
     from memcomp.binding import make_entry
-    from memcomp.dtypes import DTYPES
     from memcomp.config import config
+    from memcomp.dtypes import DTYPES
     from memcomp.ir.interpret import interpret
     from memcomp.pipeline import compile_program, fixed, shape_sizes
     from memcomp.runtime import run

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from memcomp.dtypes import DTYPES
 from memcomp.capture.lookups import Lookup, lookups
 from memcomp.capture.reader import meta
 from memcomp.capture.writes import memory, mutates, written
+from memcomp.dtypes import DTYPES
 from memcomp.ir.errors import Refusal
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from memcomp.artifact.launch import Launched
     from memcomp.artifact.files import Loaded, Saved, load, save, saved
+    from memcomp.artifact.launch import Launched
 
 __all__ = ["Launched", "Loaded", "Saved", "load", "save", "saved"]
 _HOMES = {"Launched": "launch", **dict.fromkeys(("Loaded", "Saved", "load", "save", "saved"), "files")}

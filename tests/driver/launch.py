@@ -1,4 +1,4 @@
-"""A saved kernel through the real cuda.core, on a driver that only writes down what it is told; no compiler may load."""
+"""A saved kernel through the real cuda.core, on a driver that only writes down what it is told, with no compiler."""
 
 import contextlib
 import sys
@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 
+COMPILERS = ("triton", "tvm", "tvm_ffi", "memcomp.passes", "memcomp.capture", "memcomp.codegen.")
+NONE = ("memcomp.codegen.launches", "memcomp.codegen.elf")
+
+
 class NoCompiler(MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name.partition(".")[0] in ("triton", "tvm", "tvm_ffi") or name.startswith(("memcomp.passes", "memcomp.codegen.")) \
-                and name not in ("memcomp.codegen.launches", "memcomp.codegen.elf"):
+        if name.startswith(COMPILERS) and name not in NONE:
             raise AssertionError(f"{name} is imported where no compiler is")
 
 
@@ -48,7 +51,7 @@ def main(file: str, extents: str) -> None:
     tensors = [Given(tuple(evaluate(x, sizes) for x in p.shape), DTYPES[p.dtype], (k + 1) << 36)
                for k, p in enumerate(loaded.saved.params)]
     loaded.launched(*tensors, *(sizes[r] for r in loaded.saved.sizes))
-    assert "nvrtc" not in Path("/proc/self/maps").read_text(), "cuda.core loaded its compiler"
+    assert "libnvrtc" not in Path("/proc/self/maps").read_text(), "cuda.core loaded its compiler"
 
 
 if __name__ == "__main__":
