@@ -3,12 +3,13 @@ takes for granted of them.  The same for all who write kernels; nothing here kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from memcomp.codegen.elf import parameters
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Const, Expr, Size, children
+from memcomp.ir.expr import Call, Const, Expr, Size, children
 from memcomp.ir.ops import OPS
 
 BYTES = {"i32": 4, "i64": 8}  # of an integer argument; a pointer has 8
@@ -109,6 +110,11 @@ def packed(args: Sequence[Argument]) -> Iterator[tuple[int, int]]:
         at += a.bytes
 
 
+def distinct(args: Iterable[Argument]) -> tuple[Argument, ...]:
+    """Of all launches, each once."""
+    return tuple({a.name: a for a in args}.values())
+
+
 def loosened(args: Sequence[Argument], layout: Layout) -> tuple[Argument, ...]:
     """The arguments of the usual layout, as they are in another."""
     return tuple(replace(a, multiple=1 if a.name in layout.loose else a.multiple,
@@ -122,6 +128,12 @@ def value(e: Expr, sizes: Mapping[str, int]) -> int:
     if isinstance(e, Size):
         return sizes[e.rank]
     return int(OPS[e.op].numpy(*(value(x, sizes) for x in children(e))))  # type: ignore[union-attr]
+
+
+def factor(extents: Sequence[Expr]) -> int:
+    """A number that the product of the extents is a multiple of, whatever sizes are."""
+    return prod(int(e.value) if isinstance(e, Const) else
+                factor(e.args) if isinstance(e, Call) and e.op == "mul" else 1 for e in extents)
 
 
 def unit(strides: Sequence[int]) -> int:

@@ -156,7 +156,7 @@ def build(kernel: Kernel, config: Config) -> Callable[..., Any]:
         if backend.DEVICE == "cuda":
             from memcomp.artifact.launch import Launched
 
-            return Launched.of(kernel, backend.compiled)
+            return Launched.of(kernel, backend)
         return backend.build(kernel)  # type: ignore[no-any-return]
     except ModuleNotFoundError as error:
         raise Refusal(f"the backend {kernel.backend} needs {error.name}, which is not installed") from error

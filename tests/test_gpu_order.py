@@ -157,7 +157,7 @@ def test_what_runs_at_once_streams_few_heads(machine: str, guard: str) -> None:
     """Keys and values of the heads that a wave of tasks reads fit the second level cache, between two panels too."""
     tp, k = made(guard)
     made_for = target(machine)
-    sizes = {"H": 48, "P": 8192, "M": 8192}
+    sizes = {"H": 64, "P": 8192, "M": 8192}
     found = [t[0] for t in tasks(k, order(tp, k, made_for), sizes)]
     wave = 2 * made_for.threads
     most = max(len(set(found[n:n + wave])) for n in range(0, len(found) - wave, wave))

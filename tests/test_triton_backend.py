@@ -32,7 +32,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import memcomp  # noqa: E402
 from memcomp.artifact import Launched  # noqa: E402
-from memcomp.codegen.triton import compiled, emit, interpreted  # noqa: E402
+from memcomp.codegen import triton  # noqa: E402
+from memcomp.codegen.triton import emit, interpreted  # noqa: E402
 from memcomp.codegen.triton.layout import layout  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -165,7 +166,7 @@ def test_tensors_must_be_where_the_kernels_run() -> None:
         torch.compile(grouped, backend="memcomp", options={"target": "h100", "strict": True})(q, q, q)
     tp = lower(mapped(load("onepass_causal_gqa")))
     with pytest.raises(TypeError, match="takes 4 tensors"):
-        Launched.of(emit(tp, "h100"), compiled)(q)
+        Launched.of(emit(tp, "h100"), triton)(q)
 
 
 def test_explain_needs_no_gpu() -> None:

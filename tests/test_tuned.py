@@ -150,7 +150,8 @@ def test_a_compiled_function_takes_it(tmp_path: Path) -> None:
     Store(tmp_path).put(entry(plain, other))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = memcomp.explain(attend, q, k, v, cache_dir=str(tmp_path))
+        found = memcomp.explain(attend, q, k, v, cache="on", cache_dir=str(tmp_path))
         assert any("by measurement" in line for line in found.regions[0].program.proofs)
-        g = torch.compile(attend, backend="memcomp", options={"cache_dir": str(tmp_path), "strict": True})
+        g = torch.compile(attend, backend="memcomp", options={
+            "cache": "on", "cache_dir": str(tmp_path), "strict": True})
         torch.testing.assert_close(g(q, k, v), attend(q, k, v))

@@ -1,7 +1,7 @@
 """GPU kernels in CUDA C++: `emit` writes text, `launches` says what it is launched with, `compiled` makes machine code of
 it, `interpreted` runs it on the CPU."""
 
-from memcomp.codegen.cuda.compile import compiled
+from memcomp.codegen.cuda.compile import compiled, taken
 from memcomp.codegen.cuda.emit import admits, emit, launches
 from memcomp.codegen.cuda.host import interpreted
 

@@ -1,4 +1,4 @@
-"""CUDA C++ -> machine code for a GPU that need not be there: by NVRTC (the `cuda` extra), or by nvcc where it is not."""
+"""CUDA C++ -> machine code for a GPU that need not be there: by NVRTC (the `cuda` extra), or by nvcc without it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from memcomp.codegen.binary import Binary
 from memcomp.codegen.cuda.emit import emit, launches
 from memcomp.codegen.elf import resources
-from memcomp.codegen.launches import Form, Launch, Layout
+from memcomp.codegen.launches import Argument, Form, Launch, Layout, distinct
 from memcomp.ir.errors import Refusal
 from memcomp.ir.target import target
 from memcomp.ir.tile import Kernel
@@ -34,6 +34,11 @@ def compiled(kernel: Kernel, layout: Layout, kept: bool = False) -> Form:
     given = launches(tp, kernel.isa, layout.units, aligned)
     made = compile_text(source, given, target(kernel.isa).capability)
     return Form(layout, made[0].version if made else "", given, tuple(b.cubin for b in made))
+
+
+def taken(kernel: Kernel, units: tuple[int, ...]) -> tuple[Argument, ...]:
+    """All arguments of the launches, each once, and what they are multiples of where nothing is odd."""
+    return distinct(a for x in launches(kernel.program, kernel.isa, units) for a in x.args)
 
 
 def compile_text(source: str, given: Sequence[Launch], capability: int, compiler: str = "") -> tuple[Binary, ...]:

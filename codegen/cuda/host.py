@@ -29,15 +29,19 @@ _CTYPES = {"i32": ctypes.c_int, "i64": ctypes.c_longlong}
 _C = {"i32": "int", "i64": "long long"}
 
 MODEL = r'''
-#include <math.h>
-#include <cmath>
 #include <setjmp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
-using std::exp; using std::exp2; using std::log; using std::log2; using std::sin; using std::cos; using std::erf;
-using std::tanh; using std::expm1; using std::log1p; using std::floor; using std::rint; using std::sqrt; using std::pow;
-using std::fabs;
+#define REAL(name) \
+  extern "C" double name(double); \
+  extern "C" float name##f(float); \
+  static inline float name(float x) { return name##f(x); }
+REAL(exp) REAL(exp2) REAL(log) REAL(log2) REAL(sin) REAL(cos) REAL(erf) REAL(tanh) REAL(expm1) REAL(log1p) REAL(floor)
+REAL(rint) REAL(sqrt) REAL(fabs)
+extern "C" double pow(double, double);
+extern "C" float powf(float, float);
+static inline float pow(float x, float y) { return powf(x, y); }
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -72,7 +76,7 @@ static unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
 static double __longlong_as_double(long long x) { return bits_as<double>(x); }
 static float host_from_f16(unsigned bits) {
   int e = bits >> 10 & 31, m = bits & 1023;
-  float x = e == 31 ? (m ? NAN : INFINITY) : ldexpf(e ? m + 1024 : m, (e ? e : 1) - 25);
+  float x = e == 31 ? (m ? __builtin_nanf("") : __builtin_inff()) : __builtin_ldexpf(e ? m + 1024 : m, (e ? e : 1) - 25);
   return bits >> 15 ? -x : x;
 }
 static unsigned short host_to_f16(float x) {
@@ -81,9 +85,9 @@ static unsigned short host_to_f16(float x) {
   if (x != x) return 0x7e00;
   if (a >= 65520) return sign | 0x7c00;
   int e;
-  frexpf(a, &e);
+  __builtin_frexpf(a, &e);
   if (e < -13) e = -13;                   // numbers below 2**-14 are multiples of its unit
-  int m = (int)rintf(ldexpf(a, 11 - e));  // 1024 to 2048 of them where the number is not below
+  int m = (int)rintf(__builtin_ldexpf(a, 11 - e));  // 1024 to 2048 of them where the number is not below
   return sign | (m + ((e + 13) << 10));
 }
 

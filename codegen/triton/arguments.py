@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memcomp.codegen.launches import Argument
+from memcomp.codegen.launches import Argument, factor
 from memcomp.ir.expr import Access, Expr, Size, walk
-from memcomp.ir.tile import Load, Store, TileKernel, TileProgram, expressions, statements
+from memcomp.ir.tile import Load, Param, Store, TileKernel, TileProgram, expressions, statements
 
 POINTERS = {"f64": "*fp64", "f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i64": "*i64", "i32": "*i32",
             "i16": "*i16", "i8": "*i8", "u8": "*u8", "bool": "*i1"}
@@ -40,10 +40,15 @@ def arguments(tp: TileProgram, k: TileKernel, units: tuple[int, ...]) -> Argumen
     for p, unit in zip(tp.params, units, strict=True):
         if p.name in touched:
             args.append(Argument(f"{p.name}_ptr", "pointer", p.name, type=POINTERS[p.dtype], multiple=ALIGNED))
-            args += [Argument(f"{p.name}_s{n}", "stride", p.name, n, multiple=ALIGNED)
+            args += [Argument(f"{p.name}_s{n}", "stride", p.name, n, multiple=_usual(p, n))
                      for n in range(len(p.shape)) if n != unit]
     args += [Argument(r, "size", r) for r in tp.sizes if r in sizes]
     return Arguments(tuple(args))
+
+
+def _usual(p: Param, n: int) -> int:
+    """What a stride is a multiple of where nothing is odd.  Work is made row by row: there it is known."""
+    return ALIGNED if p.role != "work" or factor(p.shape[n + 1:]) % ALIGNED == 0 else 1
 
 
 def _expressions(k: TileKernel) -> list[Expr]:

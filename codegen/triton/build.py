@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from memcomp.codegen.launches import Argument, Form, Launch, Layout, loosened
+from memcomp.codegen.launches import Argument, Form, Launch, Layout, distinct, loosened
 from memcomp.codegen.triton.arguments import arguments
 from memcomp.codegen.triton.emit import emit, function_names
 from memcomp.ir.expr import Const, Expr, call
@@ -38,6 +38,11 @@ def compiled(kernel: Kernel, layout: Layout, kept: bool = False) -> Form:
         made.append((launch(k, args, binary), binary))
     return Form(layout, f"triton {made[0][1].version}" if made else "triton", tuple(x for x, _ in made),
                 tuple(b.cubin for _, b in made))
+
+
+def taken(kernel: Kernel, units: tuple[int, ...]) -> tuple[Argument, ...]:
+    """All arguments of the launches, each once, and what they are multiples of where nothing is odd."""
+    return distinct((*(a for k in kernel.program.kernels for a in arguments(kernel.program, k, units).args), *_HIDDEN))
 
 
 def launch(k: TileKernel, args: tuple[Argument, ...], binary: Binary) -> Launch:

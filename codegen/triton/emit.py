@@ -75,10 +75,10 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
 
 
 def admits(tp: TileProgram, target: Target) -> int:
-    """0: every launch fits the machine with its registers; 1: some spill.  Raises Refusal where one does not fit or has
-    no text."""
+    """0: every launch fits the machine well; more: some spill, or wait (`resources.Need`).  Raises Refusal where one does
+    not fit or has no text."""
     emit(tp, target)
-    return max((int(need(tp, k, target, chosen(tp, k, target)).spills) for k in tp.kernels), default=0)
+    return max((need(tp, k, target, chosen(tp, k, target)).strain for k in tp.kernels), default=0)
 
 
 def function_names(tp: TileProgram) -> list[str]:

@@ -25,12 +25,16 @@ FEWEST_ROWS = 16   # of one instruction of tensor cores
 ASYNC_ROWS = 64    # fewer rows and the tensor cores of sm_90 and sm_100 are fed through registers, as before
 COLUMNS = 512      # of tensor memory
 BARRIER = 8        # bytes
+SYSTEM = 1024      # bytes of each block that are not its own
+MOST = 255         # registers of a thread
 ALIGNED = 1024     # bytes: where a tile begins that tensor cores read themselves
 COPIED = 4         # bytes: the least that a thread can copy ahead
 # registers = first number + the others times what `held` counts, in its order, and the sum from which on kernels
 # spill; `benchmarks/gpu_resources.py --fit`
-FITTED = {"mma": (86.9, 0.8, 2.39, 0.38, 0.6, 0.57), "wgmma": (109.1, 0.71, 1.4, 0.0, 0.51, 0.35),
-          "tcgen05": (115.0, 0.63, 1.21, 0.0, 0.79, 0.4)}
+FITTED = {"mma": (86.9, 0.8, 2.39, 0.38, 1.0, 0.6, 0.57), "wgmma": (109.1, 0.71, 1.4, 0.0, 1.0, 0.51, 0.35),
+          "tcgen05": (115.0, 0.63, 1.21, 0.0, 1.0, 0.79, 0.4)}
+REGISTERS = 65536  # of one processor
+BUSY = 8           # warps on one processor below which too little is under way: half of them compute while half wait
 SPILLED = {"mma": 236.0, "wgmma": 260.0, "tcgen05": 255.0}
 
 
@@ -48,28 +52,37 @@ SETTINGS = tuple(Setting(w, s) for w in (4, 8, 1, 2) for s in (3, 2, 1))
 @dataclass(frozen=True, slots=True)
 class Need:
     """Of one block.  shared: bytes; tensor_memory: columns (sm_100); registers: of a thread, estimated and not cut
-    at what a thread can have, so that candidates beyond it are ordered too; spills: whether some are to be expected."""
+    at what a thread can have, so that candidates beyond it are ordered too; spills: whether some are to be expected;
+    poor: whether it fits badly though it fits: nothing is fetched ahead, warps share rows that could have their own, or
+    one processor has too few warps under way.
+    """
 
     shared: int
     tensor_memory: int
     registers: float
     spills: bool
+    poor: bool
+
+    @property
+    def strain(self) -> int:
+        """0: fits well; more: the candidates that are to be taken only where there are no better ones."""
+        return 2 * self.spills + self.poor
 
 
 def need(tp: TileProgram, k: TileKernel, target: Target, setting: Setting) -> Need:
     """What a block of one launch takes.  Raises Refusal where the kernel has no layout."""
-    return _Block(Loops(tp, k), target.capability, setting).need()
+    return _Block(Loops(tp, k), target, setting).need()
 
 
 def held(tp: TileProgram, k: TileKernel, target: Target, setting: Setting) -> dict[str, float]:
     """What the estimate of registers counts, of the loop that takes most of them."""
-    block = _Block(Loops(tp, k), target.capability, setting)
+    block = _Block(Loops(tp, k), target, setting)
     return block.held(max(block.loops.bodies, key=block.estimate))
 
 
 def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
-    """The setting to compile a launch with: one that fits and does not spill, if there is one; of these the most
-    stages, and warps that each have rows of their own.
+    """The setting to compile a launch with: one that fits well, if there is one; of these warps that each have rows of
+    their own, and the most stages.
 
     Raises Refusal where none fits: with the bytes needed and there, and the nearest tile sizes that would fit.
     """
@@ -77,8 +90,8 @@ def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
     fitting = list(_fitting(loops, target))
     if fitting:
         wanted = _warps(loops)
-        return min(fitting, key=lambda x: (x[1].spills, -x[0].stages, abs(x[0].warps - wanted), x[1].registers))[0]
-    least = min((_Block(loops, target.capability, s).need() for s in _settings(loops)), key=lambda n: n.shared)
+        return min(fitting, key=lambda x: (x[1].strain, abs(x[0].warps - wanted), -x[0].stages, x[1].registers))[0]
+    least = min((_Block(loops, target, s).need() for s in _settings(loops)), key=lambda n: n.shared)
     there = target.level("smem").bytes
     what = f"{least.shared:,} bytes of shared memory, and a block of {target.name} has {there:,}"
     if least.shared <= there:
@@ -114,7 +127,7 @@ def _settings(loops: Loops) -> list[Setting]:
 
 def _fitting(loops: Loops, target: Target) -> Iterator[tuple[Setting, Need]]:
     for s in _settings(loops):
-        n = _Block(loops, target.capability, s).need()
+        n = _Block(loops, target, s).need()
         if n.shared <= target.level("smem").bytes and n.tensor_memory <= COLUMNS:
             yield s, n
 
@@ -131,14 +144,28 @@ def _warps(loops: Loops) -> int:
 class _Block:
     """A block of one kernel with one setting."""
 
-    def __init__(self, loops: Loops, capability: int, setting: Setting) -> None:
-        self.loops, self.capability = loops, capability
+    def __init__(self, loops: Loops, target: Target, setting: Setting) -> None:
+        self.loops, self.capability = loops, target.capability
+        self.there = target.level("smem").bytes + SYSTEM
         self.warps, self.stages = setting.warps, setting.stages
 
     def need(self) -> Need:
         bodies = self.loops.bodies
-        return Need(max(map(self.shared, bodies)), max(map(self.tensor_memory, bodies)),
-                    max(map(self.estimate, bodies)), any(self.estimate(b) > SPILLED[self.form(b)] for b in bodies))
+        shared, columns = max(map(self.shared, bodies)), max(map(self.tensor_memory, bodies))
+        registers = max(map(self.estimate, bodies))
+        return Need(shared, columns, registers, any(self.estimate(b) > SPILLED[self.form(b)] for b in bodies),
+                    any(b.looped and b.products and self.poor(b, self.blocks(shared, columns, registers))
+                        for b in bodies))
+
+    def blocks(self, shared: int, columns: int, registers: float) -> int:
+        """Blocks that one processor holds at once."""
+        threads = REGISTERS // (32 * self.warps * min(registers, MOST))
+        return min(self.there // (shared + SYSTEM), int(threads), COLUMNS // max(columns, 1))
+
+    def poor(self, body: Body, blocks: int) -> bool:
+        """Is the loop one that waits: see `Need`."""
+        shares = any(self.asynchronous(p) and self.warps * FEWEST_ROWS > p.rows for p in body.products)
+        return self.stages == 1 or body.branched or shares or self.warps * blocks < BUSY
 
     def asynchronous(self, p: Product) -> bool:
         """Do the tensor cores read the right operand from shared memory?"""
@@ -242,6 +269,7 @@ class _Block:
         sums:    of tiles that one step hands to the next.
         values:  at most at once of the tiles that a step computes.
         rows:    of numbers for rows, which several threads hold alike.
+        columns: of numbers for columns, which a thread has one of for each fourth.
         chunks:  addresses, one for each 16 bytes that a thread fetches.
         passing: of operands on their way to tensor cores: parts of f32, and what is not copied ahead.
         """
@@ -268,9 +296,13 @@ class _Block:
                       for n in range(len(body.steps))), default=0) / threads
         fed = [p for p in body.products if not self.asynchronous(p)]
         along = 1 if any(self.spread(body, p) for p in fed) else self.warps
-        rows = sum(max(2.0, points(t) / (8 * along)) for t in (*carried, *local) if self.loops.dims(t) == 1)
+        across = {a for p in body.products for a in self.loops.layout.of(self.loops.tiles[p.tile].dims)[-1:]}
+        lines = [t for t in (*carried, *local) if self.loops.dims(t) == 1]
+        wide = [t for t in lines if set(self.loops.layout.of(self.loops.tiles[t].dims)) <= across]
+        rows = sum(max(2.0, points(t) / (8 * along)) for t in lines if t not in wide)
+        columns = sum(points(t) * BYTES[self.loops.tiles[t].dtype] / 16 for t in wide)
         chunks = sum(points(t) * self.loops.element(t) / 16 / threads for t in straight)
         passing = sum(2 * (p.rows + p.columns) * p.depth for p in body.products if p.exact) / threads
-        if body.branched:
+        if body.branched or self.stages == 1:
             passing += sum(points(t) * self.loops.element(t) / 4 / threads for t in straight)
-        return {"sums": sums, "values": values, "rows": rows, "chunks": chunks, "passing": passing}
+        return {"sums": sums, "values": values, "rows": rows, "columns": columns, "chunks": chunks, "passing": passing}

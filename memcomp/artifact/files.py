@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memcomp.artifact.launch import Launched
-from memcomp.codegen.launches import Argument, Form, Launch, Layout
+from memcomp.codegen.launches import Argument, Form, Launch, Layout, distinct, factor
 from memcomp.ir.errors import InputError, Refusal
 from memcomp.ir.expr import Expr
 from memcomp.ir.lex import read_line
@@ -53,14 +53,20 @@ class Saved:
 
 
 def saved(kernel: Kernel, compiled: Callable[[Kernel, Layout], Form]) -> Saved:
-    """A kernel compiled for tensors whose last stride is 1: once for those that are aligned as usual, and once for
-    any others of fewer than 2**31 elements from one position to the next."""
-    units = tuple(len(p.shape) - 1 for p in kernel.program.params)
-    first = compiled(kernel, Layout(units))
-    loose = frozenset(a.name for x in first.launches for a in x.args if a.multiple > 1)
-    forms = (first, compiled(kernel, Layout(units, loose))) if loose else (first,)
-    return Saved(kernel.name, kernel.isa, target(kernel.isa).capability, kernel.backend, kernel.program.params,
-                 kernel.program.sizes, forms)
+    """A kernel compiled for tensors whose last stride is 1: for those that are aligned as usual; for those whose
+    strides are what extents make of them, row by row; and for any of fewer than 2**31 elements from one position to the
+    next."""
+    params = kernel.program.params
+    units = tuple(len(p.shape) - 1 for p in params)
+    forms = [compiled(kernel, Layout(units))]
+    args = [a for x in forms[0].launches for a in x.args if a.multiple > 1]
+    shapes = {p.name: p.shape for p in params}
+    for loose in (frozenset(a.name for a in args if a.kind == "stride"
+                            and factor(shapes[a.of][a.at + 1:]) % a.multiple), frozenset(a.name for a in args)):
+        if loose and loose != forms[-1].layout.loose:
+            forms.append(compiled(kernel, Layout(units, loose)))
+    return Saved(kernel.name, kernel.isa, target(kernel.isa).capability, kernel.backend, params, kernel.program.sizes,
+                 tuple(forms))
 
 
 def save(made: Saved, place: str | Path) -> None:
@@ -81,7 +87,9 @@ class Loaded:
 
     def __init__(self, made: Saved) -> None:
         self.saved = made
-        self.launched = Launched(made.name, made.target, made.capability, made.params, made.sizes, made.form)
+        usual = distinct(a for x in made.forms[0].launches for a in x.args)
+        self.launched = Launched(made.name, made.target, made.capability, made.params, made.sizes, lambda _: usual,
+                                 made.form)
 
     def __call__(self, *inputs: Any, **sizes: int) -> tuple[Any, ...]:
         """The outputs, row-major on the inputs' device.  sizes: extents that no input's shape shows.

@@ -7,24 +7,20 @@ call may be captured in a CUDA graph, once one call before has loaded the code.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 from memcomp.artifact.driver import Core, Driver, packed
 from memcomp.codegen.launches import MOST, Argument, Form, Launch, Layout, unit
 from memcomp.ir.errors import Refusal
 from memcomp.ir.tile import Kernel, Param
 
+Units: TypeAlias = tuple[int, ...]  # of a `Layout`
 _CORE = Core()
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A form on a device: its launches with their functions, and all arguments, each once."""
-
-    launches: tuple[tuple[Launch, Any], ...]
-    args: tuple[Argument, ...]
+_Loaded: TypeAlias = tuple[tuple[Launch, Any], ...]  # launches with their functions on a device
 
 
 class Launched:
@@ -35,39 +31,40 @@ class Launched:
     """
 
     def __init__(self, name: str, target: str, capability: int, params: Sequence[Param], sizes: Sequence[str],
-                 form: Callable[[Layout], Form], driver: Driver = _CORE) -> None:
+                 usual: Callable[[Units], tuple[Argument, ...]], form: Callable[[Layout], Form],
+                 driver: Driver = _CORE) -> None:
+        """usual: all arguments, each once, and what they are multiples of where nothing is odd."""
         self.name, self.target, self.capability, self.params = name, target, capability, tuple(params)
-        self.sizes, self._form, self._driver = tuple(sizes), form, driver
+        self.sizes, self._form, self._driver, self._usual = tuple(sizes), form, driver, lru_cache(maxsize=None)(usual)
         self._loaded: dict[tuple[int, Layout], _Loaded] = {}
         self._known: list[tuple[str, Any]] = []
         self._lock = threading.Lock()
 
     @staticmethod
-    def of(kernel: Kernel, compiled: Callable[..., Form], driver: Driver = _CORE) -> Launched:
-        """A kernel that is compiled when it is called, for each layout of its tensors once."""
+    def of(kernel: Kernel, backend: Any, driver: Driver = _CORE) -> Launched:
+        """A kernel that its backend compiles when it is called, for each layout of its tensors once."""
         from memcomp.ir.target import target
 
         def form(layout: Layout) -> Form:
             try:
-                return compiled(kernel, layout, kept=True)
+                return backend.compiled(kernel, layout, kept=True)  # type: ignore[no-any-return]
             except ModuleNotFoundError as error:
                 raise Refusal(f"the backend {kernel.backend} needs {error.name}, which is not installed") from error
 
         return Launched(kernel.name, kernel.isa, target(kernel.isa).capability, kernel.program.params,
-                        kernel.program.sizes, form, driver)
+                        kernel.program.sizes, lambda units: backend.taken(kernel, units), form, driver)
 
     def __call__(self, *given: Any) -> None:
         tensors, sizes = self._taken(given)
         device = self._device(tensors.values())
         units = tuple(map(_unit, tensors.values()))
-        loaded = self._ready(device, Layout(units))
-        values = {a.name: self._value(a, tensors, sizes) for a in loaded.args}
-        loose = frozenset(a.name for a in loaded.args if values[a.name] % a.multiple)
-        wide = frozenset(a.name for a in loaded.args if abs(values[a.name]) > MOST.get(a.type, 2**64))
-        if loose or wide:
-            loaded = self._other(device, Layout(units, loose, wide), loaded, values)
+        args = self._usual(units)
+        values = {a.name: self._value(a, tensors, sizes) for a in args}
+        layout = Layout(units, frozenset(a.name for a in args if values[a.name] % a.multiple),
+                        frozenset(a.name for a in args if abs(values[a.name]) > MOST.get(a.type, 2**64)))
+        loaded = self._loaded.get((device, layout)) or self._load(device, layout, values)
         with self._driver.stream(device) as stream:
-            for launch, kernel in loaded.launches:
+            for launch, kernel in loaded:
                 grid = launch.blocks(sizes)
                 if not all(grid):
                     continue
@@ -110,36 +107,27 @@ class Launched:
             return int(tensors[a.of].stride(a.at)) if tensors[a.of].shape[a.at] > 1 else 0
         return 0
 
-    def _other(self, device: int, layout: Layout, usual: _Loaded, values: dict[str, int]) -> _Loaded:
-        """Of a call whose arguments are not what the usual machine code takes for granted."""
-        odd = ", ".join([f"{a.name} = {values[a.name]} is no multiple of {a.multiple}"
-                         for a in usual.args if a.name in layout.loose] +
-                        [f"{a.name} = {values[a.name]} has more than 32 bits"
-                         for a in usual.args if a.name in layout.wide])
-        if any(a.kind == "size" for a in usual.args if a.name in layout.wide):
-            raise Refusal(f"{self.name} counts in 32 bits", odd)
-        try:
-            return self._ready(device, layout)
-        except Refusal as error:
-            raise Refusal(f"{self.name}: {odd}", str(error)) from error
-
-    def _ready(self, device: int, layout: Layout) -> _Loaded:
-        found = self._loaded.get((device, layout))
-        if found is None:
-            with self._lock:
-                found = self._loaded.get((device, layout)) or self._load(device, layout)
-                self._loaded[device, layout] = found
-        return found
-
-    def _load(self, device: int, layout: Layout) -> _Loaded:
+    def _load(self, device: int, layout: Layout, values: Mapping[str, int]) -> _Loaded:
         there = self._driver.capability(device)
         if there != self.capability:
             raise Refusal(f"{self.name} is machine code for compute capability {self.capability / 10} ({self.target}), "
                           f"device {device} has {there / 10}", hint="compile for a target of that capability")
-        form = self._form(layout)
-        return _Loaded(tuple((x, self._driver.load(device, cubin, x.function, x.shared))
-                             for x, cubin in zip(form.launches, form.cubins, strict=True)),
-                       tuple({a.name: a for x in form.launches for a in x.args}.values()))
+        args = self._usual(layout.units)
+        odd = ", ".join([f"{a.name} = {values[a.name]} is no multiple of {a.multiple}" for a in args
+                         if a.name in layout.loose] +
+                        [f"{a.name} = {values[a.name]} has more than 32 bits" for a in args if a.name in layout.wide])
+        if any(a.kind == "size" for a in args if a.name in layout.wide):
+            raise Refusal(f"{self.name} counts in 32 bits", odd)
+        with self._lock:
+            if (device, layout) not in self._loaded:
+                try:
+                    form = self._form(layout)
+                except Refusal as error:
+                    raise Refusal(error.what, "; ".join(s for s in (odd, error.where) if s), error.hint) from error
+                self._loaded[device, layout] = tuple(
+                    (x, self._driver.load(device, cubin, x.function, x.shared))
+                    for x, cubin in zip(form.launches, form.cubins, strict=True))
+            return self._loaded[device, layout]
 
     def _scratch(self, device: int, size: int) -> Any:
         import torch

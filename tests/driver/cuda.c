@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SAY(...) do { FILE *f = fopen(getenv("DRIVER_LOG"), "a"); fprintf(f, __VA_ARGS__); fclose(f); } while (0)
+#define SAY(...) do { FILE *log = fopen(getenv("DRIVER_LOG"), "a"); fprintf(log, __VA_ARGS__); fclose(log); } while (0)
 typedef struct { unsigned grid[3], block[3], shared; void *stream, *attributes; unsigned count; } Config;
 static void *context = (void *)0x100;
 
