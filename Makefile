@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test sweep cascades bench clean
+.PHONY: demo test sweep cascades bench gpu clean
 
 demo: $(READY)
 	$(BIN)/memcomp demo
@@ -34,6 +34,11 @@ bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/tokens.py
+
+# on a machine with a GPU, with the PYTHON that has torch and Triton; nothing is installed.  REHEARSE=1: without a GPU
+gpu:
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m memcomp bench --device cuda --tests tests \
+		$(if $(REHEARSE),--interpret --seconds 900) $(if $(CASES),$(foreach c,$(CASES),'$(c)'))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -88,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--list", action="store_true", help="list the cases and run none")
     bench.add_argument("--rounds", type=int, default=31, help="turns of a case, at most (default 31)")
     bench.add_argument("-o", "--output", type=Path, help="write the results here as JSON, after each case")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                       help="cuda: check every backend and case, then time, on this machine's GPU")
+    bench.add_argument("--seconds", type=float, default=450.0, help="cuda: for everything (default 450)")
+    bench.add_argument("--interpret", action="store_true",
+                       help="cuda: rehearse with small cases and Triton's interpreter, without a GPU")
+    bench.add_argument("--tests", type=Path, metavar="FOLDER",
+                       help="cuda: also check FOLDER/cases/*.mc and run FOLDER/test_gpu.py")
     cache.add(commands, _cache)
     command("models", _models, "List the workloads that come with memcomp.", takes_input=False, target=False)
     command("targets", _targets, "List the machines that can be compiled for.", takes_input=False, target=False)
@@ -203,6 +210,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.device == "cuda":
+        return _bench_cuda(args)
     from memcomp.config import Config
     from memcomp.pipeline import device_of
 
@@ -229,6 +238,21 @@ def _bench(args: argparse.Namespace) -> int:
     if args.json:
         print(written(found))
     return 0
+
+
+def _bench_cuda(args: argparse.Namespace) -> int:
+    from memcomp.bench.gpu import Plan, chosen, run
+
+    cases = chosen(args.only, args.interpret)
+    if args.list:
+        print(json.dumps([c.name for c in cases], indent=2) if args.json else "\n".join(c.name for c in cases))
+        return 0
+    plan = Plan(cases, args.seconds, args.interpret, args.tests, args.output,
+                target="" if args.target == "cpu" else args.target)
+    found = run(plan, lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True))
+    if args.json:
+        print(json.dumps(found.data, indent=2))
+    return 1 if found.faults else 0
 
 
 def _cache(args: argparse.Namespace) -> int:

@@ -30,8 +30,8 @@ from memcomp.ir.verify import verify
 from memcomp.passes import PIPELINE
 from memcomp.recheck import recheck
 from memcomp.sizes import evaluate, input_shapes, solve, sources
-from memcomp.space import Space, buckets, problem
-from memcomp.tune import modelled
+from memcomp.tune.model import modelled
+from memcomp.tune.space import Space, buckets, problem
 
 STATIONS = ("capture", *PIPELINE, "tune", "lower", "emit")
 CANONICAL = PIPELINE.index("canonicalize") + 1  # the form in which the user's passes are counted
@@ -280,13 +280,38 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     Where the algebra has other forms that may be faster (`memcomp.choice`) they are made too; the last proof says which
     was taken, and why.  sizes: as for `compile_program`, of `read`; named: ranks whose size no shape shows.
     """
+    forms, words, space = opened(program, names, read, sizes, config, observe)
+    made = _measured(program, named, shape_sizes(read, program, sizes), space, config) if names else None
+    if made is None:
+        made = _modelled(forms, words, space, _strain(config) or _lowers)
+    for station, value in (*forms[made.choice.form].seen, ("tune", made.program)):
+        observe(station, value)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """One form of a program: with open knobs, the cost model's values for them, closed with these, what the stations
+    made on the way, and the extents that it was ranked with."""
+
+    mapped: Program
+    values: dict[str, int]
+    closed: Program
+    seen: list[tuple[str, object]]
+    extents: dict[str, int]
+
+
+def opened(program: Program, names: tuple[str, ...], read: Program, sizes: Mapping[str, int], config: Config,
+           observe: Observer) -> tuple[dict[str, Opened], str, Space]:
+    """The forms of a program by their words, the words of the plainest, and the space that they are.  Arguments as for
+    `closed_form`; `observe` hears of the stations only where one cannot go on."""
     strain = _strain(config)
 
-    def form(options: Mapping[str, Any], seen: list[tuple[str, object]]) -> _Form:
+    def form(options: Mapping[str, Any], seen: list[tuple[str, object]]) -> Opened:
         mapped = rewrite(program, observe=lambda *x: seen.append(x), names=names, options={"reduce_passes": options})
         extents = shape_sizes(read, mapped, sizes)
         values = modelled(mapped, extents, strain)
-        return _Form(mapped, values, close(mapped, values), seen, extents)
+        return Opened(mapped, values, close(mapped, values), seen, extents)
 
     begun: list[tuple[str, object]] = []
     try:
@@ -302,13 +327,7 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
             forms[what] = form(options, [])
         except Refusal:  # the first one serves
             continue
-    space = Space({what: f.mapped for what, f in forms.items()})
-    made = _measured(program, named, shape_sizes(read, program, sizes), space, config) if names else None
-    if made is None:
-        made = _modelled(forms, words, space, strain or _lowers)
-    for station, value in (*forms[made.choice.form].seen, ("tune", made.program)):
-        observe(station, value)
-    return made
+    return forms, words, Space({what: f.mapped for what, f in forms.items()})
 
 
 def _stores(config: Config) -> Layers | None:
@@ -318,18 +337,7 @@ def _stores(config: Config) -> Layers | None:
     return stores if present(device_of(config)) else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """One form: with open knobs, the cost model's values for them, and what the stations made on the way."""
-
-    mapped: Program
-    values: dict[str, int]
-    closed: Program
-    seen: list[tuple[str, object]]
-    extents: dict[str, int]
-
-
-def _modelled(forms: Mapping[str, _Form], words: str, space: Space, strain: Callable[[Program], float]) -> Closed:
+def _modelled(forms: Mapping[str, Opened], words: str, space: Space, strain: Callable[[Program], float]) -> Closed:
     """The cost model's choice; of forms between which it sees no difference the first that the machine can run."""
     spent = {words: 0.0}
     if len(forms) > 1:  # what has no rival needs no figure

@@ -17,7 +17,7 @@ from memcomp.passes.generalize import generalize
 from memcomp.passes.partition import partition
 from memcomp.passes.reduce_passes import reduce_passes
 from memcomp.passes.specialize import specialize
-from memcomp.tune import close_knobs
+from memcomp.tune.model import close_knobs
 from tests.chains import NAMES, arrays, load
 from tests.test_reduce_passes import same
 

@@ -19,7 +19,7 @@ from memcomp.passes.partition import partition
 from memcomp.passes.reduce_passes import reduce_passes
 from memcomp.passes.specialize import specialize
 from memcomp.sizes import evaluate
-from memcomp.tune import close_knobs
+from memcomp.tune.model import close_knobs
 from tests.chains import NAMES, arrays, load
 
 P, M = 1, 25  # one row: what several rows read each for themselves is no pass

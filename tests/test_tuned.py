@@ -18,7 +18,7 @@ from memcomp.ir.cascade import Rank
 from memcomp.ir.errors import OptionError
 from memcomp.ir.program import Program, knobs
 from memcomp.pipeline import Compiled, compile_program, forget
-from memcomp.space import Space, problem
+from memcomp.tune.space import Space, problem
 
 pytestmark = pytest.mark.usefixtures("fresh", "no_grad")
 

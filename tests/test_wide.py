@@ -19,7 +19,7 @@ from memcomp.models.families.attention import causal, with_lse
 from memcomp.passes.fuse import fuse
 from memcomp.passes.partition import partition, tiles_of
 from memcomp.passes.reduce_passes import reduce_passes
-from memcomp.tune import close_knobs, modelled
+from memcomp.tune.model import close_knobs, modelled
 from tests.mapped import same
 
 ATTENTION = """

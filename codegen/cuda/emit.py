@@ -17,7 +17,7 @@ from memcomp.codegen.cuda.express import CTYPES, Point, Scope, number
 from memcomp.codegen.cuda.memory import PACKED, WIDEST, Memory, Rows, accesses, vectors
 from memcomp.codegen.cuda.spread import MANY, blocks, bytes_held, pressure
 from memcomp.codegen.cuda.words import HEAD
-from memcomp.codegen.launches import Argument, Launch
+from memcomp.codegen.launches import Argument, Launch, Layout, loosened
 from memcomp.codegen.names import Names
 from memcomp.codegen.triton.arguments import arguments
 from memcomp.codegen.triton.parts import parts
@@ -66,43 +66,38 @@ class Partial:
     mask: int
 
 
-def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = None, aligned: bool = True) -> Kernel:
+def emit(tp: TileProgram, target: Target | str, layout: Layout | None = None) -> Kernel:
     """Kernel text; deterministic.
 
-    units: for each param the position whose stride is 1 in memory, -1 where there is none; the last by default.
-    aligned: rows begin at multiples of 16 bytes where extents say so.  Else the text takes nothing for granted, and
-    strides have 64 bits.
+    layout: of the tensors; the usual one by default: stride 1 in the last dimension, rows that begin at multiples of 16
+    bytes wherever that lets a thread read 16 bytes at once.
     Raises Refusal where a stored format or an operator has no form here, and where tiles do not fit in registers.
     """
     machine = named(target) if isinstance(target, str) else target
-    texts = [w.text for w in _writers(tp, units, aligned)]
-    return Kernel(tp.name, "cuda", "\n".join([HEAD, *texts]), "", tp, machine.name)
+    return Kernel(tp.name, "cuda", "\n".join([HEAD, *(w.text for w in writers(tp, layout))]), "", tp, machine.name)
 
 
-def launches(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = None, aligned: bool = True
-             ) -> tuple[Launch, ...]:
-    """What the kernels of `emit` with the same arguments are launched with, in the program's order."""
-    return tuple(w.launch for w in _writers(tp, units, aligned))
+def launches(tp: TileProgram, layout: Layout | None = None) -> tuple[Launch, ...]:
+    """What the kernels of `emit` with the same layout are launched with, in the program's order."""
+    return tuple(w.launch for w in writers(tp, layout))
 
 
 def admits(tp: TileProgram, target: Target) -> int:
     """0: every launch fits its registers; 1: some may spill.  Raises Refusal where one has no text."""
-    return max((int(w.spills) for w in _writers(tp, None, True)), default=0)
+    return max((int(w.spills) for w in writers(tp)), default=0)
 
 
-def _writers(tp: TileProgram, units: tuple[int, ...] | None, aligned: bool) -> list[Writer]:
-    places = units if units is not None else tuple(len(p.shape) - 1 for p in tp.params)
-    rows = Rows.of(tp, places, aligned)
-    names = Names(TAKEN)
-    return [Writer(tp, k, names.fresh(re.sub(r"\W", "_", k.name), plain=True), places, rows, aligned)
-            for k in tp.kernels]
+def writers(tp: TileProgram, layout: Layout | None = None) -> list[Writer]:
+    """The text of each launch, and what it was made of."""
+    layout = layout or Layout(tuple(len(p.shape) - 1 for p in tp.params))
+    rows, names = Rows.of(tp, layout), Names(TAKEN)
+    return [Writer(tp, k, names.fresh(re.sub(r"\W", "_", k.name), plain=True), rows, layout) for k in tp.kernels]
 
 
 class Writer:
     """Text and launch of one kernel."""
 
-    def __init__(self, tp: TileProgram, k: TileKernel, name: str, units: tuple[int, ...], rows: Rows, aligned: bool
-                 ) -> None:
+    def __init__(self, tp: TileProgram, k: TileKernel, name: str, rows: Rows, layout: Layout) -> None:
         self.k, self.name, self.rows = k, name, rows
         self.params = {p.name: p for p in tp.params}
         for p in tp.params:
@@ -114,7 +109,8 @@ class Writer:
                 raise Refusal(f"{s.tile} is a product of {few} rows and more, which tensor cores multiply", k.name,
                               "the backend triton uses them")
         reach = vectors(tp, k, rows)
-        self.args = tuple(self._argument(a, aligned, reach) for a in arguments(tp, k, units).args)
+        usual = tuple(self._argument(a, reach) for a in arguments(tp, k, layout.units).args)
+        self.args = loosened(usual, layout)
         self.names = Names(TAKEN)
         for a in self.args:
             self.names[a.name]
@@ -162,10 +158,8 @@ class Writer:
         sides = [[self.k.dim(d).capacity for d in own if d in x and d not in y] for x, y in ((a, b), (b, a))]
         return min(math.prod(x) for x in sides)
 
-    def _argument(self, a: Argument, aligned: bool, reach: dict[str, int]) -> Argument:
+    def _argument(self, a: Argument, reach: dict[str, int]) -> Argument:
         """What vectors take for granted."""
-        if not aligned:
-            return replace(a, type="i64" if a.kind == "stride" else a.type, multiple=1)
         read = any(x.tensor == a.of and (d := self.rows.along(x, self.k)) and reach.get(d[0], 1) > 1
                    for x in accesses(self.k) if x.tensor in self.params)
         if a.kind == "size" or not read:
@@ -266,6 +260,12 @@ class Writer:
                 most = str(count.value) if isinstance(count, Const) else self.names[f"{d}_n"]
                 out.append(f"{self.scope.local(d, at)} < {most}")
         return out
+
+    def left(self, dim: str, at: Point) -> str:
+        """How many points are left along a dim."""
+        count = self.k.dim(dim).count
+        most = str(count.value) if isinstance(count, Const) else self.names[f"{dim}_n"]
+        return f"{most} - {self.scope.local(dim, at)}"
 
     @contextmanager
     def points(self, dims: tuple[str, ...], grouped: str | None = None, names: bool = False

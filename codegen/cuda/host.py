@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from memcomp.codegen.cuda.emit import emit, launches
-from memcomp.codegen.launches import Launch, unit
+from memcomp.codegen.launches import Launch, Layout, unit
 from memcomp.ir.errors import Refusal
 from memcomp.ir.tile import Kernel
 
@@ -174,13 +174,12 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
     """A callable(*tensors, *sizes) in the order of the program's params and sizes, for tensors on any device, copied to
     this machine's memory and back.  Raises Refusal where there is no C++ compiler, or threads wait for each other."""
     tp = kernel.program
-    forms: dict[tuple[tuple[int, ...], bool], _Form] = {}
+    forms: dict[Layout, _Form] = {}
 
-    def form(units: tuple[int, ...], aligned: bool) -> _Form:
-        if (units, aligned) not in forms:
-            forms[units, aligned] = _Form(emit(tp, kernel.isa, units, aligned).source,
-                                          launches(tp, kernel.isa, units, aligned))
-        return forms[units, aligned]
+    def form(layout: Layout) -> _Form:
+        if layout not in forms:
+            forms[layout] = _Form(emit(tp, kernel.isa, layout).source, launches(tp, layout))
+        return forms[layout]
 
     def run(*given: Any) -> None:
         if len(given) != len(tp.params) + len(tp.sizes):
@@ -190,9 +189,9 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
         sizes = {r: int(n) for r, n in zip(tp.sizes, given[len(tp.params):], strict=True)}
         units = tuple(unit(t.stride()) for t in tensors.values())
         with _lock:
-            f = form(units, True)
-            if not f.takes(tensors):
-                f = form(units, False)
+            f = form(Layout(units))
+            if loose := f.loose(tensors):
+                f = form(Layout(units, loose))
             f.run(tensors, sizes)
         for p, t in zip(tp.params, given, strict=False):
             if p.role != "in" and t is not tensors[p.name]:
@@ -208,9 +207,10 @@ class _Form:
         self.launches = launches
         self.library = compiled(source, launches)
 
-    def takes(self, tensors: dict[str, Any]) -> bool:
-        """Are the arguments multiples of what the text takes for granted?"""
-        return all(_value(a, tensors, {}) % a.multiple == 0 for x in self.launches for a in x.args if a.multiple > 1)
+    def loose(self, tensors: dict[str, Any]) -> frozenset[str]:
+        """Arguments that are no multiples of what the text takes for granted."""
+        return frozenset(a.name for x in self.launches for a in x.args
+                         if a.multiple > 1 and _value(a, tensors, {}) % a.multiple)
 
     def run(self, tensors: dict[str, Any], sizes: dict[str, int]) -> None:
         for x in self.launches:

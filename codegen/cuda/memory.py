@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memcomp.codegen.cuda.express import CTYPES, Point
+from memcomp.codegen.launches import Layout
+from memcomp.codegen.triton.arguments import arguments
 from memcomp.ir.expr import Access, Const, Expr, Var, variables, walk
 from memcomp.ir.simplify import linear
 from memcomp.ir.target import BYTES
-from memcomp.ir.tile import Load, Loop, Param, Store, TileKernel, TileProgram, When, expressions, statements
+from memcomp.ir.tile import Load, Loop, Store, TileKernel, TileProgram, When, expressions, statements
 
 if TYPE_CHECKING:
     from memcomp.codegen.cuda.emit import Writer
@@ -24,15 +26,16 @@ WIDEST = 16                            # bytes that a thread reads at once, and 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Where params may be read by vectors.  units: by param the position of stride 1, -1 for none; even: params whose
-    rows begin at multiples of 16 bytes."""
+    rows begin at multiples of 16 bytes.  The last vector of a row may reach beyond it, never beyond these 16 bytes."""
 
     units: Mapping[str, int]
     even: frozenset[str]
 
     @staticmethod
-    def of(tp: TileProgram, units: tuple[int, ...], aligned: bool) -> Rows:
-        even = frozenset(p.name for p, u in zip(tp.params, units, strict=True) if aligned and _even(p, u))
-        return Rows({p.name: u for p, u in zip(tp.params, units, strict=True)}, even)
+    def of(tp: TileProgram, layout: Layout) -> Rows:
+        loose = {a.of for k in tp.kernels for a in arguments(tp, k, layout.units).args if a.name in layout.loose}
+        return Rows({p.name: u for p, u in zip(tp.params, layout.units, strict=True)},
+                    frozenset(p.name for p in tp.params) - loose)
 
     def along(self, a: Access, k: TileKernel) -> tuple[str, int] | None:
         """The dim whose neighbours are neighbours in memory, and how many of them begin at even places: any where 0.
@@ -62,14 +65,6 @@ def _divisor(a: int, b: int) -> int:
     return a
 
 
-def _even(p: Param, unit: int) -> bool:
-    """Does every row begin at a multiple of 16 bytes, where the tensor is laid out as usual?"""
-    if unit != len(p.shape) - 1 or not p.shape:
-        return False
-    last = p.shape[-1]
-    return len(p.shape) == 1 or (isinstance(last, Const) and int(last.value) * BYTES[p.dtype] % WIDEST == 0)
-
-
 def vectors(tp: TileProgram, k: TileKernel, rows: Rows) -> dict[str, int]:
     """How many neighbours along each dim a thread holds together: 16 bytes of the narrowest tensor."""
     found: dict[str, int] = {}
@@ -78,7 +73,7 @@ def vectors(tp: TileProgram, k: TileKernel, rows: Rows) -> dict[str, int]:
             continue
         dim, even = x
         n = WIDEST // BYTES[tp.param(a.tensor).dtype]
-        while n > 1 and (k.dim(dim).capacity % n or k.dim(dim).count != Const(k.dim(dim).capacity) or even % n):
+        while n > 1 and (k.dim(dim).capacity % n or even % n):
             n //= 2
         found[dim] = max(found.get(dim, 1), n)
     return found
@@ -189,23 +184,31 @@ class Memory:
         others = ((32 * w.block.warps) - 1) & ~w.block.mask(t.dims)
         with w.points(t.dims, dim, names=dim is not None) as at:
             tests = [f"({w.thread} & {others}) == 0"] * bool(others)
-            tests += w.live(t.dims, at)
+            tests += w.live(tuple(d for d in t.dims if d != dim), at)
             if s.mask is not None:
                 tests.append(w.scope.cast(s.mask, "bool", at))
-            test = f"if ({' && '.join(tests)}) " if tests else ""
             address = self.address(s.target, at)
             if dim is None:
+                test = f"if ({' && '.join(tests)}) " if tests else ""
                 w.line(f"{test}*({address}) = {self.stored(w.scope.held(s.tile, at), s.tile, dtype)};")
             else:
-                vector = w.block.dims[dim].vector
-                raw = w.scope.names["raw"]
-                w.line(f"{STORED[dtype]} {raw}[{vector}];")
-                inner = {**at, dim: f"({at[dim]} + i)" if at[dim] != "0" else "i"}
-                value = self.stored(w.scope.held(s.tile, inner), s.tile, dtype)
-                w.unrolled("i", vector, f"{raw}[i] = {value};")
-                w.line(f"{test}put<{vector}>({address}, {raw});")
+                self.vector(s, at, dim, tests, address)
         if s.target.tensor in self.shared:
             w.line("__syncthreads();")
+
+    def vector(self, s: Store, at: Point, dim: str, tests: list[str], address: str) -> None:
+        """Neighbours at once; one by one where not all of them count."""
+        w, n, dtype = self.w, self.w.block.dims[dim].vector, self.w.params[s.target.tensor].dtype
+        raw = w.scope.names["raw"]
+        w.line(f"{STORED[dtype]} {raw}[{n}];")
+        inner = {**at, dim: f"({at[dim]} + i)" if at[dim] != "0" else "i"}
+        w.unrolled("i", n, f"{raw}[i] = {self.stored(w.scope.held(s.tile, inner), s.tile, dtype)};")
+        if dim in w.full:
+            test = f"if ({' && '.join(tests)}) " if tests else ""
+            w.line(f"{test}put<{n}>({address}, {raw});")
+            return
+        test = f"if ({' && '.join(tests)}) " if tests else ""
+        w.line(f"{test}put<{n}>({address}, {raw}, {w.left(dim, at)});")
 
     def stored(self, text: str, tile: str, dtype: str) -> str:
         kind = self.w.scope.tiles[tile]

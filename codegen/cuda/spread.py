@@ -79,7 +79,7 @@ def blocks(k: TileKernel, vectors: Mapping[str, int], held: Mapping[str, float])
         for lanes in (3, 4, 5):
             b = _spread(k, vectors, meeting, streamed, inner, warps, lanes)
             found.append((pressure(k, b, held), b))
-    useful = [(p, b) for p, b in found if _largest(k, b, held) <= 32 or b.warps == max(b.warps for _, b in found)]
+    useful = [(p, b) for p, b in found if _largest(k, b, held) <= 64 or b.warps == max(b.warps for _, b in found)]
     for most in (FEW, MANY):
         for p, b in useful:
             if p <= most:

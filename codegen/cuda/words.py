@@ -47,15 +47,21 @@ template <int N, class T> INLINE void fetch(T *to, const void *from, bool live =
   }
 }
 
-// N numbers to memory
-template <int N, class T> INLINE void put(void *to, const T *from) {
+// N numbers to memory, or those before the end
+template <int N, class T> INLINE void put(void *to, const T *from, int count = N) {
   constexpr int most = 16 / sizeof(T), few = N < most ? N : most;
 #pragma unroll
   for (int k = 0; k < N; k += few) {
     Block<T, few> x;
 #pragma unroll
     for (int i = 0; i < few; ++i) x.at[i] = from[k + i];
-    ((Block<T, few> *)to)[k / few] = x;
+    if (k + few <= count) {
+      ((Block<T, few> *)to)[k / few] = x;
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < few; ++i)
+      if (k + i < count) ((T *)to)[k + i] = x.at[i];
   }
 }
 

@@ -1,4 +1,4 @@
-"""GPU kernels for sm_90 through Gluon, whose warps divide the work: `emit` writes text, `interpreted` runs it on a CPU."""
+"""GPU kernels for sm_90 through Gluon, whose warps divide the work: `emit` writes, `interpreted` runs on a CPU."""
 
 from memcomp.codegen.gluon.emit import admits, emit
 from memcomp.codegen.gluon.interpreter import interpreted

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 from memcomp.codegen.triton.layout import Axis
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, reads, symbols, variables
@@ -79,12 +80,12 @@ def box(a: Access, p: Param, unit: int, axes: tuple[Axis, ...], dims: Mapping[st
         at = simplify(call("sub", index, Var(d)), index=True)
         if d in variables(at) or d in (s.dim for s in sides):
             return None
-        extent = _extent(dims[d], sizes[d], at, moving, inside)
-        if extent is None and symbols(p.shape[n]) <= set(told) and dims[d].count == Const(sizes[d]):
-            extent = p.shape[n]
-        if extent is None:
+        limits = _limits(dims[d], sizes[d], at)
+        if limits == [] and symbols(p.shape[n]) <= set(told):
+            limits = [p.shape[n]]
+        if not limits or any((variables(e) | reads(e)) & {*moving, *inside} for e in limits):
             return None
-        sides.append(Side(n, d, sizes[d], extent, at))
+        sides.append(Side(n, d, sizes[d], reduce(lambda x, y: call("min", x, y), dict.fromkeys(limits)), at))
     sides.sort(key=lambda s: (s.position == unit, s.position))
     if not 2 <= len(sides) <= RANKS or {s.dim for s in sides if s.dim} != inside or sides[-1].position != unit:
         return None
@@ -108,23 +109,10 @@ def _sizes(axes: tuple[Axis, ...], dims: Mapping[str, Dim]) -> dict[str, int] | 
     return out
 
 
-def _extent(d: Dim, size: int, at: Expr, moving: Collection[str], inside: Collection[str]) -> Expr | None:
-    """The index behind the last point of the tile that counts, where it is the same in all steps: then `at + point` is
-    below it exactly for the points that count.  None: not the same, or the box has no other."""
-    limits: list[Expr] = []
-    for part in _least(d.count):
-        if isinstance(part, Const) and part.value >= size:
-            continue
-        limit = simplify(call("add", part, at), index=True)
-        if (variables(limit) | reads(limit)) & {*moving, *inside}:
-            return None
-        limits.append(limit)
-    if not limits:
-        return None
-    out, *rest = dict.fromkeys(limits)
-    for e in rest:
-        out = call("min", out, e)
-    return out
+def _limits(d: Dim, size: int, at: Expr) -> list[Expr]:
+    """Indices below which `at + point` is exactly for the points of a box that count; [] where they all do."""
+    return [simplify(call("add", part, at), index=True) for part in _least(d.count)
+            if not (isinstance(part, Const) and part.value >= size)]
 
 
 def _least(e: Expr) -> Iterator[Expr]:

@@ -56,4 +56,6 @@ def launch(k: TileKernel, args: tuple[Argument, ...], binary: Binary) -> Launch:
 def text(kernel: Kernel, layout: Layout) -> str:
     """The text for a layout: the kernel's own where it is the usual one."""
     usual = tuple(len(p.shape) - 1 for p in kernel.program.params)
-    return kernel.source if layout.units == usual else emit(kernel.program, kernel.isa, layout.units).source
+    if layout.units == usual and not layout.loose:
+        return kernel.source
+    return emit(kernel.program, kernel.isa, layout.units, aligned=not layout.loose).source

@@ -54,10 +54,13 @@ _WORDS = ("times", "both", "either")
 TAKEN = {"tl", "triton", "INTERPRET", "NAN", *FUNCTIONS}
 
 
-def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = None) -> Kernel:
+def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = None,
+         aligned: bool = True) -> Kernel:
     """Kernel text; deterministic.
 
     units: for each param the position whose stride is 1 in memory, -1 where there is none; the last by default.
+    aligned: tensors begin at multiples of 16 bytes and their other strides are multiples of 16 elements, so that a
+    machine's copy engine can take them.
     Raises Refusal where a stored format, an operator or a contraction has no form here.
     """
     places = units if units is not None else tuple(len(p.shape) - 1 for p in tp.params)
@@ -66,8 +69,8 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
     machine = named(target) if isinstance(target, str) else target
     launches = list(zip(tp.kernels, function_names(tp), strict=True))
     settings = {name: chosen(tp, k, machine) for k, name in launches}
-    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words, settings[n], order(tp, k, machine)).kernel(n)
-             for k, n in launches]
+    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words, settings[n], order(tp, k, machine),
+                     aligned and machine.has("tma")).kernel(n) for k, n in launches]
     told = "".join(f"    {n!r}: dict(num_warps={x.warps}, num_stages={x.stages}),\n"
                    for n, x in settings.items())
     source = "\n\n".join([HEAD, *used(words), *texts, f"SETTINGS = {{\n{told}}}\n"])
@@ -91,7 +94,7 @@ class _Writer:
     """Text of one launch."""
 
     def __init__(self, tp: TileProgram, k: TileKernel, given: Arguments, allowed: set[tuple[str, str]],
-                 words: set[str], setting: Setting, how: Order) -> None:
+                 words: set[str], setting: Setting, how: Order, boxed: bool = False) -> None:
         self.setting, self.order = setting, how
         self.k, self.given, self.allowed = straight(k), given, allowed
         k = self.k
@@ -120,6 +123,7 @@ class _Writer:
         self.names = names
         self.full: set[str] = {a.name for a in self.layout.axes if self._always_full(a)}
         self.dead = Dead(k, self.layout, {t for t, kind in dtypes.items() if kind in ("f32", "f64")})
+        self.boxed = boxed and any(isinstance(s, Dot) and self.multiplied(s) for s in statements(k.body))
         self.memory = Memory(self)
         self.scope.element = self.memory.element
         self.lines: list[str] = []
@@ -199,6 +203,8 @@ class _Writer:
 
     def body(self, body: tuple[Statement, ...]) -> None:
         for n, s in enumerate(body):
+            if self.depth == 1:
+                self.memory.describe(s)
             if isinstance(s, Loop):
                 self.loop(s)
             elif isinstance(s, When):

@@ -48,12 +48,14 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
                             f"got {len(given)} arguments")
         tensors = {p.name: t for p, t in zip(tp.params, given, strict=False)}
         sizes = {r: int(n) for r, n in zip(tp.sizes, given[len(tp.params):], strict=True)}
-        layout = Layout(tuple(unit(t.stride()) for t in tensors.values()))
+        units = tuple(unit(t.stride()) for t in tensors.values())
+        layout = Layout(units, frozenset(a.name for k in tp.kernels for a in arguments(tp, k, units).args
+                                         if a.kind == "stride" and tensors[a.of].stride(a.at) % a.multiple))
         if layout not in texts:
             texts[layout] = text(kernel, layout)
         source, calls = texts[layout], _calls(kernel, layout, tensors, sizes)
         half = {p.name for p in kernel.program.params if p.dtype == "bf16"}
-        plain = {n: t.float().cpu() if n in half else t.cpu() for n, t in tensors.items()}
+        plain = {n: _plain(t, n in half) for n, t in tensors.items()}
         done = _ask(source, calls, plain)
         for p in kernel.program.params:
             if p.role != "in":
@@ -69,6 +71,14 @@ def _calls(kernel: Kernel, layout: Layout, tensors: Mapping[str, Any], sizes: Ma
                      else sizes[a.of] for a in arguments(kernel.program, k, layout.units).args)
         out.append(Call(name, prod(value(extent, sizes) for _, extent in k.grid), args))
     return out
+
+
+def _plain(t: Any, half: bool) -> Any:
+    """A tensor in this machine's memory, as f32 if `half`, with the strides that it has: converted as a whole, one that
+    overlaps or has gaps would get others."""
+    held = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    flat = t.as_strided((held,), (1,)).cpu()
+    return (flat.float() if half else flat).as_strided(t.shape, t.stride())
 
 
 def _ask(source: str, calls: list[Call], tensors: dict[str, Any]) -> dict[str, Any]:

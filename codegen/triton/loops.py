@@ -11,7 +11,7 @@ from typing import TypeAlias, Union
 from memcomp.codegen.triton.layout import layout
 from memcomp.codegen.triton.parts import parts
 from memcomp.codegen.triton.straight import straight
-from memcomp.ir.expr import Access, walk
+from memcomp.ir.expr import Access, Const, walk
 from memcomp.ir.target import BYTES
 from memcomp.ir.tile import (
     Dot,
@@ -34,7 +34,7 @@ Step: TypeAlias = Union[Load, Map, Fold, Dot]
 class Product:
     """A contraction as tensor cores see it: rows of the left operand, columns of the right one, points summed over;
     left, right: the operands' tiles; bytes: of one of their elements; exact: in f32, as three products of two parts
-    of each operand."""
+    of each operand; cut: the rows are part of a longer rank."""
 
     tile: str
     rows: int
@@ -44,6 +44,7 @@ class Product:
     right: str
     bytes: int
     exact: bool
+    cut: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,8 @@ class Loops:
         stored = {self.stored(a), self.stored(b)}
         exact = not (stored in ({"bf16"}, {"f16"}, {"bf16", ""}) or self.tiles[s.tile].dtype == "i64")
         size = 4 if exact else min(self.element(a), self.element(b))
-        return Product(s.tile, x.left.size, x.right.size, x.over.size, a, b, size, exact)
+        cut = any(self.k.dim(d).start != Const(0) for d in x.left.dims)
+        return Product(s.tile, x.left.size, x.right.size, x.over.size, a, b, size, exact, cut)
 
     def stored(self, tile: str) -> str:
         """The format of a tile that is only loaded, "" for one that is computed."""

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memcomp.codegen.triton.boxes import Box, Side, box
 from memcomp.codegen.triton.express import DTYPES, dims_of
 from memcomp.codegen.triton.layout import Axis
-from memcomp.ir.expr import Access, Call, Const, Expr, call, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, call, reads, walk
 from memcomp.ir.simplify import linear, simplify
-from memcomp.ir.tile import Load, Store
+from memcomp.ir.tile import (
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Map,
+    Param,
+    Statement,
+    Store,
+    When,
+    expressions,
+    statements,
+)
 
 if TYPE_CHECKING:
     from memcomp.codegen.triton.emit import _Writer
 
+FORMATS = ("bf16", "f16")  # that tensor cores multiply
 _ELEMENT = {"f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "i64": "tl.int64", "i32": "tl.int32",
             "i16": "tl.int16", "i8": "tl.int8", "u8": "tl.uint8", "bool": "tl.int1"}
 
@@ -22,6 +36,13 @@ class Memory:
 
     def __init__(self, w: _Writer) -> None:
         self.w = w
+        self.descriptors: dict[object, str] = {}
+        loops = [s for s in statements(w.k.body) if isinstance(s, (Loop, When))]
+        self.moving = {s.var for s in loops if isinstance(s, Loop)}
+        self.moving |= {x.tile for s in loops for x in statements((s,)) if isinstance(x, (Load, Map, Fold, Dot))}
+        every = list(statements(w.k.body))
+        self.read = {t for s in every for e in expressions(s) for t in reads(e)}
+        self.written = {s.target.tensor for s in every if isinstance(s, Store)}
 
     def address(self, a: Access, axes: tuple[Axis, ...]) -> str:
         """Pointers to an element at each point of axes, or to one."""
@@ -82,8 +103,91 @@ class Memory:
         mask = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
         return self.w.scope.spread(f"tl.load({address}{mask})", own, axes)
 
+    # -- boxes -------------------------------------------------------------------------------------------------------
+
+    def box(self, s: Statement) -> Box | None:
+        """The box that a statement loads or stores by a descriptor; None where it has none.
+
+        Only in formats that tensor cores read, and not in tensors that the kernel both reads and writes: the copy
+        engine does not see what threads have just written.
+        """
+        w = self.w
+        if not w.boxed or not isinstance(s, (Load, Store)):
+            return None
+        a, axes = s.source if isinstance(s, Load) else s.target, w.scope.tiles[s.tile]
+        p = w.params[a.tensor]
+        if p.dtype not in FORMATS or isinstance(s, Load) and s.tile not in w.stored or isinstance(s, Store) and s.mask:
+            return None
+        if self.same(p) & (self.read if isinstance(s, Store) else self.written):
+            return None
+        strided = {x.at for x in w.given.args if x.kind == "stride" and x.of == p.name}
+        unit = next((n for n in range(len(p.shape)) if n not in strided), -1)
+        return box(a, p, unit, axes, {d.name: d for d in w.k.dims}, self.moving,
+                   {x.name for x in w.given.args if x.kind == "size"})
+
+    def same(self, p: Param) -> set[str]:
+        """Params that may be the same memory."""
+        return {p.name, p.over} | {q.name for q in self.w.params.values() if q.over in (p.name, p.over) and q.over}
+
+    def describe(self, s: Statement) -> None:
+        """Make the descriptors of what a statement of the kernel's body loads and stores, itself and inside."""
+        scope = self.w.scope
+        for x in statements((s,)):
+            if (b := self.box(x)) is None or b.descriptor in self.descriptors:
+                continue
+            name = self.descriptors[b.descriptor] = scope.names.fresh(f"{b.tensor}_box", plain=True)
+            strides = {y.at: scope.names[y.name] for y in self.w.given.args
+                       if y.kind == "stride" and y.of == b.tensor}
+            base = [scope.names[f"{b.tensor}_ptr"]]
+            base += [f"{scope.word('wide')}({scope.scalar(e)}) * {strides[n]}" for n, e in b.base if e != Const(0)]
+            extents = [self.short(call("max", e, 1) if not isinstance(e, Const) else e) for e in
+                       (side.extent for side in b.sides)]
+            self.w.line(f"{name} = tl.make_tensor_descriptor({' + '.join(base)}, shape=[{', '.join(extents)}], "
+                        f"strides=[{', '.join(strides.get(side.position, '1') for side in b.sides)}], "
+                        f"block_shape={[side.size for side in b.sides]})")
+
+    def short(self, e: Expr) -> str:
+        """An integer of 32 bits, as a descriptor takes them."""
+        text = self.w.scope.scalar(e)
+        return f"tl.cast({text}, tl.int32)" if reads(e) else text
+
+    def place(self, b: Box) -> str:
+        return f"[{', '.join(self.short(side.at) for side in b.sides)}]"
+
+    def unboxed(self, b: Box, axes: tuple[Axis, ...]) -> str:
+        """What a descriptor loads, over axes."""
+        text = f"{self.descriptors[b.descriptor]}.load({self.place(b)})"
+        sides = [side for side in b.sides if side.dim]
+        if len(sides) < len(b.sides):
+            text = f"tl.reshape({text}, {[side.size for side in sides]})"
+        text, sides = self.turned(text, sides, [d for a in axes for d in a.dims])
+        shape = [a.size for a in axes]
+        return text if [side.size for side in sides] == shape else f"tl.reshape({text}, {shape})"
+
+    def boxes(self, b: Box, axes: tuple[Axis, ...], value: str) -> str:
+        """The store of a value over axes by a descriptor."""
+        by = {side.dim: side for side in b.sides}
+        sides = [by[d] for a in axes for d in a.dims]
+        if len(sides) != len(axes):
+            value = f"tl.reshape({value}, {[side.size for side in sides]})"
+        value, sides = self.turned(value, sides, [side.dim for side in b.sides if side.dim])
+        if len(sides) < len(b.sides):
+            value = f"tl.reshape({value}, {[side.size for side in b.sides]})"
+        return f"{self.descriptors[b.descriptor]}.store({self.place(b)}, {value})"
+
+    def turned(self, text: str, sides: list[Side], want: list[str]) -> tuple[str, list[Side]]:
+        order = [[side.dim for side in sides].index(d) for d in want]
+        if order == sorted(order):
+            return text, sides
+        return f"tl.trans({text}, {', '.join(map(str, order))})", [sides[n] for n in order]
+
+    # -- statements --------------------------------------------------------------------------------------------------
+
     def load(self, s: Load) -> None:
         w, axes = self.w, self.w.scope.tiles[s.tile]
+        if (b := self.box(s)) is not None:
+            w.assign(s.tile, self.unboxed(b, axes))
+            return
         own = tuple(x for x in axes if dims_of(s.source, w.scope.dims) & set(x.dims))
         text = self.element(s.source, axes)
         dtype = w.scope.dtypes[s.tile]
@@ -104,6 +208,9 @@ class Memory:
             value = f"{w.scope.word('to_bf16')}({value})"
         elif dtype != w.scope.dtypes[s.tile] or s.tile in w.small:
             value = f"({value} != 0)" if dtype == "bool" else f"tl.cast({value}, {_ELEMENT[dtype]})"
+        if (b := self.box(s)) is not None:
+            w.line(self.boxes(b, axes, value))
+            return
         conditions = self.masks(axes)
         if s.mask is not None:
             test = w.scope.text(s.mask, axes)

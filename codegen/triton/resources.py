@@ -53,8 +53,8 @@ SETTINGS = tuple(Setting(w, s) for w in (4, 8, 1, 2) for s in (3, 2, 1))
 class Need:
     """Of one block.  shared: bytes; tensor_memory: columns (sm_100); registers: of a thread, estimated and not cut
     at what a thread can have, so that candidates beyond it are ordered too; spills: whether some are to be expected;
-    poor: whether it fits badly though it fits: nothing is fetched ahead, warps share rows that could have their own, or
-    one processor has too few warps under way.
+    poor: whether it fits badly though it fits: nothing is fetched ahead, warps share rows that could have their own, a
+    tile has too few rows for tensor cores to read it themselves, or one processor has too few warps under way.
     """
 
     shared: int
@@ -164,8 +164,9 @@ class _Block:
 
     def poor(self, body: Body, blocks: int) -> bool:
         """Is the loop one that waits: see `Need`."""
-        shares = any(self.asynchronous(p) and self.warps * FEWEST_ROWS > p.rows for p in body.products)
-        return self.stages == 1 or body.branched or shares or self.warps * blocks < BUSY
+        shares = any((p.cut or self.asynchronous(p)) and self.warps * FEWEST_ROWS > p.rows for p in body.products)
+        slow = any(self.capability >= 90 and p.cut and not self.asynchronous(p) for p in body.products)
+        return self.stages == 1 or body.branched or shares or slow or self.warps * blocks < BUSY
 
     def asynchronous(self, p: Product) -> bool:
         """Do the tensor cores read the right operand from shared memory?"""

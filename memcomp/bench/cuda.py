@@ -126,7 +126,7 @@ class Rehearsal:
     options: dict[str, Any] = {"interpret": True}
 
     def facts(self) -> dict[str, Any]:
-        return {"name": "rehearsal", "capability": 90, "memory": 0, "processors": 0, "l2": 1 << 16, "cuda": ""}
+        return {"name": "rehearsal", "capability": 90, "memory": 0, "processors": 0, "l2": 1 << 13, "cuda": ""}
 
     def clock(self, call: Call) -> float:
         return by_clock(call)

@@ -65,7 +65,7 @@ class Plan:
 
 @dataclass
 class Found:
-    """The record: what is written, and what the exit code is made of."""
+    """The record: what is written (`data`), and what was wrong (`faults`)."""
 
     plan: Plan
     say: Callable[[str], None]
@@ -100,8 +100,9 @@ class Found:
         self.write()
 
 
-def run(plan: Plan, say: Callable[[str], None] = print) -> int:
-    """Do it all; 0 where everything that is ours was right, else 1.  Raises OptionError where there is no GPU."""
+def run(plan: Plan, say: Callable[[str], None] = print) -> Found:
+    """Do it all, and tell of every step; the record's `faults` are empty where all that is ours was right.  Raises
+    OptionError where there is no GPU."""
     begin = time.monotonic()
     workers: list[Asked] = [_worker(plan)]
     try:
@@ -133,7 +134,7 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> int:
             say(f"FAULT {text}")
         if found.path is not None:
             say(f"written to {found.path}")
-        return 1 if found.faults else 0
+        return found
     finally:
         for w in workers:
             w.close()
@@ -151,8 +152,9 @@ def _begun(plan: Plan, facts: Answer, say: Callable[[str], None], begin: float) 
         if not path.parent.is_dir():
             raise OptionError("there is no checkout around this memcomp to write the results into", hint="-o FILE")
     data = {"format": FORMAT, "rehearsal": plan.rehearse, "seconds": 0.0,
-            **{k: facts.told[k] for k in ("device", "target", "versions", "environment")}, "peaks": {}, "tests": {}, "checks": {},
-            "left": [], "cases": {c.name: {"flops": c.flops, "forms": {}} for c in plan.cases}}
+            **{k: facts.told[k] for k in ("device", "target", "versions", "environment")},
+            "peaks": {}, "tests": {}, "checks": {}, "left": [],
+            "cases": {c.name: {"flops": c.flops, "forms": {}} for c in plan.cases}}
     return Found(plan, say, begin, data, path, tuple(facts.told["backends"]))
 
 

@@ -174,7 +174,7 @@ class Tasks:
                 held[form] = self.machine.held(_call(run, args))
                 self._ready[form] = self.machine.loop([_call(run, x) for x in sets])
             except Exception as error:
-                missing[form] = _line(error)
+                missing[form] = _failure(error).why
                 self.machine.wait()
         return Answer(OK, told={"missing": missing, "held": held, "sets": len(sets)})
 
@@ -317,12 +317,9 @@ def _told(one: Installed) -> dict[str, Any]:
 
 def _failure(error: BaseException) -> Answer:
     """What torch.compile wraps is what counts."""
-    inner = error
-    while inner is not None and not isinstance(inner, MemcompError):
-        inner = getattr(inner, "inner_exception", None) or inner.__cause__  # type: ignore[assignment]
-    if isinstance(inner, Refusal):
-        return Answer(REFUSED, _line(inner))
-    return Answer(FAILED, _line(inner or error))
+    while (inner := getattr(error, "inner_exception", None)) is not None:
+        error = inner
+    return Answer(REFUSED if isinstance(error, Refusal) else FAILED, _line(error))
 
 
 def _line(error: BaseException) -> str:

@@ -93,6 +93,7 @@ def _serve(pipe: Connection, rehearse: bool, target: str, log: str) -> None:
     out = os.open(log, os.O_WRONLY | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(out, stream)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every worker has a crowd of its own
     tasks = Tasks(rehearse, target)
     while True:
         try:

@@ -133,7 +133,7 @@ def softmax(r: Reader, x: Value, dim: int, dtype: torch.dtype, dead: Dead = "nan
     for p, weight in zip(n.parts, n.weights, strict=True):
         share: Expr = call("div", weight, n.total)
         if dead == "zero":
-            share = call("where", call("gt", n.top, -INF), share, 0.0)
+            share = call("where", call("ne", n.top, -INF), share, 0.0)
         if p.rows is None:
             out.append(_single(p.piece, n.kept, share, d, dtype))
             continue

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-
 COMPILERS = ("triton", "tvm", "tvm_ffi", "memcomp.passes", "memcomp.capture", "memcomp.codegen.")
 NONE = ("memcomp.codegen.launches", "memcomp.codegen.elf")
 
@@ -29,9 +28,10 @@ class Given:
     dtype: torch.dtype
     place: int
     device: torch.device = torch.device("cuda", 1)
+    strides: tuple[int, ...] | None = None
 
     def stride(self, at: int | None = None) -> Any:
-        every = torch.empty(self.shape, device="meta").stride()
+        every = self.strides or torch.empty(self.shape, device="meta").stride()
         return every if at is None else every[at]
 
     def data_ptr(self) -> int:

@@ -1,0 +1,361 @@
+"""Launching: from text or from a file to the driver, which is one of ours here: it writes down what it is told.
+
+No machine here has a GPU.  What the machine code takes is read from the machine code itself (its parameter table), the
+driver's side of cuda.core is a library in C (`driver/cuda.c`), and tensors are torch's fake ones, which raise where
+anybody asks for an element.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode  # noqa: E402
+
+import memcomp  # noqa: E402
+from memcomp import runtime  # noqa: E402
+from memcomp.artifact import Launched, files, load, save, saved  # noqa: E402
+from memcomp.codegen.elf import parameters  # noqa: E402
+from memcomp.codegen.launches import Argument, Form, Launch, Layout, packed  # noqa: E402
+from memcomp.codegen.lower import lower  # noqa: E402
+from memcomp.config import config  # noqa: E402
+from memcomp.ir.errors import InputError, Refusal  # noqa: E402
+from memcomp.ir.expr import Const  # noqa: E402
+from memcomp.ir.text import parse  # noqa: E402
+from memcomp.ir.tile import Kernel  # noqa: E402
+from memcomp.pipeline import map_program  # noqa: E402
+from tests.driver.launch import Given  # noqa: E402
+
+BACKENDS = ("triton", "cuda")
+DRIVER = Path(__file__).parent / "driver"
+DECODE = """
+program decode
+rank H
+rank M
+rank E = 64
+rank F = 64
+in Q[H, E]: bf16
+in K[H, M, E]: bf16
+in V[H, M, F]: bf16
+out O[H, F]: bf16
+S[h, m] = sum{e} Q[h, e] * K[h, m, e]
+G[h] = max{m} S[h, m]
+D[h] = sum{m} exp(S[h, m] - G[h])
+N[h, f] = sum{m} exp(S[h, m] - G[h]) * V[h, m, f]
+O[h, f] = N[h, f] / D[h]
+"""
+SIZES = {"H": 4, "M": 65536}
+
+
+def needs(backend: str) -> Any:
+    """The backend, or the test is skipped where its compiler is not installed."""
+    found = import_module(f"memcomp.codegen.{backend}")
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    elif not found.compile.compilers():
+        pytest.skip("neither NVRTC nor nvcc is installed")
+    return found
+
+
+@lru_cache(maxsize=None)
+def kernel(backend: str) -> Kernel:
+    """Decoding in shares: two launches, with partial results between them."""
+    program = map_program(parse(DECODE), config=config({"target": "h100", "backend": backend}), sizes=SIZES)
+    made: Kernel = import_module(f"memcomp.codegen.{backend}").emit(lower(program), "h100")
+    assert len(made.program.kernels) == 2
+    return made
+
+
+@lru_cache(maxsize=None)
+def form(backend: str, layout: Layout) -> Form:
+    found: Form = needs(backend).compiled(kernel(backend), layout)
+    return found
+
+
+@lru_cache(maxsize=None)
+def made(backend: str) -> files.Saved:
+    return saved(kernel(backend), lambda k, layout: form(backend, layout))
+
+
+@dataclass
+class Recorder:
+    """A driver that remembers."""
+
+    version: int = 90
+    loaded: list[tuple[int, str, int]] = field(default_factory=list)
+    launches: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def capability(self, device: int) -> int:
+        return self.version
+
+    def load(self, device: int, cubin: bytes, function: str, shared: int) -> tuple[bytes, str]:
+        self.loaded.append((device, function, shared))
+        return cubin, function
+
+    @contextlib.contextmanager
+    def stream(self, device: int) -> Iterator[str]:
+        yield f"the current stream of {device}"
+
+    def launch(self, kernel: Any, stream: Any, grid: tuple[int, int, int], block: int, shared: int,
+               args: Sequence[Any]) -> None:
+        self.launches.append((kernel, stream, grid, block, shared, [getattr(a, "value", a) for a in args]))
+
+
+def tensors(k: Kernel, **sizes: int) -> list[Given]:
+    from memcomp.dtypes import DTYPES
+    from memcomp.sizes import evaluate
+
+    return [Given(tuple(evaluate(x, sizes) for x in p.shape), DTYPES[p.dtype], (n + 1) << 36)
+            for n, p in enumerate(k.program.params)]
+
+
+def launched(backend: str, driver: Recorder) -> Launched:
+    s = made(backend)
+    return replace_driver(files.Loaded(s).launched, driver)
+
+
+def replace_driver(x: Launched, driver: Recorder) -> Launched:
+    x._driver = driver
+    return x
+
+
+# -- what the machine code takes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_are_those_that_the_machine_code_takes(backend: str) -> None:
+    for f in made(backend).forms:
+        for launch, cubin in zip(f.launches, f.cubins, strict=True):
+            told = parameters(cubin, launch.function)
+            assert told.places == tuple(packed(launch.args)) and told.threads == launch.block
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_arguments_are_refused(backend: str) -> None:
+    f = made(backend).forms[0]
+    first = f.launches[0]
+    size = next(n for n, a in enumerate(first.args) if a.kind == "size")
+    for wrong, why in [
+        (replace(first, args=first.args[1:]), "is launched with arguments at"),
+        (replace(first, args=(*first.args, Argument("more", "null", type="*i8"))), "is launched with arguments at"),
+        (replace(first, args=(*first.args[:size], replace(first.args[size], type="i64"), *first.args[size + 1:])),
+         "is launched with arguments at"),
+        (replace(first, block=first.block + 32), "threads, its machine code is for"),
+        (replace(first, function="another"), "no kernel 'another'"),
+    ]:
+        with pytest.raises(Refusal, match=why):
+            replace(f, launches=(wrong, *f.launches[1:]))
+
+
+# -- a launch ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_call_launches_every_kernel_with_its_arguments(backend: str) -> None:
+    driver, given = Recorder(), tensors(kernel(backend), H=16, M=1000)
+    call = launched(backend, driver)
+    call(*given, *(dict(H=16, M=1000)[r] for r in kernel(backend).program.sizes))
+    usual = made(backend).forms[0]
+    place = {p.name: t for p, t in zip(kernel(backend).program.params, given, strict=True)}
+    for launch, cubin, (code, stream, grid, block, shared, values) in zip(usual.launches, usual.cubins,
+                                                                         driver.launches, strict=True):
+        assert code == (cubin, launch.function) and stream == "the current stream of 1"
+        assert (block, shared) == (launch.block, launch.shared) and grid == launch.blocks({"H": 16, "M": 1000})
+        for a, x in zip(launch.args, values, strict=True):
+            want = {"pointer": lambda a: place[a.of].place, "stride": lambda a: place[a.of].stride(a.at),
+                    "size": lambda a: {"H": 16, "M": 1000}[a.of], "null": lambda a: 0, "scratch": lambda a: 0}
+            assert x == want[a.kind](a), a
+    call(*given, *(dict(H=16, M=1000)[r] for r in kernel(backend).program.sizes))
+    assert len(driver.loaded) == 2 and len(driver.launches) == 4, "loaded once"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_as_taken_for_granted_takes_another_form_or_is_refused(backend: str) -> None:
+    driver, given = Recorder(), tensors(kernel(backend), H=16, M=1000)
+    call = launched(backend, driver)
+    numbers = [dict(H=16, M=1000)[r] for r in kernel(backend).program.sizes]
+    usual, plain = made(backend).forms[0], made(backend).forms[-1]
+    assert usual.layout.loose == frozenset() and plain.layout.loose
+    call(*[replace(t, place=t.place + 2) if n == 1 else t for n, t in enumerate(given)], *numbers)
+    assert [x[0] for x in driver.launches] == list(zip(plain.cubins, [x.function for x in plain.launches], strict=True))
+    alone = replace(made(backend), forms=(usual,))
+    call = replace_driver(files.Loaded(alone).launched, driver)
+    call(*given, *numbers)
+    with pytest.raises(Refusal, match=f"K_ptr = {given[1].place + 2} is no multiple of 16"):
+        call(*[replace(t, place=t.place + 2) if n == 1 else t for n, t in enumerate(given)], *numbers)
+    with pytest.raises(Refusal, match="positions"):
+        call(replace(given[0], strides=(1, 16)), *given[1:], *numbers)
+    with pytest.raises(Refusal, match="O_s0 = 1099511627776 has more than 32 bits"):
+        call(*[replace(t, strides=(1 << 40, 1)) if n == 3 else t for n, t in enumerate(given)], *numbers)
+
+
+def test_one_row_may_have_any_stride() -> None:
+    driver, given = Recorder(), tensors(kernel("triton"), H=1, M=64)
+    needs("triton")
+    call = launched("triton", driver)
+    call(*[replace(t, strides=(7, *t.stride()[1:])) if n in (0, 1) else t for n, t in enumerate(given)], 1, 64)
+    usual = made("triton").forms[0]
+    assert driver.launches[0][0] == (usual.cubins[0], usual.launches[0].function), "nobody steps there"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_call_that_cannot_be_right_is_refused(backend: str) -> None:
+    given, needed = tensors(kernel(backend), H=16, M=64), needs(backend)
+    numbers = [dict(H=16, M=64)[r] for r in kernel(backend).program.sizes]
+    for call in (launched(backend, Recorder()), Launched.of(kernel(backend), needed, Recorder())):
+        with pytest.raises(TypeError, match="takes 7 tensors and"):
+            call(*given)
+        with pytest.raises(Refusal, match="takes K as torch.bfloat16, not as torch.float16"):
+            call(given[0], replace(given[1], dtype=torch.float16), *given[2:], *numbers)
+        for device in (torch.device("cpu"), torch.device("cuda", 0)):
+            with pytest.raises(Refusal, match="not on one"):
+                call(replace(given[0], device=device), *given[1:], *numbers)
+        with pytest.raises(Refusal, match="counts in 32 bits"):
+            call(*given, *(2**31 if r == "M" else n for r, n in zip(kernel(backend).program.sizes, numbers,
+                                                                   strict=True)))
+    for call in (launched(backend, Recorder(80)), Launched.of(kernel(backend), needed, Recorder(80))):
+        with pytest.raises(Refusal, match=r"for compute capability 9.0 \(h100\), device 1 has 8.0"):
+            call(*given, *numbers)
+
+
+def test_memory_for_each_block_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, driver = "triton", Recorder()
+    needs(backend)
+    s = made(backend)
+    wanting = replace(s.forms[0], launches=tuple(replace(x, scratch=384) for x in s.forms[0].launches))
+    call = replace_driver(files.Loaded(replace(s, forms=(wanting,))).launched, driver)
+    asked: list[int] = []
+
+    class Memory:
+        def __init__(self, size: int) -> None:
+            asked.append(size)
+
+        def data_ptr(self) -> int:
+            return 0xABC0
+
+    monkeypatch.setattr(Launched, "_scratch", lambda self, device, size: Memory(size))
+    call(*tensors(kernel(backend), H=16, M=64), 16, 64)
+    assert asked == [384 * x[2][0] * x[2][1] * x[2][2] for x in driver.launches]
+    assert all(0xABC0 in x[5] for x in driver.launches)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_file_is_what_was_saved(backend: str, tmp_path: Path) -> None:
+    s = made(backend)
+    save(s, tmp_path / "a.mcc")
+    assert load(tmp_path / "a.mcc").saved == s and files.to_bytes(s) == (tmp_path / "a.mcc").read_bytes()
+    data = files.to_bytes(s)
+    for wrong, why in [(data[:-1], "damaged"), (data[:200] + b"?" + data[201:], "damaged"), (b"another", "no saved"),
+                       (data[:8] + bytes([9]) + data[9:], "of version 9"), (b"", "no saved")]:
+        (tmp_path / "b.mcc").write_bytes(wrong)
+        with pytest.raises(InputError, match=why):
+            load(tmp_path / "b.mcc")
+    with pytest.raises(InputError, match="cannot read"):
+        load(tmp_path / "c.mcc")
+
+
+# -- the real cuda.core, on a driver in C ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_driver_is_told(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    if (cc := shutil.which("cc")) is None:
+        pytest.skip("no C compiler")
+    subprocess.run([cc, "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", DRIVER / "cuda.c", "-ldl"], check=True)
+    s = made(backend)
+    save(s, tmp_path / "a.mcc")
+    usual = s.forms[0]
+    # one list of sizes serves both launches where it is as long as the longer one's
+    for n, launch in enumerate(usual.launches):
+        log = tmp_path / f"log{n}"
+        places = parameters(usual.cubins[n], launch.function).places
+        one = tmp_path / f"one{n}.mcc"
+        save(replace(s, forms=(replace(usual, launches=(launch,), cubins=(usual.cubins[n],)),)), one)
+        env = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "DRIVER_LOG": str(log), "DRIVER_CAPABILITY": "90",
+                            "DRIVER_SIZES": ",".join(str(size) for _, size in places),
+                            "PYTHONPATH": str(DRIVER.parent.parent)}
+        run = subprocess.run([sys.executable, DRIVER / "launch.py", one, "H=16,M=1000"], env=env, capture_output=True,
+                             text=True, timeout=120, check=False)
+        assert run.returncode == 0, run.stderr
+        given = {p.name: t for p, t in zip(s.params, tensors(kernel(backend), H=16, M=1000), strict=True)}
+        number = {"pointer": lambda a: given[a.of].place, "stride": lambda a: given[a.of].stride(a.at),
+                  "size": lambda a: {"H": 16, "M": 1000}[a.of], "null": lambda a: 0, "scratch": lambda a: 0}
+        bytes_ = ",".join(number[a.kind](a).to_bytes(size, "little").hex()
+                          for a, (_, size) in zip(launch.args, places, strict=True))
+        x, y, z = launch.blocks({"H": 16, "M": 1000})
+        big = [f"attribute 8 {launch.shared} 0x300 1"] if launch.shared > 48 * 1024 else []
+        assert log.read_text().splitlines() == [
+            "load 7fELF", f"function {launch.function}", *big,
+            f"launch 0x300 {x},{y},{z} {launch.block},1,1 {launch.shared} 0x1234 0 {bytes_},"]
+
+
+# -- torch.compile, where nobody may wait for the device ---------------------------------------------------------------
+
+
+def picked(x: Any, at: Any) -> Any:
+    return torch.nn.functional.cross_entropy(x, at, ignore_index=3) + torch.softmax(x, -1).gather(
+        -1, at[:, None]).sum()
+
+
+def decoding(q: Any, k: Any, v: Any) -> Any:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+CASES = {
+    "decode": (decoding, lambda: (torch.empty(1, 8, 1, 64, dtype=torch.bfloat16, device="cuda"),
+                                  *(torch.empty(1, 2, 65536, 64, dtype=torch.bfloat16, device="cuda"),) * 2)),
+    "lookups": (picked, lambda: (torch.empty(64, 1024, device="cuda"), torch.zeros(64, dtype=torch.int64,
+                                                                                  device="cuda"))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_call_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("triton")
+    fn, inputs = CASES[name]
+    memcomp.reset()
+    torch._dynamo.reset()
+    known = set(runtime._ENTRIES)
+    driver = Recorder()
+    launch = Launch("k", (Const(1),), 32, 0, ())
+    monkeypatch.setattr(Launched, "_load", lambda self, device, layout, values: ((launch, None),))
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 0)
+    with FakeTensorMode(), torch.inference_mode():
+        given = inputs()
+        torch.compile(fn, backend="memcomp", options={"target": "h100", "rest": "eager"})(*given)
+        entries = [runtime._ENTRIES[k] for k in set(runtime._ENTRIES) - known]
+        assert entries
+        for e in entries:
+            assert isinstance(e.kernel, Launched)
+            replace_driver(e.kernel, driver)
+            if name == "lookups":
+                assert e.checks
+            outs = runtime.run(e, given if len(entries) == 1 else given[:2], [])
+            assert all(o.device.type == "cuda" for o in outs)
+    assert driver.launches
+
+
+def test_on_the_cpu_a_check_does_wait() -> None:
+    """So that the test above can fail."""
+    check = runtime.Check(0, lambda t, s: (8,), True, None)
+    with FakeTensorMode():
+        check([torch.zeros(4, dtype=torch.int64, device="cuda")], [])
+        with pytest.raises(DataDependentOutputException):
+            check([torch.zeros(4, dtype=torch.int64)], [])
