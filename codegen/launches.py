@@ -12,7 +12,7 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Call, Const, Expr, Size, children
 from memcomp.ir.ops import OPS
 
-BYTES = {"i32": 4, "i64": 8}  # of an integer argument; a pointer has 8
+BYTES = {"i32": 4, "i64": 8, "map": 128}  # of an argument; a pointer has 8
 MOST = {"i32": 2**31 - 1, "i64": 2**63 - 1}
 
 
@@ -20,11 +20,15 @@ MOST = {"i32": 2**31 - 1, "i64": 2**63 - 1}
 class Argument:
     """One argument.
 
-    kind: "pointer" (to a tensor's first element), "stride" (in elements), "size" (the extent of a rank), "scratch" (to
-        memory of the launch's own, `Launch.scratch` bytes a block), "null" (a pointer that nothing reads).
-    of: the param or the rank; at: the position of a stride.
-    type: "*bf16" and the like, "i32", "i64".
-    multiple: what the machine code takes for granted: a pointer in bytes, a stride in elements, is a multiple of it.
+    kind: "pointer" (to a tensor's first element), "stride" (in elements), "extent" (of a tensor, at a position), "size"
+        (the extent of a rank), "map" (a tensor as sm_90 and later fetch boxes of it), "scratch" (to memory of the
+        launch's own, `Launch.scratch` bytes a block), "null" (a pointer that nothing reads).
+    of: the param or the rank; at: the position of a stride or an extent.
+    type: "*bf16" and the like, "i32", "i64", "map".
+    multiple: what the machine code takes for granted: a pointer (a map's too) in bytes, a stride in elements, is a
+        multiple of it.
+    places, box, swizzle: of a map: the positions of the param that it has, the last of stride 1; the elements of a box
+        along each; the bytes within which a box is permuted in shared memory.
     """
 
     name: str
@@ -33,6 +37,9 @@ class Argument:
     at: int = 0
     type: str = "i32"
     multiple: int = 1
+    places: tuple[int, ...] = ()
+    box: tuple[int, ...] = ()
+    swizzle: int = 0
 
     @property
     def bytes(self) -> int:
@@ -102,12 +109,25 @@ def agree(launch: Launch, cubin: bytes) -> None:
 
 
 def packed(args: Sequence[Argument]) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of each argument, as C lays out a struct of them."""
+    """(offset, bytes) of each argument, as C lays out a struct of them; a map begins at a multiple of 64."""
     at = 0
     for a in args:
-        at = -(-at // a.bytes) * a.bytes
+        step = min(a.bytes, 64)
+        at = -(-at // step) * step
         yield at, a.bytes
         at += a.bytes
+
+
+def described(name: str, param: str, places: tuple[int, ...], box: tuple[int, ...], swizzle: int, item: int
+              ) -> tuple[Argument, ...]:
+    """What Triton makes of an argument `tensordesc<..>`: the map, then every extent and every stride.
+
+    item: bytes of an element.  Maps need bases and strides of 16 bytes.
+    """
+    return (Argument(name, "map", param, type="map", multiple=16, places=places, box=box, swizzle=swizzle),
+            *(Argument(f"{name}_n{n}", "extent", param, n) for n in places),
+            *(Argument(f"{name}_s{n}", "stride", param, n, "i64", 16 // item) for n in places[:-1]),
+            Argument(f"{name}_s{places[-1]}", "stride", param, places[-1], "i64"))
 
 
 def distinct(args: Iterable[Argument]) -> tuple[Argument, ...]:

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("-o", "--output", type=Path, help="write the results here as JSON, after each case")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                        help="cuda: check every backend and case, then time, on this machine's GPU")
-    bench.add_argument("--seconds", type=float, default=450.0, help="cuda: for everything (default 450)")
+    bench.add_argument("--seconds", type=float, default=430.0, help="cuda: for everything (default 430)")
     bench.add_argument("--interpret", action="store_true",
                        help="cuda: rehearse with small cases and Triton's interpreter, without a GPU")
     bench.add_argument("--tests", type=Path, metavar="FOLDER",

@@ -218,6 +218,50 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
         return _READ.setdefault(same, _BUILT[key])
 
 
+@dataclass(frozen=True, slots=True)
+class Tunable:
+    """A program whose ways of being mapped are to be compiled one after another.  extents: of `general`; others that
+    rank candidates: of `forms`."""
+
+    read: Program
+    before: Program
+    general: Program
+    named: tuple[str, ...]
+    forms: Mapping[str, Opened]
+    plain: str
+    space: Space
+    extents: Mapping[str, int]
+    config: Config
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        return problem(self.general, self.named, self.extents, self.config.backend, self.space)
+
+    @property
+    def modelled(self) -> Choice:
+        """The cost model's choice."""
+        return _modelled(self.forms, self.plain, self.space, _strain(self.config) or _lowers).choice
+
+    def compiled(self, choice: Choice) -> Compiled:
+        """The kernel of a member of the space, built.  Raises Refusal where it has none, OptionError for no member."""
+        config, closed = replace(self.config, backend=choice.backend or self.config.backend), self.space.closed(choice)
+        tiles, kernel = emit(closed, config=config, observe=observers(Config()))
+        recheck(self.general, closed)
+        return Compiled(self.general.digest, self.before, closed, tiles, kernel, build(kernel, config), self.problem,
+                        choice)
+
+
+def tunable(read: Program, *, config: Config, sizes: Mapping[str, int] | None = None) -> Tunable:
+    """Open a program.  Arguments and errors as of `compile_program`."""
+    read, see = replace(read, target=config.target), observers(Config())
+    verify(read)
+    before = rewrite(read, observe=see, names=PIPELINE[:CANONICAL])
+    general = rewrite(before, observe=see, names=PIPELINE[CANONICAL:GENERAL])
+    forms, plain, space = opened(general, PIPELINE[GENERAL:], read, sizes or {}, config, see)
+    return Tunable(read, before, general, _named(general), forms, plain, space,
+                   shape_sizes(read, general, sizes or {}), config)
+
+
 def _named(general: Program) -> tuple[str, ...]:
     """Ranks whose size no shape shows: a digest does not know names, and these are passed by name."""
     shown = sources(input_shapes(general.cascade))

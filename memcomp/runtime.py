@@ -127,7 +127,7 @@ class Check:
         (size,) = self.size(inputs, sizes)
         least = -size if self.wraps else 0
         if index.is_cuda:
-            torch._assert_async(~self._bad(index, least, size).any(),
+            torch._assert_async(torch.logical_not(self._bad(index, least, size).any()),
                                 f"an index is out of bounds for a dimension of {size} elements")
             return
         low, high = torch.aminmax(index)

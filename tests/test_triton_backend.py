@@ -215,11 +215,14 @@ def test_text_is_stable(name: str, make: Any) -> None:
 
 def test_the_long_loop_has_no_masks_and_products_no_transpositions() -> None:
     tp = prefill()
-    text = emit(tp, "h100").source
-    first, second = text.split("for m1 in range(")[1:]
-    assert "mask=" not in first and "tl.where(live" not in first and "mask=" in second
-    assert "if " not in first + second.split("tl.store")[0]
-    assert "tl.trans(" not in text and text.count("tl.dot(") == 4 and text.count("to_bf16(") == 4
+    for boxes in (True, False):
+        text = emit(tp, "h100", aligned=boxes).source
+        first, second = text.split("for m1 in range(")[1:]
+        assert "mask=" not in first and "tl.where(live" not in first and ("mask=" in second) != boxes
+        assert "if " not in first + second.split(".store(")[0]
+        # tensor cores read a box turned from where it lies; addresses need no turn at all
+        assert text.count("tl.trans(") == text.count("tl.trans(K_box") == (2 if boxes else 0)
+        assert text.count("tl.dot(") == 4 and text.count("to_bf16(") == 4
     assert [a.name for a in layout(tp.kernels[0]).axes] == ["p0", "e", "m0", "f"]
 
 

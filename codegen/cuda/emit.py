@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from memcomp.codegen.cuda.express import CTYPES, Point, Scope, number
-from memcomp.codegen.cuda.memory import PACKED, WIDEST, Memory, Rows, accesses, vectors
-from memcomp.codegen.cuda.spread import MANY, blocks, bytes_held, pressure
+from memcomp.codegen.cuda.memory import PACKED, WIDEST, Memory, Rows, moved, vectors
+from memcomp.codegen.cuda.spread import blocks, bytes_held, pressure
 from memcomp.codegen.cuda.words import HEAD
 from memcomp.codegen.launches import Argument, Launch, Layout, loosened
 from memcomp.codegen.names import Names
@@ -46,7 +46,6 @@ _JOIN = {"sum": "Sum", "prod": "Prod", "max": "Max", "min": "Min", "and": "And",
 _AGAIN = ("max", "min", "and", "or")   # joining a number to itself changes nothing
 _SIGNS = {"sum": "+", "prod": "*", "and": "&", "or": "|", "add": "+", "sub": "-"}
 _INTEGER = {"i32": "int ", "i64": "long long "}
-MOST = 255          # registers of a thread
 TENSOR_ROWS = 64    # of a product from which on tensor cores must have it
 TAKEN = set("""alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
 const_cast continue decltype default delete do double dynamic_cast else enum explicit export extern false float for
@@ -124,8 +123,9 @@ class Writer:
                 for t in k.tiles}
         self.block = blocks(k, reach, held)
         self.pressure = pressure(k, self.block, held)
-        if self.pressure > MOST:
-            raise Refusal(f"{k.name} would hold about {self.pressure:.0f} registers a thread, and there are {MOST}",
+        if self.pressure > self.block.most:
+            raise Refusal(f"{k.name} would hold about {self.pressure:.0f} registers a thread, and there are "
+                          f"{self.block.most} with {32 * self.block.warps} threads",
                           tp.name, "smaller tiles; or the backend triton, which keeps operands in shared memory")
         self.scope = Scope(self.names, self.block.dims, {t.name: t.dtype for t in k.tiles},
                            {p.name: p.dtype for p in tp.params})
@@ -149,7 +149,7 @@ class Writer:
     @property
     def spills(self) -> bool:
         """May a thread need a stack?"""
-        return self.pressure > MANY
+        return self.pressure > self.block.safe
 
     def _rows(self, s: Dot) -> int:
         """Of a contraction as a product of matrices, the fewer of rows and columns."""
@@ -161,7 +161,7 @@ class Writer:
     def _argument(self, a: Argument, reach: dict[str, int]) -> Argument:
         """What vectors take for granted."""
         read = any(x.tensor == a.of and (d := self.rows.along(x, self.k)) and reach.get(d[0], 1) > 1
-                   for x in accesses(self.k) if x.tensor in self.params)
+                   for x, _ in moved(self.k))
         if a.kind == "size" or not read:
             return replace(a, multiple=1)
         return replace(a, multiple=WIDEST if a.kind == "pointer" else WIDEST // BYTES[self.params[a.of].dtype])

@@ -176,7 +176,10 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
     tp = kernel.program
     forms: dict[Layout, _Form] = {}
 
-    def form(layout: Layout) -> _Form:
+    def form(tensors: dict[str, Any]) -> _Form:
+        layout = Layout(tuple(unit(t.stride()) for t in tensors.values()))
+        if loose := _loose(launches(tp, layout), tensors):
+            layout = Layout(layout.units, loose)
         if layout not in forms:
             forms[layout] = _Form(emit(tp, kernel.isa, layout).source, launches(tp, layout))
         return forms[layout]
@@ -187,12 +190,8 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
                             f"got {len(given)} arguments")
         tensors = {p.name: t.cpu() for p, t in zip(tp.params, given, strict=False)}
         sizes = {r: int(n) for r, n in zip(tp.sizes, given[len(tp.params):], strict=True)}
-        units = tuple(unit(t.stride()) for t in tensors.values())
         with _lock:
-            f = form(Layout(units))
-            if loose := f.loose(tensors):
-                f = form(Layout(units, loose))
-            f.run(tensors, sizes)
+            form(tensors).run(tensors, sizes)
         for p, t in zip(tp.params, given, strict=False):
             if p.role != "in" and t is not tensors[p.name]:
                 t.copy_(tensors[p.name])
@@ -207,11 +206,6 @@ class _Form:
         self.launches = launches
         self.library = compiled(source, launches)
 
-    def loose(self, tensors: dict[str, Any]) -> frozenset[str]:
-        """Arguments that are no multiples of what the text takes for granted."""
-        return frozenset(a.name for x in self.launches for a in x.args
-                         if a.multiple > 1 and _value(a, tensors, {}) % a.multiple)
-
     def run(self, tensors: dict[str, Any], sizes: dict[str, int]) -> None:
         for x in self.launches:
             if not (blocks := math.prod(x.blocks(sizes))):
@@ -220,6 +214,12 @@ class _Form:
             if failed := getattr(self.library, f"run_{x.function}")(ctypes.c_longlong(blocks), *args):
                 raise Refusal(f"{x.function} waits for ever: {'threads of a warp' if failed == 1 else 'warps'} wait "
                               "at different places", hint="a fault of the cuda backend")
+
+
+def _loose(launches: tuple[Launch, ...], tensors: dict[str, Any]) -> frozenset[str]:
+    """Arguments that are no multiples of what the text takes for granted."""
+    return frozenset(a.name for x in launches for a in x.args
+                     if a.multiple > 1 and _value(a, tensors, {}) % a.multiple)
 
 
 def _value(a: Any, tensors: dict[str, Any], sizes: dict[str, int]) -> int:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from memcomp.codegen.cuda.express import CTYPES, Point
 from memcomp.codegen.launches import Layout
 from memcomp.codegen.triton.arguments import arguments
-from memcomp.ir.expr import Access, Const, Expr, Var, variables, walk
+from memcomp.ir.expr import Access, Const, Var, variables, walk
 from memcomp.ir.simplify import linear
 from memcomp.ir.target import BYTES
-from memcomp.ir.tile import Load, Loop, Store, TileKernel, TileProgram, When, expressions, statements
+from memcomp.ir.tile import Load, Store, TileKernel, TileProgram, expressions, statements
 
 if TYPE_CHECKING:
     from memcomp.codegen.cuda.emit import Writer
@@ -68,8 +68,8 @@ def _divisor(a: int, b: int) -> int:
 def vectors(tp: TileProgram, k: TileKernel, rows: Rows) -> dict[str, int]:
     """How many neighbours along each dim a thread holds together: 16 bytes of the narrowest tensor."""
     found: dict[str, int] = {}
-    for a in accesses(k):
-        if a.tensor not in rows.units or (x := rows.along(a, k)) is None:
+    for a, dims in moved(k):
+        if (x := rows.along(a, k)) is None or x[0] not in dims:
             continue
         dim, even = x
         n = WIDEST // BYTES[tp.param(a.tensor).dtype]
@@ -79,12 +79,11 @@ def vectors(tp: TileProgram, k: TileKernel, rows: Rows) -> dict[str, int]:
     return found
 
 
-def accesses(k: TileKernel) -> Iterator[Access]:
-    """Every access to a tile or param."""
+def moved(k: TileKernel) -> Iterator[tuple[Access, tuple[str, ...]]]:
+    """What tiles are loaded from and stored to, with the tile's dims."""
     for s in statements(k.body):
-        more: tuple[Expr, ...] = (s.target,) if isinstance(s, Store) else ()
-        for e in (*expressions(s), *more):
-            yield from (n for n in walk(e) if isinstance(n, Access))
+        if isinstance(s, (Load, Store)):
+            yield s.source if isinstance(s, Load) else s.target, k.tile(s.tile).dims
 
 
 class Memory:

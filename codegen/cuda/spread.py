@@ -17,7 +17,10 @@ from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Dot, Fold, Loop, Statement, Store, TileKernel, When, expressions, statements
 
 LANE_BITS = 5
-FEW, MANY = 128, 208   # registers of a thread: what leaves room for a second block, and what surely needs no stack
+MOST, FEW = 255, 128   # registers of a thread: that there are, and that leave room for a second block
+SPARE = 48             # by which `pressure` may be too low
+LARGE = 64             # registers of one tile
+FILE = 65536           # registers of a processor
 OTHER = 40             # addresses, counts, indices
 
 
@@ -58,6 +61,16 @@ class Block:
     warps: int
     dims: Spreads
 
+    @property
+    def most(self) -> int:
+        """Registers that a thread may have."""
+        return min(MOST, FILE // (32 * self.warps))
+
+    @property
+    def safe(self) -> int:
+        """What an estimate may say."""
+        return self.most - SPARE
+
     def mask(self, dims: tuple[str, ...] | frozenset[str]) -> int:
         """Bits of the thread's number that say something of these dims."""
         return sum(1 << b for b in {b for d in dims for b in self.dims[d].bits})
@@ -79,12 +92,11 @@ def blocks(k: TileKernel, vectors: Mapping[str, int], held: Mapping[str, float])
         for lanes in (3, 4, 5):
             b = _spread(k, vectors, meeting, streamed, inner, warps, lanes)
             found.append((pressure(k, b, held), b))
-    useful = [(p, b) for p, b in found if _largest(k, b, held) <= 64 or b.warps == max(b.warps for _, b in found)]
-    for most in (FEW, MANY):
-        for p, b in useful:
-            if p <= most:
+    for most in (FEW, MOST):
+        for p, b in found:
+            if p <= min(most, b.safe) and _largest(k, b, held) <= LARGE:
                 return b
-    return min(found, key=lambda x: x[0])[1]
+    return min(found, key=lambda x: x[0] - x[1].most)[1]
 
 
 def _largest(k: TileKernel, b: Block, held: Mapping[str, float]) -> float:

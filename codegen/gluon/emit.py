@@ -17,8 +17,10 @@ step is written apart.  So loops may follow one another, be in parts, or have no
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from memcomp.codegen.gluon.box import NAMES, Box, box, offsets
-from memcomp.codegen.gluon.form import HALF, Form, form, needed, reads, wrote
+from memcomp.codegen.gluon.form import HALF, Form, form, needed, reads, taken, useful, wrote
 from memcomp.codegen.gluon.group import Group, Places
 from memcomp.codegen.gluon.rows import STAGES, Rows, Slots, Steps
 from memcomp.codegen.gluon.words import HEAD, RESERVED, spoken
@@ -27,7 +29,7 @@ from memcomp.codegen.rounding import rounds
 from memcomp.codegen.triton.arguments import Arguments, arguments
 from memcomp.codegen.triton.emit import function_names
 from memcomp.codegen.triton.layout import Axis, layout
-from memcomp.codegen.triton.parts import parts
+from memcomp.codegen.triton.parts import Part, parts
 from memcomp.codegen.triton.resources import Setting
 from memcomp.codegen.triton.straight import straight
 from memcomp.codegen.triton.words import used
@@ -75,14 +77,19 @@ def admits(tp: TileProgram, target: Target) -> int:
     emit(tp, target)
     held = []
     for k in tp.kernels:
-        f = form(straight(k), layout(k))
+        f = parted(k)
         held.append(HALF * (f.columns.size + f.keys.size + f.keys.size // 2) // (32 * WARPS))
     return int(max(held, default=0) > HELD)
 
 
+def parted(k: TileKernel) -> Form:
+    """The parts of a kernel; Refusal where it has not the form."""
+    return form(straight(k), layout(k))
+
+
 def boxes(tp: TileProgram, k: TileKernel, units: tuple[int, ...]) -> dict[str, Box]:
     """What a launch takes before its other arguments, by name: the box of each tile that is fetched."""
-    f = form(straight(k), layout(k))
+    f = parted(k)
     unit = dict(zip((p.name for p in tp.params), units, strict=True))
 
     def one(s: Load, axes: tuple[Axis, Axis], rows: int = 0) -> Box:
@@ -94,7 +101,7 @@ def boxes(tp: TileProgram, k: TileKernel, units: tuple[int, ...]) -> dict[str, B
 
 def given(tp: TileProgram, k: TileKernel, units: tuple[int, ...]) -> Arguments:
     """The other arguments: of tensors that a launch reads or writes by address, and sizes."""
-    tiles = {s.tile for s in form(straight(k), layout(k)).fetched}
+    tiles = {s.tile for s in parted(k).fetched}
     rest = [s for s in statements(k.body) if not (isinstance(s, Load) and s.tile in tiles)]
     touched = {n.tensor for s in rest for e in expressions(s) for n in walk(e) if isinstance(n, Access)}
     touched |= {s.target.tensor for s in rest if isinstance(s, Store)}
@@ -119,7 +126,7 @@ class _Launch:
             raise Refusal(f"{f.first.tile} and {f.last.tile} are no products of {' or '.join(NAMES)}", k.name,
                           "the triton backend takes it")
         self.names.used |= RESERVED
-        matrices = {a: self.names[f"L_{a.name}"] for a in dict.fromkeys((f.keys, f.columns))}
+        matrices = {a: self.names[f"L_{a.size}"] for a in (f.keys, f.columns)}
         for g in (self.host, self.fetch, self.rows):
             g.names = g.scope.names = self.names
             g.place(f, Places(f.rows, matrices if g is self.rows else {}))
@@ -135,21 +142,28 @@ class _Launch:
 
     def functions(self, name: str) -> list[str]:
         f, h, names = self.plan, self.host, self.names
-        pieces = [tuple(parts(self.k, s)) for s in f.loops]
+        pieces = [parts(self.k, s) for s in f.loops]
+        every = [(s, p) for s, ps in zip(f.loops, pieces, strict=True) for p in ps]
+        rest = useful((*(replace(s, lo=Const(0), hi=Const(0), body=p.body) for s, p in every), *f.after))
+        bodies = [s.body for s in rest[:len(every)] if isinstance(s, Loop)]
         bounds = [e for s in f.loops for e in (s.lo, s.hi)] + [p.end for ps in pieces for p in ps if p.end is not None]
-        read = reads((*f.loops, *f.after))
+        read = taken(rest)
+        boxes = {s.tile for s in f.fetched}
         # numbers that are known before the first step are the same in all groups
-        numbers = {t.name for t in self.k.tiles if not t.dims} & wrote(f.before) & (read | _tensors(bounds))
-        before = needed(f.before, numbers)
+        numbers = {t.name for t in self.k.tiles if not t.dims} & wrote(f.before)
+        own = needed(tuple(s for s in f.before if not wrote((s,)) <= numbers | boxes), read - numbers - boxes)
+        handed_over = numbers & (read | reads(own))
+        before = needed(f.before, handed_over | numbers & _tensors(bounds))
         h._grid()
-        h.indices([a for a in h.layout.axes if self._met(before, a)], set())
+        h.indices([a for a in h.layout.axes if self._met(before, a)])
         h.body(before)
         loops: list[Steps] = []
         for s, ps in zip(f.loops, pieces, strict=True):
-            loops.append(self._steps(s, ps, loops[-1].done if loops else ""))
+            written = tuple(replace(p, body=bodies.pop(0)) for p in ps)
+            loops.append(self._steps(s, written, loops[-1].done if loops else ""))
         self._memory()
         texts = [*(names[a.name] for a in h.given.args), *(names[v] for v, _ in self.k.grid),
-                 *(names[t] for t in sorted(numbers & read)), *(x for s in loops for x in (*s.ends, s.skip, s.done)),
+                 *(names[t] for t in sorted(handed_over)), *(x for s in loops for x in (*s.ends, s.skip, s.done)),
                  *self.tiles, *self.bars]
         handed = ", ".join(x for x in dict.fromkeys(texts) if x.isidentifier())
         described = ", ".join(names[x] for x in self.boxes)
@@ -161,7 +175,7 @@ class _Launch:
         h.line(f"], [{WARPS}, {WARPS}], [{', '.join(map(str, REGISTERS))}])")
         args = ", ".join((described, *(names[a.name] for a in h.given.args)))
         self._fetch(loops)
-        self._rows(loops, numbers)
+        self._rows(loops, own)
         return [self.fetch.function(f"def {fetches}({described}, {handed}):"),
                 self.rows.function(f"def {computes}({handed}, half: gl.constexpr):"), h.function(f"def {name}({args}):")]
 
@@ -171,7 +185,7 @@ class _Launch:
         dims |= {d for t in wrote(body) for d in self.k.tile(t).dims}
         return bool(dims & set(a.dims))
 
-    def _steps(self, s: Loop, pieces: tuple, done: str) -> Steps:  # type: ignore[type-arg]
+    def _steps(self, s: Loop, pieces: tuple[Part, ...], done: str) -> Steps:
         """Where a loop and its parts begin and end; done: steps before it."""
         h = self.host
 
@@ -237,19 +251,16 @@ class _Launch:
             texts[n] = f"{texts[n]} + {more}" if more else texts[n]
         return f"[{', '.join(texts)}]"
 
-    def _rows(self, loops: list[Steps], numbers: set[str]) -> None:
+    def _rows(self, loops: list[Steps], before: tuple[Statement, ...]) -> None:
         g, f, (q, k, v) = self.rows, self.plan, self.tiles
         g.kind = NAMES[self.kind]
-        for a, name in g.places.matrices.items():
+        for name, a in {name: a for a, name in g.places.matrices.items()}.items():
             g.line(f"{name}: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[{WARPS}, 1], "
                    f"instr_shape=[16, {min(a.size, 256)}, 16])")
         query, left, right = self.boxes.values()
         g.slots = Slots(_operand(f"{q}.index(half)", query, f.rows), _operand(f"{k}.index({{}})", left, f.depth),
                         _operand(f"{v}.index({{}})", right, f.keys), *self.bars)
-        known = numbers | {s.tile for s in f.fetched}
-        wanted = (reads((*f.loops, *f.after)) | {f.last.tile}) - known
-        before = needed(tuple(s for s in f.before if not wrote((s,)) <= known), wanted)
-        g.indices([f.rows, f.keys, f.columns], {s.var for s in f.loops})
+        g.indices([*dict.fromkeys((f.rows, f.keys, f.columns))])
         g.body(before)
         g.loops(loops)
         g.body(f.after)

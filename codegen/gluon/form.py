@@ -9,12 +9,12 @@ S is reduced.  K and V are tiles that the memory unit can fetch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memcomp.codegen.triton.layout import Axis, Layout
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, walk
-from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, TileKernel, expressions, statements
+from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, TileKernel, When, expressions, statements
 
 HALF = 64   # rows of one group: what four warps multiply at once
 ROWS = 2 * HALF
@@ -129,6 +129,38 @@ def _reads(s: Statement) -> Iterator[str]:
         yield from (n.tensor for n in walk(e) if isinstance(n, Access))
     if isinstance(s, Store) or (isinstance(s, (Fold, Dot)) and s.accumulate):
         yield s.tile
+
+
+def useful(body: tuple[Statement, ...]) -> tuple[Statement, ...]:
+    """The statements without those whose tiles nothing reads on the way to a store."""
+    wanted: set[str] = set()
+    while not (read := reads(kept := tuple(_kept(body, wanted)))) <= wanted:
+        wanted |= read
+    return kept
+
+
+def _kept(body: tuple[Statement, ...], wanted: set[str]) -> Iterator[Statement]:
+    for s in body:
+        if isinstance(s, Loop):
+            if inner := tuple(_kept(s.body, wanted)):
+                yield replace(s, body=inner)
+        elif isinstance(s, When):
+            inner, other = tuple(_kept(s.body, wanted)), tuple(_kept(s.orelse, wanted))
+            if inner or other:
+                yield replace(s, body=inner, orelse=other)
+        elif isinstance(s, Store) or s.tile in wanted:
+            yield s
+
+
+def taken(body: tuple[Statement, ...]) -> set[str]:
+    """Tiles whose value from before the statements they read."""
+    out: set[str] = set()
+    written: set[str] = set()
+    for s in body:
+        out |= (taken(s.body) | reads((replace(s, body=()),)) if isinstance(s, Loop) else reads((s,))) - written
+        if not isinstance(s, (Loop, When)):
+            written |= wrote((s,))
+    return out
 
 
 def needed(body: tuple[Statement, ...], wanted: Iterable[str]) -> tuple[Statement, ...]:

@@ -11,7 +11,7 @@ from memcomp.codegen.triton.express import Scope
 from memcomp.codegen.triton.layout import Axis
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Call
-from memcomp.ir.tile import Fold
+from memcomp.ir.tile import Fold, Loop, Statement, statements
 
 FLAT = "gl.BlockedLayout([1], [32], [4], [0])"
 
@@ -97,8 +97,12 @@ class Group(_Writer):
                           "the triton backend takes it")
         super().fold(s)
 
-    def indices(self, axes: list[Axis], inside: set[str]) -> None:
+    def steps(self, lo: str, hi: str, body: tuple[Statement, ...]) -> str:
+        return f"range({lo}, {hi})"
+
+    def indices(self, axes: list[Axis]) -> None:
         """The points of axes, and which of them count outside of loops."""
+        inside = {s.var for s in statements(self.k.body) if isinstance(s, Loop)}
         for a in axes:
             self._axis(a)
         self._counts([a for a in axes if not self._changes(a, inside)])

@@ -17,6 +17,7 @@ from memcomp.ir.simplify import linear, simplify
 from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Dim, Param
 
+FORMATS = ("bf16", "f16")  # of what is fetched so: what tensor cores multiply
 RANKS = 5       # of a descriptor
 MOST = 256      # elements of a box along one of them
 LEAST = 16      # bytes next to one another

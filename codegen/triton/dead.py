@@ -49,7 +49,7 @@ class Dead:
         """What a statement has just written."""
         for a in self.tiles[tile]:
             self.held.pop((tile, a.name), None)
-            if (x := known(a)) is not None:
+            if tile in self.real and (x := known(a)) is not None:
                 self.held[tile, a.name] = x
 
     def forget(self, body: tuple[Statement, ...], changing: Iterable[Axis]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memcomp.codegen.triton.boxes import Box, Side, box
+from memcomp.codegen.triton.boxes import FORMATS, Box, Side, box
 from memcomp.codegen.triton.express import DTYPES, dims_of
 from memcomp.codegen.triton.layout import Axis
 from memcomp.ir.expr import Access, Call, Const, Expr, call, reads, walk
@@ -26,7 +26,6 @@ from memcomp.ir.tile import (
 if TYPE_CHECKING:
     from memcomp.codegen.triton.emit import _Writer
 
-FORMATS = ("bf16", "f16")  # that tensor cores multiply
 _ELEMENT = {"f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "i64": "tl.int64", "i32": "tl.int32",
             "i16": "tl.int16", "i8": "tl.int8", "u8": "tl.uint8", "bool": "tl.int1"}
 

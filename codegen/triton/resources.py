@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
+from memcomp.codegen.triton.boxes import FORMATS
 from memcomp.codegen.triton.loops import Body, Loops, Product
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, variables, walk
@@ -207,14 +208,20 @@ class _Block:
             if fetched_ones and self.capability >= 100:   # one waits; of a computed operand a quarter changes warps
                 alone = BARRIER + max((p.rows * p.depth * p.bytes // 4 for p in fetched_ones
                                        if self.warps > 4 and p.left in self.loops.computed and not p.exact), default=0)
-            return sum(kept.values()) + max(*turns, *passing) + alone
+            return sum(kept.values()) + max(*turns, *passing) + alone + self.boxed(body)
         stream = sum(streamed.values()) if body.products else self.copies(body) * (ahead - 1)
         if fetched_ones:
             stream += -stream % ALIGNED
         if fetched_ones and self.capability >= 100:
             passing.append(ALIGNED)
             stream += 2 * BARRIER * len(fetched_ones)
-        return sum(kept.values()) + stream + max(passing)
+        return sum(kept.values()) + stream + max(passing) + self.boxed(body)
+
+    def boxed(self, body: Body) -> int:
+        """Bytes, at most, by which what descriptors bring waits to be whole and aligned."""
+        return ALIGNED if self.capability >= 90 and any(
+            t in self.loops.loads and self.loops.stored(t) in FORMATS for p in body.products for t in (p.left, p.right)
+        ) else 0
 
     def copied(self, tile: str) -> bool:
         """Can the tile be copied ahead: has each thread enough of it?"""

@@ -66,13 +66,19 @@ def least(a, b):
     "highest_over": ('''\
 @triton.jit
 def highest_over(x, axis: tl.constexpr):
-    """A NaN stays one; the interpreter is quick only with what it knows by name, and numpy keeps a NaN."""
-    return tl.max(x, axis) if INTERPRET else tl.reduce(x, axis, highest)
+    """A NaN stays one; the interpreter is quick only with what it knows by name, which drops a NaN."""
+    if INTERPRET:
+        return tl.where(tl.sum((x != x).to(tl.int32), axis) > 0, float("nan"), tl.max(x, axis))
+    else:
+        return tl.reduce(x, axis, highest)
 ''', ("highest",)),
     "lowest_over": ('''\
 @triton.jit
 def lowest_over(x, axis: tl.constexpr):
-    return tl.min(x, axis) if INTERPRET else tl.reduce(x, axis, lowest)
+    if INTERPRET:
+        return tl.where(tl.sum((x != x).to(tl.int32), axis) > 0, float("nan"), tl.min(x, axis))
+    else:
+        return tl.reduce(x, axis, lowest)
 ''', ("lowest",)),
     "times": ('''\
 @triton.jit

@@ -1,4 +1,7 @@
-"""The way to the driver: four calls of cuda.core, and torch's device and stream."""
+"""The way to the driver: cuda.core loads, cuda.bindings launches, torch says on which stream.
+
+cuda.core's own launch raises no limit of shared memory and takes no tensor map by value.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, Protocol
 
-from memcomp.codegen.launches import Argument
 from memcomp.ir.errors import Refusal
 
-_INTEGERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64}
 _FREELY = 48 * 1024  # bytes of shared memory that a launch may ask for without saying so before
+_LINE = 64           # bytes: where a map begins
 
 
 class Driver(Protocol):
@@ -27,61 +31,88 @@ class Driver(Protocol):
     def stream(self, device: int) -> Any:
         """A context in which the device is the current one; its value is torch's current stream there."""
 
-    def launch(self, kernel: Any, stream: Any, grid: tuple[int, int, int], block: int, shared: int,
-               args: Sequence[Any]) -> None:
-        """Put one launch into the stream; waits for nothing."""
+    def map(self, dtype: str, place: int, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...],
+            swizzle: int) -> bytes:
+        """A tensor as the memory unit knows it.  extents, strides in bytes (all but the last, which is one element),
+        box: slowest first."""
 
-
-def packed(a: Argument, value: int) -> Any:
-    """An argument as cuda.core takes it: a plain int is a pointer."""
-    kind = _INTEGERS.get(a.type)
-    return value if kind is None else kind(value)
+    def launch(self, kernel: Any, stream: Any, grid: tuple[int, int, int], block: int, shared: int, data: bytes,
+               places: Sequence[int]) -> None:
+        """Put one launch into the stream; waits for nothing.  data: the arguments; places: where each begins."""
 
 
 class Core:
-    """cuda.core and torch."""
+    """cuda.core, cuda.bindings and torch."""
 
     def __init__(self) -> None:
         self._codes: dict[bytes, Any] = {}
         self._lock = threading.Lock()
 
     def capability(self, device: int) -> int:
-        core = _core()
-        found = core.Device(device).compute_capability
+        found = _cuda().core.Device(device).compute_capability
         return int(10 * found.major + found.minor)
 
     def load(self, device: int, cubin: bytes, function: str, shared: int) -> Any:
-        from cuda.bindings import driver
-
+        cuda = _cuda()
         with self._lock:
             if cubin not in self._codes:
-                self._codes[cubin] = _core().ObjectCode.from_cubin(cubin)
-            kernel = self._codes[cubin].get_kernel(function)
-        if shared > _FREELY:  # cuda.core's launch does not do it
-            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            error, = driver.cuKernelSetAttribute(most, shared, kernel.handle, driver.CUdevice(device))
-            if error != driver.CUresult.CUDA_SUCCESS:
-                raise Refusal(f"{function} takes {shared} bytes of shared memory a block",
-                              f"device {device} does not give them: {error.name}")
-        return kernel
+                self._codes[cubin] = cuda.core.ObjectCode.from_cubin(cubin)
+            kernel = self._codes[cubin].get_kernel(function).handle
+        if shared > _FREELY:
+            most = cuda.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _did(f"{function} takes {shared} bytes of shared memory a block",
+                 cuda.driver.cuKernelSetAttribute(most, shared, kernel, cuda.driver.CUdevice(device)))
+        return cuda.driver.CUfunction(int(kernel))
 
     @contextmanager
     def stream(self, device: int) -> Iterator[Any]:
         import torch
 
         with torch.cuda.device(device):
-            yield _core().Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+            yield torch.cuda.current_stream(device).cuda_stream
 
-    def launch(self, kernel: Any, stream: Any, grid: tuple[int, int, int], block: int, shared: int,
-               args: Sequence[Any]) -> None:
-        core = _core()
-        core.launch(stream, core.LaunchConfig(grid=grid, block=block, shmem_size=shared), kernel, *args)
+    @lru_cache(maxsize=1024)  # noqa: B019
+    def map(self, dtype: str, place: int, extents: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...],
+            swizzle: int) -> bytes:
+        d = _cuda().driver
+        made = d.cuTensorMapEncodeTiled(
+            getattr(d.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_TYPES[dtype]}"), len(box), place,
+            [d.cuuint64_t(n) for n in reversed(extents)], [d.cuuint64_t(n) for n in reversed(strides)],
+            [d.cuuint32_t(n) for n in reversed(box)], [d.cuuint32_t(1)] * len(box),
+            d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            getattr(d.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{f'{swizzle}B' if swizzle else 'NONE'}"),
+            d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+        return ctypes.string_at(_did("a tensor cannot be fetched in boxes", made).getPtr(), 128)
+
+    def launch(self, kernel: Any, stream: Any, grid: tuple[int, int, int], block: int, shared: int, data: bytes,
+               places: Sequence[int]) -> None:
+        room = ctypes.create_string_buffer(len(data) + _LINE)
+        start = -(-ctypes.addressof(room) // _LINE) * _LINE
+        ctypes.memmove(start, data, len(data))
+        each = (ctypes.c_void_p * len(places))(*(start + at for at in places))
+        _did("a kernel cannot be launched", _cuda().driver.cuLaunchKernel(
+            kernel, *grid, block, 1, 1, shared, stream, ctypes.addressof(each), 0))
 
 
-def _core() -> Any:
+_TYPES = {"f64": "FLOAT64", "f32": "FLOAT32", "f16": "FLOAT16", "bf16": "BFLOAT16", "i64": "INT64", "i32": "INT32",
+          "u8": "UINT8"}
+
+
+def _did(what: str, answer: tuple[Any, ...]) -> Any:
+    """What a call of the driver made; Refusal where it did not."""
+    error, *made = answer
+    if int(error):
+        raise Refusal(what, f"the driver says {error.name}")
+    return made[0] if made else None
+
+
+@lru_cache(maxsize=1)
+def _cuda() -> Any:
     try:
         import cuda.core
+        from cuda.bindings import driver
     except ModuleNotFoundError as error:
-        raise Refusal("kernels for a GPU are launched by cuda-core, which is not installed",
+        raise Refusal(f"kernels for a GPU are launched with {error.name}, which is not installed",
                       hint="pip install memcomp[cuda]") from error
-    return cuda.core
+    return SimpleNamespace(core=cuda.core, driver=driver)

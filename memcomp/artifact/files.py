@@ -163,7 +163,8 @@ def _form(f: Mapping[str, Any], code: bytes) -> Form:
         place = x["cubin"]
         cubins.append(code[place["at"]:place["at"] + place["bytes"]])
         launches.append(Launch(**{**{k: v for k, v in x.items() if k != "cubin"}, "grid": _exprs(x["grid"]),
-                                  "args": tuple(Argument(**a) for a in x["args"])}))
+                                  "args": tuple(Argument(**{**a, "places": tuple(a["places"]), "box": tuple(a["box"])})
+                                                for a in x["args"])}))
     return Form(Layout(tuple(f["units"]), frozenset(f["loose"]), frozenset(f["wide"])), f["compiler"],
                 tuple(launches), tuple(cubins))
 

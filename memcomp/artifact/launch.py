@@ -6,21 +6,24 @@ call may be captured in a CUDA graph, once one call before has loaded the code.
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from memcomp.artifact.driver import Core, Driver, packed
-from memcomp.codegen.launches import MOST, Argument, Form, Launch, Layout, unit
+from memcomp.artifact.driver import Core, Driver
+from memcomp.codegen.launches import MOST, Argument, Form, Launch, Layout, packed, unit
 from memcomp.ir.errors import Refusal
+from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Kernel, Param
 
 Units: TypeAlias = tuple[int, ...]  # of a `Layout`
 _CORE = Core()
 
 
-_Loaded: TypeAlias = tuple[tuple[Launch, Any], ...]  # launches with their functions on a device
+# launches with their functions on a device, and how their arguments are packed
+_Loaded: TypeAlias = tuple[tuple[Launch, Any, struct.Struct, tuple[int, ...]], ...]
 
 
 class Launched:
@@ -64,15 +67,16 @@ class Launched:
                         frozenset(a.name for a in args if abs(values[a.name]) > MOST.get(a.type, 2**64)))
         loaded = self._loaded.get((device, layout)) or self._load(device, layout, values)
         with self._driver.stream(device) as stream:
-            for launch, kernel in loaded:
+            for launch, kernel, form, places in loaded:
                 grid = launch.blocks(sizes)
                 if not all(grid):
                     continue
                 if launch.scratch:
                     scratch = self._scratch(device, grid[0] * grid[1] * grid[2] * launch.scratch)
                     values["scratch"] = scratch.data_ptr()
-                self._driver.launch(kernel, stream, grid, launch.block, launch.shared,
-                                    [packed(a, values[a.name]) for a in launch.args])
+                data = form.pack(*(self._map(a, tensors[a.of]) if a.kind == "map" else values[a.name]
+                                   for a in launch.args))
+                self._driver.launch(kernel, stream, grid, launch.block, launch.shared, data, places)
 
     def _taken(self, given: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, int]]:
         if len(given) != len(self.params) + len(self.sizes):
@@ -101,11 +105,21 @@ class Launched:
     def _value(self, a: Argument, tensors: dict[str, Any], sizes: dict[str, int]) -> int:
         if a.kind == "size":
             return sizes[a.of]
-        if a.kind == "pointer":
+        if a.kind in ("pointer", "map"):
             return int(tensors[a.of].data_ptr())
+        if a.kind == "extent":
+            return int(tensors[a.of].shape[a.at])
         if a.kind == "stride":  # with one element or none nobody steps
             return int(tensors[a.of].stride(a.at)) if tensors[a.of].shape[a.at] > 1 else 0
         return 0
+
+    def _map(self, a: Argument, t: Any) -> bytes:
+        """The tensor at the positions of the map.  The driver takes no stride of less than 16 bytes, not even where
+        nobody steps, and no extent of 0."""
+        dtype = next(p.dtype for p in self.params if p.name == a.of)
+        strides = tuple(BYTES[dtype] * t.stride(n) if t.shape[n] > 1 else a.multiple for n in a.places[:-1])
+        return self._driver.map(dtype, t.data_ptr(), tuple(max(1, t.shape[n]) for n in a.places), strides, a.box,
+                                a.swizzle)
 
     def _load(self, device: int, layout: Layout, values: Mapping[str, int]) -> _Loaded:
         there = self._driver.capability(device)
@@ -125,7 +139,7 @@ class Launched:
                 except Refusal as error:
                     raise Refusal(error.what, "; ".join(s for s in (odd, error.where) if s), error.hint) from error
                 self._loaded[device, layout] = tuple(
-                    (x, self._driver.load(device, cubin, x.function, x.shared))
+                    (x, self._driver.load(device, cubin, x.function, x.shared), *_packing(x.args))
                     for x, cubin in zip(form.launches, form.cubins, strict=True))
             return self._loaded[device, layout]
 
@@ -133,6 +147,16 @@ class Launched:
         import torch
 
         return torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
+
+
+def _packing(args: Sequence[Argument]) -> tuple[struct.Struct, tuple[int, ...]]:
+    """How the arguments lie one behind another, and where each begins."""
+    text, end = "<", 0
+    places = tuple(packed(args))
+    for a, (at, size) in zip(args, places, strict=True):
+        text += f"{at - end}x" * (at > end) + {"i32": "i", "i64": "q", "map": f"{size}s"}.get(a.type, "Q")
+        end = at + size
+    return struct.Struct(text), tuple(at for at, _ in places)
 
 
 def _unit(t: Any) -> int:

@@ -159,12 +159,13 @@ def copies(size: int, l2: int) -> int:
     return max(1, min(32, math.ceil(2 * l2 / max(size, 1))))
 
 
-def nearest_target(facts: dict[str, Any]) -> str:
-    """The machine of `memcomp targets` that a device is most like: of its capability or the next lower one, then by
-    memory.  OptionError where there is none."""
-    known = [t for t in map(target, targets()) if t.has("cuda") and t.capability <= facts["capability"]]
+def target_of(facts: dict[str, Any]) -> str:
+    """The machine of `memcomp targets` that a device is: of its compute capability, the one nearest in memory.
+    OptionError where there is none: what a block may hold, and which instructions there are, differ from each to the
+    next.
+    """
+    known = [t for t in map(target, targets()) if t.has("cuda") and t.capability == facts["capability"]]
     if not known:
-        raise OptionError(f"no target has compute capability {facts['capability'] / 10} or less",
-                          f"the device is {facts['name']}", "`memcomp targets` lists what there is")
-    newest = max(t.capability for t in known)
-    return min((t for t in known if t.capability == newest), key=lambda t: abs(t.memory.bytes - facts["memory"])).name
+        raise OptionError(f"no target has compute capability {facts['capability'] / 10}",
+                          f"the device is {facts['name']}", "--target names the machine to compile for")
+    return min(known, key=lambda t: abs(t.memory.bytes - facts["memory"])).name

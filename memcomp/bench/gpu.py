@@ -16,16 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memcomp.bench.measure import Times, ratio
-from memcomp.bench.tasks import FAILED, OK, OWN, REFUSED, WRONG, Answer, Job
-from memcomp.bench.workers import Asked, Here, Worker, spread
+from memcomp.bench.tasks import OWN, Tasks
 from memcomp.files import put
 from memcomp.ir.errors import OptionError
 from memcomp.models.bench import Case
 from memcomp.models.bench.operators import FLEX
+from memcomp.workers import FAILED, OK, REFUSED, WRONG, Answer, Asked, Here, Job, Worker, spread, together
 
 if TYPE_CHECKING:
     from memcomp.cache import Entry
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 FIRST = 23              # cases that are checked and timed before anything else is
 CHECKING, ENDING = 0.45, 0.97  # of the time: when timing begins at the latest, and when nothing new is begun
-LIMIT = 100.0           # seconds of one job
+LIMIT, GRACE = 60.0, 15.0  # seconds of one job; of those that are under way when time is up
 EACH = 24 << 30         # bytes of the device's memory for one process
 MANY = 6                # processes
 CORRECT = 1.05          # times the error of FlexAttention that is not more
@@ -53,7 +54,7 @@ class Plan:
     """
 
     cases: tuple[Case, ...]
-    seconds: float = 450.0
+    seconds: float = 430.0
     rehearse: bool = False
     tests: Path | None = None
     output: Path | None = None
@@ -74,6 +75,14 @@ class Found:
     path: Path | None = None
     backends: tuple[str, ...] = ()
     faults: list[str] = field(default_factory=list)
+
+    def limit(self) -> float:
+        """Seconds that a job may take that begins now."""
+        return max(5.0, min(LIMIT, self.begin + self.plan.seconds + GRACE - time.monotonic()))
+
+    def until(self, share: float) -> float:
+        """When that share of the time is over."""
+        return self.begin + share * self.plan.seconds
 
     def line(self, text: str) -> None:
         self.say(f"{time.monotonic() - self.begin:6.1f} s  {text}")
@@ -124,7 +133,7 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> Found:
         if tests is not None:
             tests.join()
         _times(plan, found, workers)
-        left = spread(workers, left, LIMIT, begin + ENDING * plan.seconds, found.checked)
+        left = spread(workers, left, found.limit, found.until(ENDING), found.checked)
         found.data["left"] = [str(job) for job in left]
         _tuned(plan, found)
         found.write()
@@ -141,7 +150,7 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> Found:
 
 
 def _worker(plan: Plan) -> Asked:
-    return (Worker if plan.apart else Here)(plan.rehearse, plan.target)
+    return (Worker if plan.apart else Here)(partial(Tasks, plan.rehearse, plan.target))
 
 
 def _begun(plan: Plan, facts: Answer, say: Callable[[str], None], begin: float) -> Found:
@@ -184,7 +193,7 @@ def _checks(plan: Plan, found: Found, workers: Sequence[Asked]) -> list[Job]:
     jobs += [*forms(rest, True), *forms(rest, False)]
     if not plan.rehearse:  # the tests run every family by the interpreter
         jobs += [Job("family", (f.name, b)) for f in families() for b in found.backends]
-    return spread(workers, jobs, LIMIT, found.begin + CHECKING * plan.seconds, found.checked)
+    return spread(workers, jobs, found.limit, found.until(CHECKING), found.checked)
 
 
 def _tests(plan: Plan, found: Found) -> threading.Thread | None:
@@ -218,26 +227,21 @@ def _tests(plan: Plan, found: Found) -> threading.Thread | None:
 
 def _times(plan: Plan, found: Found, workers: Sequence[Asked]) -> None:
     """Cases in their order: as many as there are processes are made ready side by side, then timed one by one."""
-    until = found.begin + ENDING * plan.seconds
     ready = []
     for case in plan.cases:
         right = [f for f, kept in found.data["cases"][case.name]["forms"].items() if kept["state"] == OK]
         if any(f.startswith(OWN) for f in right):
             ready.append((case.name, tuple(right)))
-    while ready and time.monotonic() < until:
+    while ready and time.monotonic() < found.until(ENDING):
         batch, ready = list(zip(workers, ready, strict=False)), ready[len(workers):]
-        threads = [threading.Thread(target=_prepare, args=(found, *x), daemon=True) for x in batch]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
+        together(_prepare, [(found, *x) for x in batch])
         for worker, (name, _) in batch:
             _time(found, worker, name)
 
 
 def _prepare(found: Found, worker: Asked, what: tuple[str, tuple[str, ...]]) -> None:
     name, forms = what
-    answer = worker.ask(Job("prepare", (name, forms)), LIMIT)
+    answer = worker.ask(Job("prepare", (name, forms)), found.limit())
     kept = found.data["cases"][name]
     kept["ready"] = answer.state if answer.state == OK else f"{answer.state}: {answer.why}"
     kept["sets"] = answer.told.get("sets", 0)
@@ -250,7 +254,7 @@ def _prepare(found: Found, worker: Asked, what: tuple[str, tuple[str, ...]]) -> 
 def _time(found: Found, worker: Asked, name: str) -> None:
     kept = found.data["cases"][name]
     if kept["ready"] == OK:
-        answer = worker.ask(Job("time"), LIMIT)
+        answer = worker.ask(Job("time"), found.limit())
         for form, time_ in answer.told.items():
             kept["forms"][form]["time"] = time_
         if answer.state != OK:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memcomp.ir.errors import MemcompError, Refusal
+from memcomp.ir.errors import Refusal
+from memcomp.workers import FAILED, OK, WRONG, Answer, Job, failure, line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,30 +28,6 @@ if TYPE_CHECKING:
 OWN = "memcomp "  # and the name of a backend: one of our forms of a case
 PARTS = 8         # of a result that are compared with float64, spread over its batch and heads
 ROUNDS = 21
-OK, WRONG, REFUSED, FAILED = "ok", "wrong", "refused", "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One thing to do: the name of a method of `Tasks`, and what it is given."""
-
-    do: str
-    given: tuple[Any, ...] = ()
-
-    def __str__(self) -> str:
-        return " ".join((self.do, *(x if isinstance(x, str) else ", ".join(x) for x in self.given)))
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """state: `OK`, `WRONG` (it ran, and is not what float64 says), `REFUSED` (by memcomp, with the reason) or `FAILED`
-    (it raised, died or never ended).  lost: the process that gave it is of no more use.  seconds: it took."""
-
-    state: str
-    why: str = ""
-    told: Mapping[str, Any] = field(default_factory=dict)
-    lost: bool = False
-    seconds: float = 0.0
 
 
 class Tasks:
@@ -74,13 +51,13 @@ class Tasks:
             with torch.inference_mode():
                 found: Answer = getattr(self, job.do)(*job.given)
         except Exception as error:
-            found = _failure(error)
+            found = failure(error)
         lost = False
         try:
             if "machine" in self.__dict__:
                 self.machine.wait()
         except Exception as error:
-            found, lost = Answer(FAILED, found.why or f"the device is lost: {_line(error)}"), True
+            found, lost = Answer(FAILED, found.why or f"the device is lost: {line(error)}"), True
         return Answer(found.state, found.why, found.told, lost, round(time.perf_counter() - begin, 3))
 
     @cached_property
@@ -91,9 +68,9 @@ class Tasks:
 
     @cached_property
     def target(self) -> str:
-        from memcomp.bench.cuda import nearest_target
+        from memcomp.bench.cuda import target_of
 
-        return self._target or nearest_target(self.machine.facts())
+        return self._target or target_of(self.machine.facts())
 
     @cached_property
     def cases(self) -> dict[str, Case]:
@@ -174,7 +151,7 @@ class Tasks:
                 held[form] = self.machine.held(_call(run, args))
                 self._ready[form] = self.machine.loop([_call(run, x) for x in sets])
             except Exception as error:
-                missing[form] = _failure(error).why
+                missing[form] = failure(error).why
                 self.machine.wait()
         return Answer(OK, told={"missing": missing, "held": held, "sets": len(sets)})
 
@@ -313,16 +290,3 @@ def _told(one: Installed) -> dict[str, Any]:
     made = one.compiled
     return {"digest": made.digest, "launches": len(made.tiles.kernels), "problem": dict(made.problem),
             "choice": {"form": made.choice.form, "knobs": dict(made.choice.knobs)}}
-
-
-def _failure(error: BaseException) -> Answer:
-    """What torch.compile wraps is what counts."""
-    while (inner := getattr(error, "inner_exception", None)) is not None:
-        error = inner
-    return Answer(REFUSED if isinstance(error, Refusal) else FAILED, _line(error))
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    name = "" if isinstance(error, MemcompError) else f"{type(error).__name__}: "
-    return f"{name}{text[0] if text else ''}"[:300]

@@ -8,7 +8,6 @@
 #include <string.h>
 
 #define SAY(...) do { FILE *log = fopen(getenv("DRIVER_LOG"), "a"); fprintf(log, __VA_ARGS__); fclose(log); } while (0)
-typedef struct { unsigned grid[3], block[3], shared; void *stream, *attributes; unsigned count; } Config;
 static void *context = (void *)0x100;
 
 int cuInit(unsigned flags) { return 0; }
@@ -38,14 +37,24 @@ int cuKernelSetAttribute(int which, int value, void *k, int device) {
   SAY("attribute %d %d %p %d\n", which, value, k, device);
   return value > 232448 ? 1 : 0;
 }
-int cuLaunchKernelEx(const Config *c, void *f, void **args, void **extra) {
-  SAY("launch %p %u,%u,%u %u,%u,%u %u %p %u ", f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1],
-      c->block[2], c->shared, c->stream, c->count);
+int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   void *stream, void **args, void **extra) {
+  SAY("launch %p %u,%u,%u %u,%u,%u %u %p ", f, x, y, z, bx, by, bz, shared, stream);
   char *sizes = strdup(getenv("DRIVER_SIZES")), *rest = sizes;
   for (char *one; (one = strsep(&rest, ",")); ++args)
     for (int n = atoi(one), i = 0; i < n; ++i) SAY("%02x%s", ((unsigned char *)*args)[i], i == n - 1 ? "," : "");
   SAY("\n");
   free(sizes);
+  return 0;
+}
+int cuTensorMapEncodeTiled(void *map, int type, unsigned rank, void *place, const uint64_t *extents,
+                           const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave,
+                           int swizzle, int promotion, int fill) {
+  SAY("map %d %p %d %d %d %d", type, place, interleave, swizzle, promotion, fill);
+  for (unsigned n = 0; n < rank; ++n)
+    SAY(" %lu:%lu:%u:%u", extents[n], n + 1 < rank ? strides[n] : 0, box[n], steps[n]);
+  SAY("\n");
+  memset(map, 0x5a, 128);
   return 0;
 }
 

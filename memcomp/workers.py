@@ -8,14 +8,70 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from memcomp.bench.tasks import FAILED, Answer, Job, Tasks
+from memcomp.ir.errors import MemcompError, Refusal
 
-START = 60.0  # seconds that a process may take to begin, besides those of its job
+OK, WRONG, REFUSED, FAILED = "ok", "wrong", "refused", "failed"
+START = 30.0  # seconds that a process may take to begin, besides those of its job
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One thing to do: the name of a method of `Tasks`, and what it is given."""
+
+    do: str
+    given: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join((self.do, *(", ".join(map(str, x)) if isinstance(x, (list, tuple)) else str(x)
+                                    for x in self.given)))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """state: `OK`, `WRONG` (it ran, and is not what float64 says), `REFUSED` (by memcomp, with the reason) or `FAILED`
+    (it raised, died or never ended).  lost: the process that gave it is of no more use.  seconds: it took."""
+
+    state: str
+    why: str = ""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    lost: bool = False
+    seconds: float = 0.0
+
+
+def failure(error: BaseException) -> Answer:
+    """What torch.compile wraps is what counts."""
+    while (inner := getattr(error, "inner_exception", None)) is not None:
+        error = inner
+    return Answer(REFUSED if isinstance(error, Refusal) else FAILED, line(error))
+
+
+def line(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    text = str(error).strip().splitlines()
+    name = "" if isinstance(error, MemcompError) else f"{type(error).__name__}: "
+    return f"{name}{text[0] if text else ''}"[:300]
+
+
+def answered(do: Callable[[], Answer]) -> Answer:
+    """The answer of a job, whatever goes wrong, and how long it took."""
+    begin = time.perf_counter()
+    try:
+        found = do()
+    except Exception as error:
+        found = failure(error)
+    return replace(found, seconds=round(time.perf_counter() - begin, 3))
+
+
+class Does(Protocol):
+    """What jobs are asked of: its method of a job's name does it."""
+
+    def answer(self, job: Job) -> Answer: ...
 
 
 class Asked(Protocol):
@@ -26,8 +82,8 @@ class Asked(Protocol):
 class Here:
     """Does jobs in this process, without a limit."""
 
-    def __init__(self, rehearse: bool, target: str = "") -> None:
-        self._tasks = Tasks(rehearse, target)
+    def __init__(self, make: Callable[[], Does]) -> None:
+        self._tasks = make()
 
     def ask(self, job: Job, limit: float) -> Answer:
         return self._tasks.answer(job)
@@ -39,8 +95,9 @@ class Here:
 class Worker:
     """Does jobs in a process of its own, begun with the first one, and anew after one that it did not survive."""
 
-    def __init__(self, rehearse: bool, target: str = "") -> None:
-        self._given = rehearse, target
+    def __init__(self, make: Callable[[], Does]) -> None:
+        """make: called in the process; it must be picklable."""
+        self._make = make
         self._running: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
         handle, name = tempfile.mkstemp(prefix="memcomp-bench-", suffix=".log")
         os.close(handle)
@@ -53,7 +110,7 @@ class Worker:
         if self._running is None:
             context = multiprocessing.get_context("spawn")
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, *self._given, str(self._log)), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, self._make, str(self._log)), daemon=True)
             process.start()
             theirs.close()
             self._running = process, ours
@@ -88,13 +145,13 @@ class Worker:
         return f": {lines[-1][:200]}" if lines else ""
 
 
-def _serve(pipe: Connection, rehearse: bool, target: str, log: str) -> None:
+def _serve(pipe: Connection, make: Callable[[], Does], log: str) -> None:
     """Answer jobs until nobody asks.  What compilers print goes into the log."""
     out = os.open(log, os.O_WRONLY | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(out, stream)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every worker has a crowd of its own
-    tasks = Tasks(rehearse, target)
+    tasks = make()
     while True:
         try:
             job = pipe.recv()
@@ -103,10 +160,13 @@ def _serve(pipe: Connection, rehearse: bool, target: str, log: str) -> None:
         pipe.send(tasks.answer(job))
 
 
-def spread(workers: Sequence[Asked], jobs: Iterable[Job], limit: float, until: float,
+def spread(workers: Sequence[Asked], jobs: Iterable[Job], limit: Callable[[], float], until: float,
            done: Callable[[Job, Answer], None]) -> list[Job]:
-    """Have jobs done, several at a time, in their order; `done` hears of each, one at a time.  limit: seconds a job.
-    until: the time (`time.monotonic`) after which none is begun; returns those."""
+    """Have jobs done, several at a time, in their order; `done` hears of each, one at a time.
+
+    limit: seconds that a job may take, asked when it begins.  until: the time (`time.monotonic`) after which none
+    begins; returns those.  A single worker answers in this thread.
+    """
     waiting, lock = deque(jobs), threading.Lock()
     faults: list[BaseException] = []
 
@@ -117,17 +177,25 @@ def spread(workers: Sequence[Asked], jobs: Iterable[Job], limit: float, until: f
                     if not waiting:
                         return
                     job = waiting.popleft()
-                answer = worker.ask(job, limit)
+                answer = worker.ask(job, limit())
                 with lock:
                     done(job, answer)
         except BaseException as error:  # raised where somebody waits
             faults.append(error)
 
-    threads = [threading.Thread(target=serve, args=(w,), daemon=True) for w in workers]
+    together(serve, [(w,) for w in workers])
+    if faults:
+        raise faults[0]
+    return list(waiting)
+
+
+def together(do: Callable[..., object], given: Sequence[tuple[Any, ...]]) -> None:
+    """Calls, each in a thread of its own; a single one in this thread."""
+    if len(given) == 1:
+        do(*given[0])
+        return
+    threads = [threading.Thread(target=do, args=x, daemon=True) for x in given]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    if faults:
-        raise faults[0]
-    return list(waiting)

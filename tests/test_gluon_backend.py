@@ -1,0 +1,127 @@
+"""Emitted Gluon, run by the model of Gluon: numbers are those of the program, and every line that orders is needed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memcomp.codegen.gluon import emit, interpreted, model
+from memcomp.codegen.gluon.model.values import BF16, rounded
+from memcomp.codegen.lower import lower
+from memcomp.ir.errors import Refusal
+from memcomp.ir.interpret import interpret
+from memcomp.ir.program import Program, close, knobs
+from memcomp.ir.text import parse
+from memcomp.ir.tile import Kernel
+from memcomp.pipeline import rewrite
+from tests.mapped import arguments
+
+MASS = """GM[h, p] = max{{m}} W[h, p, m]{where}
+SN[h, p, m] = exp(W[h, p, m] - GM[h, p]){where}
+SD[h, p] = sum{{m}} SN[h, p, m]{where}
+NV[h, p, f] = sum{{m}} SN[h, p, m] * V[h//{group}, m, f]{where}
+"""
+LAST = "O[h, p, f] = NV[h, p, f] / SD[h, p]\n"
+
+
+def text(guard: str = "", score: str = "S[h, p, m] * 0.125", last: str = MASS + LAST, group: int = 1, dim: int = 64,
+         columns: int = 0, more: str = "") -> str:
+    where = f" where {guard}" if guard else ""
+    return f"""program attention
+rank J
+rank H = J*{group}
+rank P
+rank M
+rank E = {dim}
+rank F = {columns or dim}
+in Q[H, P, E]: bf16
+in K[J, M, E]: bf16
+in V[J, M, F]: bf16
+{more}out O[H, P, F]: bf16
+S[h, p, m] = sum{{e}} Q[h, p, e] * K[h//{group}, m, e]{where}
+W[h, p, m] = {score}{where}
+{last.format(where=where, group=group)}"""
+
+
+CAUSAL = "m <= p + M - P"
+VARIANTS = {
+    "plain": text(),
+    "causal": text(CAUSAL),
+    "grouped": text(CAUSAL, group=3),
+    "capped": text(CAUSAL, "20.0 * tanh(S[h, p, m] * 0.00625)"),
+    "sloped": text(CAUSAL, "S[h, p, m] * 0.125 - A[h] * (p - m)", more="in A[H]: f32\n"),
+    "window": text("m <= p and m > p - 70"),
+    "prefix": text("m <= p or m < 50"),
+    "documents": text("X[m] == Z[p] and m <= p", more="in X[M]: i64\nin Z[P]: i64\n"),
+    "sigmoid": text(last="SG[h, p, m] = 1.0 / (1.0 + exp(-W[h, p, m]))\n"
+                         "O[h, p, f] = sum{{m}} SG[h, p, m] * V[h//{group}, m, f]\n"),
+    "one more": text(last=MASS + "O[h, p, f] = NV[h, p, f] / (exp(-GM[h, p]) + SD[h, p])\n"),
+    "wide": text(CAUSAL, dim=128),
+    "wider": text(dim=256),
+    "narrow values": text(CAUSAL, dim=128, columns=64),
+}
+SIZES = ((1, 129, 200), (2, 40, 129), (1, 128, 128))   # heads, rows, keys
+
+
+def program(name: str) -> Program:
+    return parse(VARIANTS[name])
+
+
+@lru_cache(maxsize=32)
+def kernel(name: str) -> Kernel:
+    p = rewrite(replace(program(name), target="h100"), observe=lambda *_: None)
+    keys = 64 if "wider" in name else 128
+    closed = close(p, {k.name: next((n for n in (keys if k.name[0] == "m" else 128,) if n in k.choices), k.choices[-1])
+                       for k in knobs(p)})
+    return emit(lower(closed), "h100")
+
+
+def given(name: str, heads: int, rows: int, keys: int) -> dict[str, Any]:
+    rng, out = np.random.default_rng(rows * 1000 + keys), {}
+    for t in program(name).cascade.inputs():
+        sizes = {"J": heads, "H": heads * (3 if name == "grouped" else 1), "P": rows, "M": keys}
+        shape = tuple(sizes.get(r) or program(name).cascade.rank(r).extent.value if r in "EF" else sizes[r]
+                      for r in t.ranks)
+        if t.dtype == "i64":   # documents one behind another, as long as they come
+            out[t.name] = np.arange(shape[0]) * 4 // max(rows, keys, 1)
+        else:
+            x = rng.normal(size=shape)
+            out[t.name] = rounded(x, BF16, None).data.astype(np.float64) if t.dtype == "bf16" else np.abs(x) * 0.05
+    return out
+
+
+def run(made: Kernel, arrays: dict[str, Any], seed: int = 0) -> np.ndarray:
+    args, sizes = arguments(made.program, arrays, {"H": arrays["Q"].shape[0]})
+    interpreted(made, seed)(*args, *sizes)
+    return next(x.double().numpy() for p, x in zip(made.program.params, args, strict=True) if p.role == "out")
+
+
+def right(name: str, arrays: dict[str, Any], got: np.ndarray) -> bool:
+    """Weights and results are rounded to bf16, by at most 2**-8 of each, and nothing else is; errors average out."""
+    want = interpret(program(name), arrays)["O"]
+    terms = interpret(program(name), arrays | {"V": np.abs(arrays["V"])})["O"]
+    counts = np.isfinite(want)   # a row without keys is none
+    if not np.array_equal(counts, np.isfinite(got)):
+        return False
+    off, terms = np.abs(got - want)[counts], terms[counts]
+    return bool((off <= 2.0 ** -7 * 1.01 * terms).all() and np.square(off).sum() <= 2.0 ** -18 * np.square(terms).sum())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_numbers_are_those_of_the_program(name: str) -> None:
+    for heads, rows, keys in SIZES if name not in ("wide", "wider", "narrow values") else SIZES[:1]:
+        arrays = given(name, heads, rows, keys)
+        got = run(kernel(name), arrays)
+        assert right(name, arrays, got), (heads, rows, keys)
+
+
+@pytest.mark.parametrize("rows, keys", [(5, 0), (0, 5), (0, 0), (1, 1), (200, 70)])
+@pytest.mark.parametrize("name", ["plain", "causal", "sigmoid"])
+def test_few_rows_and_keys(name: str, rows: int, keys: int) -> None:
+    arrays = given(name, 1, rows, keys)
+    assert right(name, arrays, run(kernel(name), arrays))
