@@ -99,10 +99,10 @@ class Form:
 def agree(launch: Launch, cubin: bytes) -> None:
     """Refusal where the machine code takes other arguments or other blocks than the launch gives."""
     told = parameters(cubin, launch.function)
-    given = tuple(packed(launch.args))
-    if told.places != given:
-        raise Refusal(f"{launch.function} is launched with arguments at {_places(given)}, its machine code takes them "
-                      f"at {_places(told.places)}", ", ".join(f"{a.name}: {a.type}" for a in launch.args))
+    wanted, given = [size for _, size in told.places], [a.bytes for a in launch.args]
+    if wanted != given:
+        raise Refusal(f"{launch.function} is launched with arguments of {given} bytes, its machine code takes {wanted}",
+                      ", ".join(f"{a.name}: {a.type}" for a in launch.args))
     if told.threads and told.threads != launch.block:
         raise Refusal(f"{launch.function} is launched with {launch.block} threads, its machine code is for "
                       f"{told.threads}")
@@ -159,7 +159,3 @@ def factor(extents: Sequence[Expr]) -> int:
 def unit(strides: Sequence[int]) -> int:
     """The position with stride 1, the last if there are several, -1 if there is none."""
     return next((k for k in range(len(strides) - 1, -1, -1) if strides[k] == 1), -1)
-
-
-def _places(places: Sequence[tuple[int, int]]) -> str:
-    return " ".join(f"{at}:{size}" for at, size in places)

@@ -1,4 +1,4 @@
-"""The command line: `memcomp show | explain | opt | cost | emit | check | bench | cache | models | targets | demo`.
+"""The command line: `memcomp show | explain | opt | cost | emit | check | bench | tune | cache | models | targets | demo`.
 
 Results go to stdout (or, whole or not at all, to --output), all else to stderr.  Errors: three lines, exit code 2.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
                        help="cuda: rehearse with small cases and Triton's interpreter, without a GPU")
     bench.add_argument("--tests", type=Path, metavar="FOLDER",
                        help="cuda: also check FOLDER/cases/*.mc and run FOLDER/test_gpu.py")
+    tune = command("tune", _tune, "Measure which way to map each program is fastest, and keep it in the cache.",
+                   backend=True)
+    tune.add_argument("--mode", choices=("quick", "full"), default="quick", help="20 s a program, or ten minutes")
+    tune.add_argument("--seconds", type=float, help="for each program, instead of the mode's")
+    tune.add_argument("--workers", type=int, default=0, help="processes that try candidates; default: one a core")
+    tune.add_argument("--again", action="store_true", help="also what the cache knows")
     cache.add(commands, _cache)
     command("models", _models, "List the workloads that come with memcomp.", takes_input=False, target=False)
     command("targets", _targets, "List the machines that can be compiled for.", takes_input=False, target=False)
@@ -255,6 +261,15 @@ def _bench_cuda(args: argparse.Namespace) -> int:
     return 1 if found.faults else 0
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from memcomp.config import config
+    from memcomp.tune.command import told, tune
+
+    settings = config({**_machine_options(args), "tune": args.mode})
+    rows = tune(_read_regions(args), settings, seconds=args.seconds, workers=args.workers, again=args.again)
+    return _write(args, told(rows, args.json))
+
+
 def _cache(args: argparse.Namespace) -> int:
     from memcomp.config import config
 
@@ -289,9 +304,14 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _read_programs(args: argparse.Namespace) -> list[Program]:
     """The program given, or those of the regions of the function given, each distinct one once."""
+    return [p for p, _ in _read_regions(args)]
+
+
+def _read_regions(args: argparse.Namespace) -> list[tuple[Program, Mapping[str, int]]]:
+    """As `_read_programs`, with the extents of symbolic ranks as far as they are known."""
     given = read(args.input)
     if isinstance(given, Program):
-        return [given]
+        return [(given, {})]
     from memcomp.config import config
     from memcomp.report import explain
 
@@ -303,7 +323,7 @@ def _read_programs(args: argparse.Namespace) -> list[Program]:
     if not found.regions:
         raise InputError(f"nothing in {args.input} is an attention or memory layer that memcomp can express",
                          hint="`memcomp explain` says what was left to torch and why")
-    return list({r.read.digest: r.read for r in found.regions}.values())
+    return list({r.read.digest: (r.read, r.known) for r in found.regions}.values())
 
 
 def _count(text: str) -> float:

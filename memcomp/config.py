@@ -10,7 +10,7 @@ from typing import Any
 from memcomp.ir.errors import OptionError, nearest
 
 RESTS = ("inductor", "eager")
-TUNES = ("cached", "off")
+TUNES = ("cached", "off", "quick", "full")
 CHAINS = ("gain", "all")
 CACHES = ("on", "read", "off")
 
@@ -25,7 +25,7 @@ class Config:
     rest_options: handed to Inductor as its config patches.
     strict:       an own failure or a refused region is an error instead of a fallback with a warning.
     tune:         "cached" takes what was measured on this machine, where the cache knows it, else what the cost model
-                  says; "off" asks the model alone.
+                  says; "off" asks the model alone; "quick" and "full" measure what is not known, and keep it.
     chains:       reductions without a product: "gain" takes those whose result is small and needs fewer passes than it
                   was written with; "all" also those that write as much as they read, as torch's own kernels do.
     interpret:    kernels for a GPU are run by their language's interpreter, on the CPU: slow, to check them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from memcomp.ir.program import Program
 
 if TYPE_CHECKING:
     from memcomp.config import Config
+    from memcomp.pipeline import Compiled
 
 EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "e4m3": 2.0**-3, "e5m2": 2.0**-2}
 Array = npt.NDArray[np.float64]
@@ -128,6 +129,11 @@ class Row:
     def ok(self) -> bool:
         return self.tolerance.admits(self.error)
 
+    def __str__(self) -> str:
+        verdict = 'ok' if self.ok else 'WRONG'
+        return (f"{self.name}: {verdict}  max {self.error.max:.2e} (bound {self.tolerance.max:.2e})  "
+                f"rms {self.error.rms:.2e} (bound {self.tolerance.rms:.2e})")
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -153,9 +159,7 @@ class Report:
         return self.worst.tolerance.max
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{r.name}: {'ok' if r.ok else 'WRONG'}  max {r.error.max:.2e} (bound {r.tolerance.max:.2e})  "
-            f"rms {r.error.rms:.2e} (bound {r.tolerance.rms:.2e})" for r in self.rows)
+        return "\n".join(map(str, self.rows))
 
 
 def check(fn: Callable[..., Any], *example_inputs: Any, **options: Any) -> Report:
@@ -194,22 +198,49 @@ def check_program(program: Program, **options: Any) -> Report:
     the smallest extent, so that they may index any rank.  Errors are relative to the sum of absolute terms.
     Raises InputError where the tensors do not fit this machine's memory.
     """
-    import torch
-
-    from memcomp.binding import make_entry
     from memcomp.config import config
-    from memcomp.dtypes import DTYPES
-    from memcomp.ir.interpret import interpret
     from memcomp.pipeline import compile_program, fixed, shape_sizes
-    from memcomp.runtime import run
-    from memcomp.sizes import evaluate, input_shapes
 
     known = {**fixed(program), **shape_sizes(program, program, {})}
-    _fits(program, known)
     settings = config(options)
-    compiled, place = compile_program(program, config=settings, sizes=known), _place(settings)
-    random = torch.Generator().manual_seed(0)
-    tensors = []
+    _fits(program, known)
+    return Reference(program, known).report(compile_program(program, config=settings, sizes=known), settings)
+
+
+class Reference:
+    """What a program means in float64 on random inputs of these extents, to compare kernels with."""
+
+    def __init__(self, program: Program, known: Mapping[str, int]) -> None:
+        """known: of all ranks.  Raises InputError where the tensors do not fit this machine's memory."""
+        from memcomp.ir.interpret import interpret
+
+        _fits(program, known)
+        self.program, self.known = program, dict(known)
+        self.tensors = random_inputs(program, known)
+        arrays = {t.name: x.double().numpy() if t.dtype in EPSILON else x.numpy()
+                  for t, x in zip(program.cascade.inputs(), self.tensors, strict=True)}
+        self.exact, self.scale = interpret(program, arrays, known), absolute_terms(program, arrays, known)
+
+    def report(self, compiled: Compiled, settings: Config) -> Report:
+        """The errors of a kernel of the program."""
+        outs = caller(self.program, compiled, self.tensors, self.known, settings)()
+        rows, length = [], _roundings(self.program, self.known)
+        for t, out in zip(self.program.cascade.outputs(), outs, strict=True):
+            bound = tolerance([i.dtype for i in self.program.cascade.inputs()], t.dtype, elements=out.numel(),
+                              length=length, torch_error=None)
+            error = measure(out.cpu().double().numpy(), self.exact[t.name], self.scale[t.name])
+            rows.append(Row(t.name, error, bound))
+        return Report(tuple(rows))
+
+
+def random_inputs(program: Program, known: Mapping[str, int]) -> list[Any]:
+    """A program's inputs, always the same ones; integers may index any rank.  known: the extents of all ranks."""
+    import torch
+
+    from memcomp.dtypes import DTYPES
+    from memcomp.sizes import evaluate, input_shapes
+
+    random, tensors = torch.Generator().manual_seed(0), []
     for t, shape in zip(program.cascade.inputs(), input_shapes(program.cascade), strict=True):
         extents, dtype = [evaluate(x, known) for x in shape], DTYPES[t.dtype]
         if t.dtype in EPSILON:
@@ -217,18 +248,19 @@ def check_program(program: Program, **options: Any) -> Report:
         else:
             high = 2 if t.dtype == "bool" else max(1, min(known.values(), default=1))
             tensors.append(torch.randint(0, high, extents, generator=random).to(dtype))
-    symbols = [r.name for r in program.cascade.ranks if r.extent is None]
+    return tensors
+
+
+def caller(program: Program, compiled: Compiled, tensors: Sequence[Any], known: Mapping[str, int],
+           settings: Config) -> Callable[[], list[Any]]:
+    """A call of a program's kernel on these inputs, on the kernel's device; gives the outputs."""
+    from memcomp.binding import make_entry
+    from memcomp.runtime import run
+
+    symbols, place = [r.name for r in program.cascade.ranks if r.extent is None], _place(settings)
     entry = make_entry(program.digest, program, compiled.tiles, compiled.entry, (), symbols, None, place)
-    outs = run(entry, _moved(tensors, place), [known[s] for s in symbols])
-    arrays = {t.name: x.double().numpy() if t.dtype in EPSILON else x.numpy()
-              for t, x in zip(program.cascade.inputs(), tensors, strict=True)}
-    exact, scale = interpret(program, arrays, known), absolute_terms(program, arrays, known)
-    rows, length = [], _roundings(program, known)
-    for t, out in zip(program.cascade.outputs(), outs, strict=True):
-        bound = tolerance([i.dtype for i in program.cascade.inputs()], t.dtype, elements=out.numel(), length=length,
-                          torch_error=None)
-        rows.append(Row(t.name, measure(out.cpu().double().numpy(), exact[t.name], scale[t.name]), bound))
-    return Report(tuple(rows))
+    inputs, sizes = _moved(list(tensors), place), [known[s] for s in symbols]
+    return lambda: run(entry, inputs, sizes)
 
 
 def _fits(program: Program, known: Mapping[str, int]) -> None:

@@ -18,7 +18,7 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from memcomp.cache import CacheWarning, Choice, Layers, environment, layers, present
+from memcomp.cache import CacheWarning, Choice, Entry, Layers, environment, layers, present
 from memcomp.choice import TIE, alternatives, seconds
 from memcomp.config import Config
 from memcomp.ir.cascade import extent_of
@@ -325,7 +325,7 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     was taken, and why.  sizes: as for `compile_program`, of `read`; named: ranks whose size no shape shows.
     """
     forms, words, space = opened(program, names, read, sizes, config, observe)
-    made = _measured(program, named, shape_sizes(read, program, sizes), space, config) if names else None
+    made = _measured(program, named, read, sizes, space, config) if names else None
     if made is None:
         made = _modelled(forms, words, space, _strain(config) or _lowers)
     for station, value in (*forms[made.choice.form].seen, ("tune", made.program)):
@@ -375,10 +375,31 @@ def opened(program: Program, names: tuple[str, ...], read: Program, sizes: Mappi
 
 
 def _stores(config: Config) -> Layers | None:
-    """Where results of tuning lie that hold for this machine; None where none may be asked for or there are none."""
-    if config.tune == "off" or config.interpret or (stores := layers(config.cache_dir, config.cache)).empty:
+    """Where results of tuning lie that hold for this machine; None where none may be asked for, or there are none and
+    none are made."""
+    if config.tune == "off" or config.interpret:
+        return None
+    stores = layers(config.cache_dir, config.cache)
+    if stores.empty and config.tune == "cached":
         return None
     return stores if present(device_of(config)) else None
+
+
+def tuned(read: Program, config: Config, sizes: Mapping[str, int], stores: Layers) -> Entry:
+    """Search for the fastest way to map a program, and keep what is found; a warning where it cannot be kept."""
+    from memcomp.tune.progress import bar
+    from memcomp.tune.search import tuner
+
+    with bar(read.name) as watch:
+        entry = tuner().tune(read, config, sizes, mode=config.tune, watch=watch)
+    try:
+        if stores.writable is None:
+            raise PermissionError("it is off or read only")
+        stores.writable.join(entry)
+    except OSError as error:
+        warnings.warn(f"memcomp: what was tuned for {read.name} is not kept in the cache: {error}", CacheWarning,
+                      stacklevel=2)
+    return entry
 
 
 def _modelled(forms: Mapping[str, Opened], words: str, space: Space, strain: Callable[[Program], float]) -> Closed:
@@ -402,14 +423,17 @@ def _modelled(forms: Mapping[str, Opened], words: str, space: Space, strain: Cal
     return Closed(closed, space.choice(chosen, f.values), space)
 
 
-def _measured(general: Program, named: tuple[str, ...], extents: Mapping[str, int], space: Space,
+def _measured(general: Program, named: tuple[str, ...], read: Program, sizes: Mapping[str, int], space: Space,
               config: Config) -> Closed | None:
-    """What was measured to be best on this machine; None where nothing was, or nothing may be asked."""
+    """What was measured to be best on this machine, now where the options ask for it; None where nothing was, or
+    nothing may be asked."""
     stores = _stores(config)
     if stores is None:
         return None
-    asked = problem(general, named, extents, config.backend, space)
+    asked = problem(general, named, shape_sizes(read, general, sizes), config.backend, space)
     entry = stores.get(asked, environment(device_of(config)))
+    if entry is None and config.tune != "cached" and len(space) > 1:
+        entry = tuned(read, config, sizes, stores)
     if entry is None:
         return None
     try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,8 +99,8 @@ class Worker:
     def __init__(self, make: Callable[[], Does]) -> None:
         """make: called in the process; it must be picklable."""
         self._make = make
-        self._running: tuple[multiprocessing.process.BaseProcess, Connection] | None = None
-        handle, name = tempfile.mkstemp(prefix="memcomp-bench-", suffix=".log")
+        self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
+        handle, name = tempfile.mkstemp(prefix="memcomp-", suffix=".log")
         os.close(handle)
         self._log = Path(name)
 
@@ -108,12 +109,7 @@ class Worker:
         begin = time.monotonic()
         fresh = self._running is None
         if self._running is None:
-            context = multiprocessing.get_context("spawn")
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self._make, str(self._log)), daemon=True)
-            process.start()
-            theirs.close()
-            self._running = process, ours
+            self._running = self._begun()
         process, pipe = self._running
         try:
             pipe.send(job)
@@ -121,8 +117,8 @@ class Worker:
                 raise TimeoutError(f"not done after {time.monotonic() - begin:.0f} s")
             answer: Answer = pipe.recv()
         except (EOFError, OSError) as error:
+            why = str(error) if isinstance(error, TimeoutError) else f"its process ended ({_ended(process)})"
             self._end()
-            why = str(error) if isinstance(error, TimeoutError) else f"its process ended ({process.exitcode})"
             return Answer(FAILED, f"{why}{self._last()}", lost=True, seconds=round(time.monotonic() - begin, 3))
         if answer.lost:
             self._end()
@@ -132,26 +128,44 @@ class Worker:
         self._end()
         self._log.unlink(missing_ok=True)
 
+    def _begun(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        """No `multiprocessing.Process`: that runs the user's script again."""
+        ours, theirs = Pipe()
+        paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
+        code = f"from {__name__} import _serve; _serve({theirs.fileno()}, {str(self._log)!r})"
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+                                   env={**os.environ, "PYTHONPATH": paths})
+        theirs.close()
+        ours.send(self._make)
+        return process, ours
+
     def _end(self) -> None:
         if self._running is not None:
             process, pipe = self._running
             self._running = None
             pipe.close()
             process.kill()
-            process.join()
+            process.wait()
 
     def _last(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return f": {lines[-1][:200]}" if lines else ""
 
 
-def _serve(pipe: Connection, make: Callable[[], Does], log: str) -> None:
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    with suppress(subprocess.TimeoutExpired):  # its end of the pipe closes a little earlier
+        process.wait(1.0)
+    return process.returncode
+
+
+def _serve(handle: int, log: str) -> None:
     """Answer jobs until nobody asks.  What compilers print goes into the log."""
+    pipe = Connection(handle)
     out = os.open(log, os.O_WRONLY | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(out, stream)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every worker has a crowd of its own
-    tasks = make()
+    tasks: Does = pipe.recv()()
     while True:
         try:
             job = pipe.recv()
@@ -162,28 +176,32 @@ def _serve(pipe: Connection, make: Callable[[], Does], log: str) -> None:
 
 def spread(workers: Sequence[Asked], jobs: Iterable[Job], limit: Callable[[], float], until: float,
            done: Callable[[Job, Answer], None]) -> list[Job]:
-    """Have jobs done, several at a time, in their order; `done` hears of each, one at a time.
+    """Have jobs done, several at a time, in their order; `done` hears of each.  Jobs are taken, and answers told, one
+    at a time.
 
     limit: seconds that a job may take, asked when it begins.  until: the time (`time.monotonic`) after which none
     begins; returns those.  A single worker answers in this thread.
     """
-    waiting, lock = deque(jobs), threading.Lock()
+    waiting, lock = iter(jobs), threading.Lock()
     faults: list[BaseException] = []
 
     def serve(worker: Asked) -> None:
         try:
             while not faults and time.monotonic() < until:
                 with lock:
-                    if not waiting:
-                        return
-                    job = waiting.popleft()
+                    job = next(waiting, None)
+                if job is None:
+                    return
                 answer = worker.ask(job, limit())
                 with lock:
                     done(job, answer)
         except BaseException as error:  # raised where somebody waits
             faults.append(error)
 
-    together(serve, [(w,) for w in workers])
+    try:
+        together(serve, [(w,) for w in workers])
+    except BaseException as error:  # Ctrl-C: nothing more begins
+        faults.append(error)
     if faults:
         raise faults[0]
     return list(waiting)

@@ -1,10 +1,10 @@
-"""GPU kernels in CUDA C++: `emit` writes text, `launches` says what it is launched with, `compiled` makes machine code of
-it, `interpreted` runs it on the CPU."""
+"""GPU kernels in CUDA C++: `emit` writes text, `launches` says what it is launched with, `compiled` makes machine code,
+`interpreted` runs the text on the CPU."""
 
 from memcomp.codegen.cuda.compile import compiled, taken
 from memcomp.codegen.cuda.emit import admits, emit, launches
 from memcomp.codegen.cuda.host import interpreted
 
-__all__ = ["DEVICE", "admits", "compiled", "emit", "interpreted", "launches"]
+__all__ = ["DEVICE", "admits", "compiled", "emit", "interpreted", "launches", "taken"]
 
 DEVICE = "cuda"

@@ -46,6 +46,8 @@ _JOIN = {"sum": "Sum", "prod": "Prod", "max": "Max", "min": "Min", "and": "And",
 _AGAIN = ("max", "min", "and", "or")   # joining a number to itself changes nothing
 _SIGNS = {"sum": "+", "prod": "*", "and": "&", "or": "|", "add": "+", "sub": "-"}
 _INTEGER = {"i32": "int ", "i64": "long long "}
+ROOMS = 64 * 1024   # bytes of shared memory for what is read ahead: two blocks of most machines
+MOST_STEPS = 4      # that are under way at once
 TENSOR_ROWS = 64    # of a product from which on tensor cores must have it
 TAKEN = set("""alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
 const_cast continue decltype default delete do double dynamic_cast else enum explicit export extern false float for
@@ -53,7 +55,7 @@ friend goto if inline int long mutable namespace new noexcept not not_eq nullptr
 public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template
 this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
 xor_eq threadIdx blockIdx blockDim gridDim warpSize INLINE Block fetch put Sum Prod Max Min And Or combine from_lane
-AT_ONCE from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 highest lowest most least mod floordiv sigmoid
+AT_ONCE SHARED_BYTES copy_later ask asked come take loaded from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 highest lowest most least mod floordiv sigmoid
 xlogx abs fabs exp exp2 log log2 sin cos erf tanh expm1 log1p floor rint sqrt pow i main linux unix""".split())
 
 
@@ -88,6 +90,10 @@ def admits(tp: TileProgram, target: Target) -> int:
 
 def writers(tp: TileProgram, layout: Layout | None = None) -> list[Writer]:
     """The text of each launch, and what it was made of."""
+    for p in tp.params:
+        if p.dtype in ("e4m3", "e5m2"):
+            raise Refusal(f"{p.name} is stored as {p.dtype}", tp.name,
+                          "the cuda backend reads f64, f32, f16, bf16, integers and bool")
     layout = layout or Layout(tuple(len(p.shape) - 1 for p in tp.params))
     rows, names = Rows.of(tp, layout), Names(TAKEN)
     return [Writer(tp, k, names.fresh(re.sub(r"\W", "_", k.name), plain=True), rows, layout) for k in tp.kernels]
@@ -99,10 +105,6 @@ class Writer:
     def __init__(self, tp: TileProgram, k: TileKernel, name: str, rows: Rows, layout: Layout) -> None:
         self.k, self.name, self.rows = k, name, rows
         self.params = {p.name: p for p in tp.params}
-        for p in tp.params:
-            if p.dtype in ("e4m3", "e5m2"):
-                raise Refusal(f"{p.name} is stored as {p.dtype}", tp.name, "the cuda backend reads f64, f32, f16, "
-                              "bf16, integers and bool")
         for s in statements(k.body):
             if isinstance(s, Dot) and (few := self._rows(s)) >= TENSOR_ROWS:
                 raise Refusal(f"{s.tile} is a product of {few} rows and more, which tensor cores multiply", k.name,
@@ -137,6 +139,8 @@ class Writer:
         self.rooms, self.turn = self.names["rooms"], self.names["turn"]
         self.pending: dict[str, Partial] = {}
         self.open: list[str] = []   # loop variables
+        self.shared = 0             # bytes of shared memory for what is read ahead
+        self.threads = 32 * self.block.warps
         self.lines: list[str] = []
         self.depth = 1
         self.text = self._kernel()
@@ -144,7 +148,7 @@ class Writer:
         every: Expr = extents[0] if extents else Const(1)
         for e in extents[1:]:
             every = call("mul", every, e)
-        self.launch = Launch(name, (every,), 32 * self.block.warps, 0, self.args)
+        self.launch = Launch(name, (every,), self.threads, self.shared, self.args)
 
     @property
     def spills(self) -> bool:
@@ -199,7 +203,6 @@ class Writer:
     def _kernel(self) -> str:
         for t in self.k.tiles:
             self.names[t.name]
-        threads = 32 * self.block.warps
         self.line(f"const int {self.thread} = threadIdx.x;")
         self._grid()
         for d, s in self.block.dims.items():
@@ -219,7 +222,9 @@ class Writer:
         if "combine<" not in body:
             room = ""
         turn = f"  int {self.turn} = 0;\n" if room else ""
-        return (f'extern "C" __global__ void __launch_bounds__({threads}) {self.name}({args}) {{\n'
+        if self.shared:
+            turn += f"  SHARED_BYTES({self.names['staged']});\n  int {self.names['slot']} = 0;\n"
+        return (f'extern "C" __global__ void __launch_bounds__({self.threads}) {self.name}({args}) {{\n'
                 f"{room}{turn}{body}\n}}\n")
 
     def _declared(self, tile: str) -> str:
@@ -298,8 +303,9 @@ class Writer:
         self.line(f"for (int {var} = 0; {var} < {n}; ++{var}) {statement}")
 
     def flat(self, tile: str, at: Point) -> str:
-        """The register of a tile's number; neighbours in memory are neighbours here."""
-        dims = sorted(self.k.tile(tile).dims, key=lambda d: self.block.dims[d].vector)
+        """The register of a tile's number."""
+        last = self.fastest(tile)
+        dims = sorted(self.k.tile(tile).dims, key=lambda d: d == last)
         text = "0"
         for d in dims:
             n = self.block.dims[d].registers
@@ -308,6 +314,13 @@ class Writer:
             if at[d] != "0":
                 text = at[d] if text == "0" else f"{text} + {at[d]}"
         return text
+
+    def fastest(self, tile: str) -> str:
+        """The dim whose neighbours are neighbours in registers: the one that a load reads along, else the last."""
+        dims = self.k.tile(tile).dims
+        loads = (s.source for s in statements(self.k.body) if isinstance(s, Load) and s.tile == tile)
+        found = (d for a in loads if (d := self.memory.wide(a, dims)) is not None)
+        return next(found, dims[-1] if dims else "")
 
     def place(self, tile: str, at: Point) -> str:
         return f"{self.names[tile]}[{self.flat(tile, at)}]"
@@ -541,12 +554,20 @@ class Writer:
                 for t in sorted(divided.keys() - whole - set(self.pending)):
                     self.divide(t, divided[t])
                 entry = dict(self.pending)
+                ahead = self.ahead(body)
+                rest = body[len(ahead):]
+                if ahead:
+                    self.first(var, lo, hi, ahead)
                 self.line("#pragma unroll 1")
                 self.line(f"for (int {self.names[var]} = {lo}; {self.names[var]} < {hi}; ++{self.names[var]}) {{")
                 self.depth += 1
                 self.open.append(var)
+                if ahead:
+                    self.next(var, hi, ahead)
                 self._counts(var)
-                self.body(body)
+                for s, at in ahead:
+                    self.memory.load(s, f"{self.names['room']} + {at}" if at else self.names["room"])
+                self.body(rest)
                 for t in sorted(own & set(self.pending)):
                     self.pending.pop(t)
                 for t in sorted(whole & set(self.pending)):
@@ -563,6 +584,66 @@ class Writer:
                     else:
                         divided[t] = self.pending[t]
         self.lines += lines
+
+    # -- what is read steps before it is needed -----------------------------------------------------------------------
+
+    def ahead(self, body: tuple[Statement, ...]) -> list[tuple[Load, int]]:
+        """The loads that begin a step and can be asked for steps before, as they rest on nothing that a step writes,
+        and where they lie in a room.  None in a loop round another."""
+        made = {x.tile for x in statements(body) if isinstance(x, (Load, Map, Fold, Dot))}
+        found: list[tuple[Load, int]] = []
+        size = 0
+        for s in () if any(isinstance(x, Loop) for x in statements(body)) else body:
+            read = {n.tensor for n in walk(s.source) if isinstance(n, Access)} if isinstance(s, Load) else made
+            if not isinstance(s, Load) or read & (made | self.memory.written) or not (n := self.memory.room(s)):
+                break
+            found.append((s, size))
+            size += n
+        return found if found and size * 2 <= ROOMS else []
+
+    def rooms_of(self, ahead: list[tuple[Load, int]]) -> tuple[int, int]:
+        """How many steps are under way, with the one at hand, and bytes of each."""
+        size = sum(self.memory.room(s) for s, _ in ahead)
+        n = min(MOST_STEPS, ROOMS // size)
+        self.shared = max(self.shared, n * size)
+        return n, size
+
+    def first(self, var: str, lo: str, hi: str, ahead: list[tuple[Load, int]]) -> None:
+        """Before a loop: ask for its first steps."""
+        n, size = self.rooms_of(ahead)
+        slot, step = self.names["slot"], self.names["step"]
+        self.line("#pragma unroll 1")
+        self.line(f"for (int {step} = 0; {step} < {n - 1}; ++{step}) {{")
+        self.depth += 1
+        self.ask(var, f"{lo} + {step}", hi, ahead, f"{self.names['staged']} + {step} * {size}")
+        self.depth -= 1
+        self.line("}")
+        self.line(f"{slot} = 0;")
+
+    def next(self, var: str, hi: str, ahead: list[tuple[Load, int]]) -> None:
+        """At the beginning of a step: ask for one that comes, wait for this one."""
+        n, size = self.rooms_of(ahead)
+        slot, staged = self.names["slot"], self.names["staged"]
+        before = f"({slot} == 0 ? {n - 1} : {slot} - 1)"
+        self.ask(var, f"{self.names[var]} + {n - 1}", hi, ahead, f"{staged} + {before} * {size}")
+        self.line(f"come<{n - 1}>();")
+        self.line(f"const char *{self.names['room']} = {staged} + {slot} * {size};")
+        self.line(f"{slot} = {slot} == {n - 1} ? 0 : {slot} + 1;")
+
+    def ask(self, var: str, step: str, hi: str, ahead: list[tuple[Load, int]], room: str) -> None:
+        later, place = self.names["later"], self.names["place"]
+        self.line(f"if (const int {later} = {step}; {later} < {hi}) {{")
+        self.depth += 1
+        self.open.append(var)
+        self.line(f"const int {self.names[var]} = {later};")
+        self.line(f"char *{place} = {room};")
+        self._counts(var)
+        for s, at in ahead:
+            self.memory.ask(s, f"{place} + {at}" if at else place)
+        self.open.pop()
+        self.depth -= 1
+        self.line("}")
+        self.line("asked();")
 
     def _own(self, s: Loop) -> set[str]:
         """Tiles that live within one step: written before they are read, and nowhere else touched."""

@@ -15,7 +15,6 @@ from memcomp.codegen.cuda.spread import Spread
 from memcomp.codegen.names import Names
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, reads
-from memcomp.ir.ops import OPS
 from memcomp.ir.target import INTEGERS
 
 CTYPES = {"bool": "bool", "int": "int", "i64": "long long", "f32": "float", "f64": "double"}

@@ -42,6 +42,8 @@ REAL(rint) REAL(sqrt) REAL(fabs)
 extern "C" double pow(double, double);
 extern "C" float powf(float, float);
 static inline float pow(float x, float y) { return powf(x, y); }
+#define ON_HOST
+#define SHARED_BYTES(name) static __attribute__((aligned(16))) char name[1 << 18]
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -76,7 +78,7 @@ static unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
 static double __longlong_as_double(long long x) { return bits_as<double>(x); }
 static float host_from_f16(unsigned bits) {
   int e = bits >> 10 & 31, m = bits & 1023;
-  float x = e == 31 ? (m ? __builtin_nanf("") : __builtin_inff()) : __builtin_ldexpf(e ? m + 1024 : m, (e ? e : 1) - 25);
+  float x = e == 31 ? (m ? __builtin_nanf("") : __builtin_inff()) : __builtin_ldexpf(e ? m + 1024 : m, (e ?: 1) - 25);
   return bits >> 15 ? -x : x;
 }
 static unsigned short host_to_f16(float x) {
@@ -107,6 +109,29 @@ template <class T> static T __shfl_xor_sync(unsigned, T x, int other) {
   return x;
 }
 static void __syncthreads() { wait(BARRIER); }
+
+// what a thread has asked for comes when it waits for it; until then its place holds rubbish
+struct Copy { char *to; const char *from; int bytes, live, group; };
+constexpr int COPIES = 1 << 12;
+static Copy copies[MOST][COPIES];
+static int copied[MOST], groups[MOST];
+template <int N> static void copy_later(char *to, const char *from, bool live) {
+  int k = threadIdx.x;
+  if (copied[k] == COPIES) abort();
+  copies[k][copied[k]++] = {to, from, N, live, groups[k]};
+  memset(to, 0xab, N);
+}
+static void asked() { ++groups[threadIdx.x]; }
+template <int waiting> static void come() {
+  int k = threadIdx.x, left = 0;
+  for (int n = 0; n < copied[k]; ++n) {
+    Copy c = copies[k][n];
+    if (c.group >= groups[k] - waiting) copies[k][left++] = c;
+    else if (c.live) memcpy(c.to, c.from, c.bytes);
+    else memset(c.to, 0, c.bytes);
+  }
+  copied[k] = left;
+}
 
 static void enter() {
   body(given);
@@ -154,6 +179,7 @@ template <class F> static int simulate(long long blocks, int n, F &&kernel) {
       threads[k].start.uc_link = nullptr;
       makecontext(&threads[k].start, enter, 0);
       threads[k].begun = false;
+      copied[k] = groups[k] = 0;
     }
     do {
       for (int w = 0; w < n; w += 32) {
@@ -174,14 +200,14 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
     """A callable(*tensors, *sizes) in the order of the program's params and sizes, for tensors on any device, copied to
     this machine's memory and back.  Raises Refusal where there is no C++ compiler, or threads wait for each other."""
     tp = kernel.program
-    forms: dict[Layout, _Form] = {}
+    forms: dict[Layout, Form] = {}
 
-    def form(tensors: dict[str, Any]) -> _Form:
+    def form(tensors: dict[str, Any]) -> Form:
         layout = Layout(tuple(unit(t.stride()) for t in tensors.values()))
         if loose := _loose(launches(tp, layout), tensors):
             layout = Layout(layout.units, loose)
         if layout not in forms:
-            forms[layout] = _Form(emit(tp, kernel.isa, layout).source, launches(tp, layout))
+            forms[layout] = Form(emit(tp, kernel.isa, layout).source, launches(tp, layout))
         return forms[layout]
 
     def run(*given: Any) -> None:
@@ -199,7 +225,7 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
     return run
 
 
-class _Form:
+class Form:
     """The text for one layout of tensors, compiled."""
 
     def __init__(self, source: str, launches: tuple[Launch, ...]) -> None:

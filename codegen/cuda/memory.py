@@ -141,7 +141,40 @@ class Memory:
         s = self.w.block.dims[dim]
         return dim if s.vector > 1 and even % s.vector == 0 and s.capacity % s.vector == 0 else None
 
-    def load(self, s: Load) -> None:
+    def ask(self, s: Load, room: str) -> None:
+        """Bring what a load reads to the thread's places in `room`, without waiting for it."""
+        w, t = self.w, self.w.k.tile(s.tile)
+        dim = self.wide(s.source, t.dims)
+        assert dim is not None
+        size = w.block.dims[dim].vector * BYTES[w.params[s.source.tensor].dtype]
+        with w.points(t.dims, dim) as at:
+            tests = w.live(tuple(d for d in t.dims if d in variables(s.source)), at)
+            live = f", {' && '.join(tests)}" if tests else ""
+            w.line(f"ask<{size}, {w.threads}>({room} + {self.spot(s, dim, at)}, {self.address(s.source, at)}{live});")
+
+    def spot(self, s: Load, dim: str, at: Point) -> str:
+        """Where a thread's neighbours lie in a room, by bytes."""
+        w, text = self.w, "0"
+        for d in (*(d for d in w.k.tile(s.tile).dims if d != dim), dim):
+            x = w.block.dims[d]
+            n, i = (x.registers // x.vector, f"{at[d]} / {x.vector}") if d == dim else (x.registers, at[d])
+            if n > 1:
+                text = i if text == "0" else f"({text}) * {n} + {i}"
+        size = w.block.dims[dim].vector * BYTES[w.params[s.source.tensor].dtype]
+        unit = min(size, WIDEST)
+        return f"(({text}) * {size // unit * w.threads} + {w.thread}) * {unit}"
+
+    def room(self, s: Load) -> int:
+        """Bytes that a block needs for what a load reads; 0 where it cannot be asked for ahead."""
+        w, t = self.w, self.w.k.tile(s.tile)
+        dim = self.wide(s.source, t.dims)
+        size = BYTES[w.params[s.source.tensor].dtype]
+        if dim is None or w.block.dims[dim].vector * size < 4:
+            return 0
+        return w.block.registers(t.dims) * size * w.threads
+
+    def load(self, s: Load, room: str = "") -> None:
+        """room: where the numbers have come to; "" where they must be read from the param."""
         w, t = self.w, self.w.k.tile(s.tile)
         dtype, dim = w.params[s.source.tensor].dtype, self.wide(s.source, t.dims)
         if dim is None:
@@ -156,18 +189,21 @@ class Memory:
         with w.points(t.dims, dim, names=dim is not None) as at:
             tests = w.live(tuple(d for d in t.dims if d in variables(s.source)), at)
             live, start = f", {' && '.join(tests)}" if tests else "", w.flat(s.tile, at)
-            address = self.address(s.source, at)
+            more = f", {w.threads}>(" if room else ">("
+            word, origin = ("take<", f"{room} + {self.spot(s, dim, at)}") if room else (
+                "fetch<", f"{self.address(s.source, at)}{live}")
             if s.tile in w.packed:
                 words = 4 // BYTES[dtype]
-                w.line(f"fetch<{vector // words}>({w.scope.names[s.tile]} + {_over(start, words)}, {address}{live});")
+                w.line(f"{word}{vector // words}{more}{w.scope.names[s.tile]} + {_over(start, words)}, {origin});")
                 return
-            if STORED[dtype] == CTYPES[w.scope.tiles[s.tile]]:
-                w.line(f"fetch<{vector}>({w.scope.names[s.tile]} + {start}, {address}{live});")
+            if STORED[dtype] == CTYPES[w.scope.tiles[s.tile]] and w.fastest(s.tile) == dim:
+                w.line(f"{word}{vector}{more}{w.scope.names[s.tile]} + {start}, {origin});")
                 return
             raw = w.scope.names["raw"]
             w.line(f"{STORED[dtype]} {raw}[{vector}];")
-            w.line(f"fetch<{vector}>({raw}, {address}{live});")
-            w.unrolled("i", vector, f"{w.scope.names[s.tile]}[{start} + i] = "
+            w.line(f"{word}{vector}{more}{raw}, {origin});")
+            inner = {**at, dim: f"({at[dim]} + i)" if at[dim] != "0" else "i"}
+            w.unrolled("i", vector, f"{w.place(s.tile, inner)} = "
                                     f"{w.converted(self.number(f'{raw}[i]', dtype), s.source, s.tile)};")
 
     # -- stores ------------------------------------------------------------------------------------------------------

@@ -7,13 +7,31 @@ HEAD = r'''
 #define NOT_A_NUMBER64 __longlong_as_double(0x7ff8000000000000LL)
 #define INLINE __device__ __forceinline__
 
+#ifndef ON_HOST
+#define SHARED_BYTES(name) extern __shared__ __align__(16) char name[]
+template <int N> __device__ __forceinline__ void copy_later(char *to, const char *from, bool live) {
+  const unsigned at = __cvta_generic_to_shared(to);
+  const unsigned long long source = __cvta_generic_to_global(from);
+  if constexpr (N == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(source), "r"(live ? 16 : 0) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(source), "n"(N), "r"(live ? N : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void asked() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// all that was asked for has come, but for the last `waiting` times
+template <int waiting> __device__ __forceinline__ void come() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(waiting) : "memory");
+}
+#endif
+
 // neighbours in memory, read and written at once
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Block { T at[N]; };
 
-// As many bytes from memory.  Volatile, so that loads which stand before a barrier are under way before it: the compiler
-// would sink what is constant to where it is used.
+// As many bytes from memory.  Volatile, so that loads which stand before a barrier are under way before it: the
+// compiler would sink what is constant to where it is used.
 template <class T> INLINE T loaded(const void *from, bool live) {
-#ifdef __CUDA_ARCH__
+#ifndef ON_HOST
   unsigned w[4];
   const unsigned long long at = __cvta_generic_to_global(from);
   if constexpr (sizeof(T) == 16)
@@ -65,10 +83,27 @@ template <int N, class T> INLINE void put(void *to, const T *from, int count = N
   }
 }
 
+// What a thread has asked for lies in shared memory, in places of its own, N bytes of it THREADS times `unit` apart: no
+// other thread waits for it.  Bytes that do not count are zeros.
+template <int N, int THREADS> INLINE void ask(char *to, const void *from, bool live = true) {
+  constexpr int unit = N < 16 ? N : 16;
+#pragma unroll
+  for (int k = 0; k < N / unit; ++k) copy_later<unit>(to + k * THREADS * unit, (const char *)from + k * unit, live);
+}
+template <int N, int THREADS, class T> INLINE void take(T *to, const char *from) {
+  constexpr int most = 16 / sizeof(T), few = N < most ? N : most;
+#pragma unroll
+  for (int k = 0; k < N; k += few) {
+    const Block<T, few> x = *(const Block<T, few> *)(from + k / few * THREADS * sizeof(x));
+#pragma unroll
+    for (int i = 0; i < few; ++i) to[k + i] = x.at[i];
+  }
+}
+
 // stored formats; of a word the part that is asked for
 INLINE float from_bf16(unsigned bits) { return __uint_as_float(bits << 16); }
 INLINE float from_f16(unsigned bits) {
-#ifdef __CUDA_ARCH__
+#ifndef ON_HOST
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((unsigned short)bits));
   return x;
@@ -87,7 +122,7 @@ INLINE unsigned short to_bf16(float x) {
   return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 INLINE unsigned short to_f16(float x) {
-#ifdef __CUDA_ARCH__
+#ifndef ON_HOST
   unsigned short bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
@@ -98,7 +133,7 @@ INLINE unsigned short to_f16(float x) {
 
 // a NaN stays one
 INLINE float highest(float a, float b) {
-#ifdef __CUDA_ARCH__
+#ifndef ON_HOST
   float x;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
   return x;
@@ -107,7 +142,7 @@ INLINE float highest(float a, float b) {
 #endif
 }
 INLINE float lowest(float a, float b) {
-#ifdef __CUDA_ARCH__
+#ifndef ON_HOST
   float x;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
   return x;

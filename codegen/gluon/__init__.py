@@ -1,8 +1,10 @@
-"""GPU kernels for sm_90 through Gluon, whose warps divide the work: `emit` writes, `interpreted` runs on a CPU."""
+"""GPU kernels for sm_90 through Gluon, whose warps divide the work: `emit` writes text, `compiled` makes machine code,
+`interpreted` runs it on a CPU."""
 
+from memcomp.codegen.gluon.build import compiled, taken
 from memcomp.codegen.gluon.emit import admits, emit
 from memcomp.codegen.gluon.interpreter import interpreted
 
-__all__ = ["DEVICE", "admits", "emit", "interpreted"]
+__all__ = ["DEVICE", "admits", "compiled", "emit", "interpreted", "taken"]
 
 DEVICE = "cuda"

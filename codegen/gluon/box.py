@@ -15,6 +15,7 @@ from memcomp.ir.tile import Load, TileKernel, TileProgram
 RANKS = 5          # of a tensor that a descriptor can have
 ALIGNED = 16       # bytes: where a tensor begins, and of each stride but the last
 _SWIZZLES = (128, 64, 32)
+_LONGEST = 256     # elements along a rank of what is fetched at once
 NAMES = {"bf16": "bfloat16", "f16": "float16"}
 
 
@@ -42,6 +43,12 @@ class Box:
     def swizzle(self) -> int:
         """Bytes within which the memory unit permutes what it writes, so that tensor cores read without conflicts."""
         return next(w for w in _SWIZZLES if self.shape[-1] * BYTES[self.dtype] >= w)
+
+    @property
+    def piece(self) -> tuple[int, ...]:
+        """What the unit fetches at once: as wide as a swizzle, and 256 elements long at most."""
+        return (*(min(n, _LONGEST) for n in self.shape[:-1]),
+                min(self.shape[-1], self.swizzle // BYTES[self.dtype]))
 
     @property
     def matrix(self) -> tuple[int, int]:

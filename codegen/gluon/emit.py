@@ -3,8 +3,8 @@
 One group of warps fetches, two multiply and compute, 64 rows each (`form` says for which kernels).  A step's second
 product waits for the next step's first one: both are under way while the groups compute what lies between them.
 
-    fetches:   K's slot free?  K(j) into it;  V's slot free?  V(j) into it
-    computes:  K(j) there?  S = Q K(j);  O += P(j-1) V(j-1);  S ready?  K's slot is free
+    fetches:   K(j) into its slot;  V's slot free?  V(j) into it
+    computes:  K(j) there?  S = Q K(j);  O += P(j-1) V(j-1);  S ready?
                ... S becomes P(j) ...
                V(j) there?  O ready?  the slot of V(j-1) is free;  O = O * again
 
@@ -12,7 +12,9 @@ The wait for V(j), a loop in the machine code, stands where it does so that the 
 exponentials: a compiler moves it to the wait for S otherwise, and the products no longer run while they are computed.
 
 V's slots count from 1: slot 0 is zeros and P begins as 0, so that the first step has a second product to start and no
-step is written apart.  So loops may follow one another, be in parts, or have no steps.
+step is written apart.  So loops may follow one another, be in parts, or have no steps.  K needs no word that its slot
+is free: before K(j) the slot of V(j-3) was waited for, which is freed when all products of step j-2 are done, and K(j)
+takes the slot of K(j-2).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from memcomp.codegen.triton.straight import straight
 from memcomp.codegen.triton.words import used
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, variables, walk
-from memcomp.ir.target import Target
+from memcomp.ir.target import BYTES, Target
 from memcomp.ir.target import target as named
 from memcomp.ir.tile import Kernel, Load, Loop, Statement, Store, TileKernel, TileProgram, expressions, statements
 
@@ -75,11 +77,18 @@ def admits(tp: TileProgram, target: Target) -> int:
     """0: every launch fits the machine with its registers; 1: some spill.  Raises Refusal where one does not fit or has
     no text."""
     emit(tp, target)
-    held = []
-    for k in tp.kernels:
-        f = parted(k)
-        held.append(HALF * (f.columns.size + f.keys.size + f.keys.size // 2) // (32 * WARPS))
-    return int(max(held, default=0) > HELD)
+    return int(max((held(tp, k) for k in tp.kernels), default=0) > HELD)
+
+
+def held(tp: TileProgram, k: TileKernel) -> int:
+    """32-bit registers of a thread for what a step holds: sums, scores, the weights of the step before in 16 bits, and
+    what it loads over keys, of which four threads hold all."""
+    f = parted(k)
+    own = HALF * (2 * f.columns.size + 2 * f.keys.size + f.keys.size) // (2 * 32 * WARPS)
+    for s in f.loops[0].body:
+        if isinstance(s, Load) and s not in f.fetched and f.keys in (axes := layout(k).of(k.tile(s.tile).dims)):
+            own += f.keys.size * (HALF // 32 if len(axes) > 1 else 1) // 4 * max(1, BYTES[k.tile(s.tile).dtype] // 4)
+    return own
 
 
 def parted(k: TileKernel) -> Form:
@@ -96,7 +105,8 @@ def boxes(tp: TileProgram, k: TileKernel, units: tuple[int, ...]) -> dict[str, B
         return box(tp, k, s, axes, unit[s.source.tensor], rows)
 
     found = (one(f.query, (f.rows, f.depth), HALF), one(f.left, (f.keys, f.depth)), one(f.right, (f.keys, f.columns)))
-    return {f"{s.tile}_box": x for s, x in zip(f.fetched, found, strict=True)}
+    number = tp.kernels.index(k)
+    return {f"{s.tile}_box{number or ''}": x for s, x in zip(f.fetched, found, strict=True)}
 
 
 def given(tp: TileProgram, k: TileKernel, units: tuple[int, ...]) -> Arguments:
@@ -132,7 +142,7 @@ class _Launch:
             g.place(f, Places(f.rows, matrices if g is self.rows else {}))
         self.tiles = [self.names[s.tile] for s in f.fetched]
         self.bars = [self.names[f"{self.tiles[n]}_{what}"] for n, what in
-                     ((0, "full"), (1, "full"), (1, "free"), (2, "full"), (2, "free"))]
+                     ((0, "full"), (1, "full"), (2, "full"), (2, "free"))]
 
     @property
     def shared(self) -> int:
@@ -177,7 +187,8 @@ class _Launch:
         self._fetch(loops)
         self._rows(loops, own)
         return [self.fetch.function(f"def {fetches}({described}, {handed}):"),
-                self.rows.function(f"def {computes}({handed}, half: gl.constexpr):"), h.function(f"def {name}({args}):")]
+                self.rows.function(f"def {computes}({handed}, half: gl.constexpr):"),
+                h.function(f"def {name}({args}):")]
 
     def _met(self, body: tuple[Statement, ...], a: Axis) -> bool:
         """Do statements meet an axis?"""
@@ -207,27 +218,26 @@ class _Launch:
 
     def _memory(self) -> None:
         """Slots for the tiles, and the barriers."""
-        h, (q, k, v) = self.host, self.tiles
+        h, (*_, v) = self.host, self.tiles
         for tile, x, slots in zip(self.tiles, self.boxes.values(), (2, STAGES, STAGES), strict=True):
             h.line(f"{tile} = gl.allocate_shared_memory(gl.{NAMES[x.dtype]}, {[slots, *x.shape]}, gl.NVMMASharedLayout("
                    f"swizzle_byte_width={x.swizzle}, element_bitwidth=16, rank={len(x.shape)}))")
-        for name, (slots, count) in zip(self.bars, ((1, 1), (STAGES, 1), (STAGES, 2)) + ((STAGES, 1), (STAGES, 2)),
-                                        strict=True):
+        for name, slots, count in zip(self.bars, (1, STAGES, STAGES, STAGES), (1, 1, 1, 2), strict=True):
             h.line(f"{name} = gl.allocate_shared_memory(gl.int64, [{slots}, 1], mbarrier.MBarrierLayout())")
             for n in range(slots):
                 h.line(f"mbarrier.init({name}.index({n}), count={count})")
-        right = list(self.boxes.values())[2]
+        *_, right = self.boxes.values()
         slow, fast = right.matrix
         across = min(32, fast // 8)
         h.line(f"{_matrix(f'{v}.index(0)', right)}.store(gl.full([{slow}, {fast}], 0.0, gl.{NAMES[right.dtype]}, "
                f"gl.BlockedLayout([1, 8], [{32 // across}, {across}], [{WARPS}, 1], [1, 0])))")
         h.line("fence_async_shared()")
-        h.line(f"mbarrier.arrive({self.bars[3]}.index(0))")
+        h.line(f"mbarrier.arrive({self.bars[2]}.index(0))")
 
     def _fetch(self, loops: list[Steps]) -> None:
         g, names, (q, k, v) = self.fetch, self.names, self.tiles
-        q_full, k_full, k_free, v_full, v_free = self.bars
-        (query_name, query), *streamed = ((names[n], x) for n, x in self.boxes.items())
+        q_full, k_full, v_full, v_free = self.bars
+        (query_name, query), (left_name, left), (right_name, right) = ((names[n], x) for n, x in self.boxes.items())
         g.line(f"mbarrier.expect({q_full}.index(0), {2 * query.bytes})")
         for half in (0, 1):
             g.line(f"fetch({query_name}, {self._at(query, half)}, {q_full}.index(0), {q}.index({half}))")
@@ -235,12 +245,12 @@ class _Launch:
             g.line(f"for {names[s.loop.var]} in range({s.ends[0]}, {s.ends[-1]}):")
             g.depth += 1
             n = s.count(g)
-            for tile, full, free, m, (name, x) in ((k, k_full, k_free, n, streamed[0]),
-                                                   (v, v_full, v_free, f"({n} + 1)", streamed[1])):
-                slot = f"{m} % {STAGES}"
-                g.line(f"mbarrier.wait({free}.index({slot}), (({m} // {STAGES}) & 1) ^ 1)")
-                g.line(f"mbarrier.expect({full}.index({slot}), {x.bytes})")
-                g.line(f"fetch({name}, {self._at(x)}, {full}.index({slot}), {tile}.index({slot}))")
+            slot, after = f"{n} % {STAGES}", f"({n} + 1) % {STAGES}"
+            g.line(f"mbarrier.expect({k_full}.index({slot}), {left.bytes})")
+            g.line(f"fetch({left_name}, {self._at(left)}, {k_full}.index({slot}), {k}.index({slot}))")
+            g.line(f"mbarrier.wait({v_free}.index({after}), ((({n} + 1) // {STAGES}) & 1) ^ 1)")
+            g.line(f"mbarrier.expect({v_full}.index({after}), {right.bytes})")
+            g.line(f"fetch({right_name}, {self._at(right)}, {v_full}.index({after}), {v}.index({after}))")
             g.depth -= 1
 
     def _at(self, x: Box, half: int = 0) -> str:
@@ -279,6 +289,3 @@ def _operand(slot: str, x: Box, slow: Axis) -> str:
     """A slot as a matrix whose rows are the points of an axis."""
     text = _matrix(slot, x)
     return text if x.sides[0] == slow else f"{text}.permute((1, 0))"
-
-
-__all__ = ["Form", "admits", "boxes", "emit", "given"]

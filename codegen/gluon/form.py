@@ -2,8 +2,8 @@
 
     for j: S = Q . K(j);  P = elementwise operations on S, and reductions over its keys;  O = O * again;  O += P . V(j)
 
-Of O nothing is read in between but by statements that write it, so a step's second product can run while the next step's
-S is reduced.  K and V are tiles that the memory unit can fetch.
+Of O nothing is read in between but by statements that write it, so a step's second product can run while the next
+step's S is reduced.  K and V are tiles that the memory unit can fetch.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def _load(k: TileKernel, tile: str) -> Load:
 
 def _apart(k: TileKernel, x: Form, s: Loop) -> None:
     """Refuses a loop whose second product cannot wait for the next step."""
-    total, end = x.last.tile, s.body.index(x.last)
-    if s.body.index(x.first) > end or x.first.tile in wrote(s.body[end + 1:]):
+    total, start, end = x.last.tile, s.body.index(x.first), s.body.index(x.last)
+    if start > end or x.first.tile in wrote(s.body[end + 1:]):
         raise Refusal(f"{x.first.tile} changes after {total} has taken it", k.name, ELSE)
     for n, one in enumerate(s.body):
         written = wrote((one,))
@@ -110,7 +110,7 @@ def _apart(k: TileKernel, x: Form, s: Loop) -> None:
                 raise Refusal(f"{total} is read in the loop that sums it", k.name, ELSE)
             continue
         rest = {t for later in s.body[n + 1:] for t in wrote((later,)) - {total}}
-        if written != {total} or n > end or (one is not x.last and rest & reads((one,))):
+        if written != {total} or not isinstance(one, (Map, Dot)) or not start < n <= end or (one is not x.last and rest & reads((one,))):
             raise Refusal(f"what becomes of {total} in a step cannot wait for the next", k.name, ELSE)
 
 

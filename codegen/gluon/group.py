@@ -1,4 +1,4 @@
-"""Text of what the groups of warps have in common: tensors have layouts, and the rows of a group are some of a task's."""
+"""Text of what the groups of warps have in common: tensors have layouts, and a group's rows are some of a task's."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Group(_Writer):
                           "the triton backend takes it")
         super().fold(s)
 
-    def steps(self, lo: str, hi: str, body: tuple[Statement, ...]) -> str:
+    def steps(self, lo: str, hi: str, body: tuple[Statement, ...], edge: bool) -> str:
         return f"range({lo}, {hi})"
 
     def indices(self, axes: list[Axis]) -> None:

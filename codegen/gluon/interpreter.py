@@ -27,7 +27,8 @@ def interpreted(kernel: Kernel, seed: int = 0) -> Callable[..., None]:
         if len(args) != len(tp.params) + len(tp.sizes):
             raise TypeError(f"{tp.name} takes {len(tp.params)} tensors and {len(tp.sizes)} sizes, "
                             f"got {len(args)} arguments")
-        tensors = {p.name: t for p, t in zip(tp.params, args, strict=False)}
+        # a tensor without elements may have any strides: none is addressed by them
+        tensors = {p.name: t if t.numel() else t.new_empty(t.shape) for p, t in zip(tp.params, args, strict=False)}
         sizes = {r: int(n) for r, n in zip(tp.sizes, args[len(tp.params):], strict=True)}
         units = tuple(unit(t.stride()) for t in tensors.values())
         usual = tuple(len(p.shape) - 1 for p in tp.params)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memcomp.codegen.gluon.form import HALF, wrote
+from memcomp.codegen.gluon.form import reads, wrote
 from memcomp.codegen.gluon.group import Group
+from memcomp.codegen.triton.layout import Axis
 from memcomp.codegen.triton.parts import Part
 from memcomp.ir.tile import Dot, Load, Loop, Statement
 
@@ -43,7 +44,6 @@ class Slots:
     right: str
     query_full: str
     left_full: str
-    left_free: str
     right_full: str
     right_free: str
 
@@ -52,9 +52,9 @@ class Rows(Group):
     """Both groups have this text; `half` says which rows are meant."""
 
     halves = True
-    kind = "bfloat16"
+    kind = "bfloat16"   # of both products' operands
     slots: Slots
-    waits = ""      # what must be waited for before the sums of the step before may be read
+    waits = ""          # the step whose second product of the step before is under way
 
     def loops(self, loops: list[Steps]) -> None:
         """The steps, and the product that the last of them leaves."""
@@ -62,9 +62,8 @@ class Rows(Group):
         keys = (f.rows, f.keys)
         self.weights, self.more = names[f"{f.first.tile} held"], names[f"{f.last.tile} more"]
         self.none = names["none "]
-        layout = f"gl.DotOperandLayout(0, {self.places.of((f.rows, f.columns))}, 2)"
         self.line(f"{self.none} = {self.constant(keys, '0.0', 'tl.float32')}")
-        self.line(f"{self.weights} = gl.full({self.shape(keys)}, 0.0, gl.{self.kind}, {layout})")
+        self.line(f"{self.weights} = gl.full({self.shape(keys)}, 0.0, gl.{self.kind}, {self.fed()})")
         self.line(f"mbarrier.wait({at.query_full}.index(0), 0)")
         for s in loops:
             changing = [a for a in (f.rows, f.keys, f.columns) if self._changes(a, {s.loop.var})]
@@ -82,28 +81,28 @@ class Rows(Group):
         self.line(f"{self.more} = warpgroup_mma({self.weights}, {slot}, {total}, is_async=True)")
         self.line(f"{total} = warpgroup_mma_wait(0, [{self.more}])")
 
-    def _step(self, s: Steps, body: tuple[Statement, ...], changing: list) -> None:  # type: ignore[type-arg]
+    def _step(self, s: Steps, body: tuple[Statement, ...], changing: list[Axis]) -> None:
         f, at, names = self.plan, self.slots, self.names
-        score, total, n = names[f.first.tile], names[f.last.tile], s.count(self)
-        boxes = {x.tile for x in f.fetched}
-        body = tuple(x for x in body if wrote((x,)) - boxes or not wrote((x,)))
+        score, total, number = names[f.first.tile], names[f.last.tile], s.count(self)
+        body = tuple(x for x in body if x not in f.fetched)
         here = body.index(f.first)
         rest = [x for x in body[here + 1:] if x != f.last]
-        loads = tuple(x for x in rest if isinstance(x, Load))
-        between = tuple(x for x in rest if x not in loads and wrote((x,)) != {f.last.tile})
+        loads = tuple(x for n, x in enumerate(rest) if isinstance(x, Load) and not reads((x,)) & wrote(body)
+                      and x.tile not in reads(rest[:n]) | wrote(rest[:n]))
+        sums = tuple(x for x in rest if wrote((x,)) == {f.last.tile})
+        between = tuple(x for x in rest if x not in loads + sums)
         self._counts(changing)
         self.body(body[:here])
         made = names[f"{f.first.tile} more"]
-        self.line(f"mbarrier.wait({at.left_full}.index({n} % {STAGES}), ({n} // {STAGES}) & 1)")
-        self.line(f"{made} = warpgroup_mma({at.query}, {at.left.format(f'{n} % {STAGES}')}, {self.none}, "
-                  "use_acc=False, is_async=True)")
-        self.line(f"{self.more} = warpgroup_mma({self.weights}, {at.right.format(f'{n} % {STAGES}')}, {total}, "
+        slot = f"{number} % {STAGES}"
+        self.line(f"mbarrier.wait({at.left_full}.index({slot}), ({number} // {STAGES}) & 1)")
+        self.line(f"{made} = warpgroup_mma({at.query}, {at.left.format(slot)}, {self.none}, use_acc=False, "
                   "is_async=True)")
+        self.line(f"{self.more} = warpgroup_mma({self.weights}, {at.right.format(slot)}, {total}, is_async=True)")
         self.body(loads)
         self.line(f"{score} = warpgroup_mma_wait(1, [{made}])")
-        self.line(f"mbarrier.arrive({at.left_free}.index({n} % {STAGES}))")
-        self.waits = n
-        self.body((*between, *(x for x in rest if wrote((x,)) == {f.last.tile}), f.last))
+        self.waits = number
+        self.body((*between, *sums, f.last))
 
     def assign(self, tile: str, text: str) -> None:
         if tile == self.plan.last.tile:
@@ -127,8 +126,9 @@ class Rows(Group):
         x = self.layout.matrices(self.k, s)
         assert x is not None
         text = self.operand(x.a, (f.rows, f.keys), f.keys, self.form(s))
-        layout = f"gl.DotOperandLayout(0, {self.places.of((f.rows, f.columns))}, 2)"
-        self.line(f"{self.weights} = gl.convert_layout({text}, {layout})")
+        self.line(f"{self.weights} = gl.convert_layout({text}, {self.fed()})")
 
+    def fed(self) -> str:
+        """The layout of the second product's left operand, which stays in registers."""
+        return f"gl.DotOperandLayout(0, {self.places.of((self.plan.rows, self.plan.columns))}, 2)"
 
-__all__ = ["HALF", "STAGES", "Rows", "Slots", "Steps"]

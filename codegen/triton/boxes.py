@@ -7,12 +7,12 @@ of a store, is what a mask would be.  Addresses then take no registers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
 from memcomp.codegen.triton.layout import Axis
-from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, reads, symbols, variables
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, variables, walk
 from memcomp.ir.simplify import linear, simplify
 from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Dim, Param
@@ -70,7 +70,7 @@ def box(a: Access, p: Param, unit: int, axes: tuple[Axis, ...], dims: Mapping[st
             if not (variables(index) | reads(index)) & set(moving):
                 base.append((n, index))
                 continue
-            if not symbols(p.shape[n]) <= set(told):
+            if not _ranks(p.shape[n]) <= {*told}:
                 return None
             sides.append(Side(n, "", 1, p.shape[n], index))
             continue
@@ -81,12 +81,10 @@ def box(a: Access, p: Param, unit: int, axes: tuple[Axis, ...], dims: Mapping[st
         at = simplify(call("sub", index, Var(d)), index=True)
         if d in variables(at) or d in (s.dim for s in sides):
             return None
-        limits = _limits(dims[d], sizes[d], at)
-        if limits == [] and symbols(p.shape[n]) <= set(told):
-            limits = [p.shape[n]]
-        if not limits or any((variables(e) | reads(e)) & {*moving, *inside} for e in limits):
+        extent = _behind(dims[d].count, sizes[d], at) or p.shape[n]
+        if (variables(extent) | reads(extent)) & {*moving, *inside} or not _ranks(extent) <= {*told}:
             return None
-        sides.append(Side(n, d, sizes[d], reduce(lambda x, y: call("min", x, y), dict.fromkeys(limits)), at))
+        sides.append(Side(n, d, sizes[d], extent, at))
     sides.sort(key=lambda s: (s.position == unit, s.position))
     if not 2 <= len(sides) <= RANKS or {s.dim for s in sides if s.dim} != inside or sides[-1].position != unit:
         return None
@@ -110,16 +108,19 @@ def _sizes(axes: tuple[Axis, ...], dims: Mapping[str, Dim]) -> dict[str, int] | 
     return out
 
 
-def _limits(d: Dim, size: int, at: Expr) -> list[Expr]:
-    """Indices below which `at + point` is exactly for the points of a box that count; [] where they all do."""
-    return [simplify(call("add", part, at), index=True) for part in _least(d.count)
-            if not (isinstance(part, Const) and part.value >= size)]
+def _ranks(e: Expr) -> set[str]:
+    return {n.rank for n in walk(e) if isinstance(n, Size)}
 
 
-def _least(e: Expr) -> Iterator[Expr]:
-    """The parts of a minimum."""
-    if isinstance(e, Call) and e.op == "min":
-        for a in e.args:
-            yield from _least(a)
-    else:
-        yield e
+def _behind(count: Expr, size: int, at: Expr) -> Expr | None:
+    """The index below which `at + point` is exactly for the points of a box that count; None where all do."""
+    if isinstance(count, Const) and count.value >= size:
+        return None
+    if not isinstance(count, Call) or count.op not in ("min", "max"):
+        return simplify(call("add", count, at), index=True)
+    least = count.op == "min"
+    found = [_behind(x, size, at) for x in count.args if least or not (isinstance(x, Const) and x.value <= 0)]
+    ends = list(dict.fromkeys(x for x in found if x is not None))
+    if not ends or (None in found and not least):
+        return None
+    return reduce(lambda x, y: call(count.op, x, y), ends)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memcomp.codegen.binary import Binary
 
 # Triton's machine code takes these too: to memory of the launch, and to that of a profiler which is not there
-_HIDDEN = (Argument("scratch", "scratch", type="*i8"), Argument("profile", "null", type="*i8"))
+HIDDEN = (Argument("scratch", "scratch", type="*i8"), Argument("profile", "null", type="*i8"))
 
 
 def compiled(kernel: Kernel, layout: Layout, kept: bool = False) -> Form:
@@ -42,14 +42,14 @@ def compiled(kernel: Kernel, layout: Layout, kept: bool = False) -> Form:
 
 def taken(kernel: Kernel, units: tuple[int, ...]) -> tuple[Argument, ...]:
     """All arguments of the launches, each once, and what they are multiples of where nothing is odd."""
-    return distinct((*(a for k in kernel.program.kernels for a in arguments(kernel.program, k, units).args), *_HIDDEN))
+    return distinct((*(a for k in kernel.program.kernels for a in arguments(kernel.program, k, units).args), *HIDDEN))
 
 
 def launch(k: TileKernel, args: tuple[Argument, ...], binary: Binary) -> Launch:
     """How a function that Triton compiled for the launch `k` is started: one block for each point of the grid."""
     extents: list[Expr] = [extent for _, extent in k.grid] or [Const(1)]
     blocks = reduce(lambda a, b: call("mul", a, b), extents)
-    return Launch(binary.name, (blocks,), 32 * binary.warps, binary.shared, (*args, *_HIDDEN), binary.scratch,
+    return Launch(binary.name, (blocks,), 32 * binary.warps, binary.shared, (*args, *HIDDEN), binary.scratch,
                   binary.alignment)
 
 

@@ -276,11 +276,12 @@ class _Writer:
     def _part(self, s: Loop, p: Part, lo: str, hi: str, changing: list[Axis]) -> None:
         before = set(self.full)
         self.full |= {a.name for a in changing if a.points == a.size and set(a.dims) <= p.full}
-        self._loop(s.var, lo, hi, p.body, changing)
+        self._loop(s.var, lo, hi, p.body, changing, p.edge)
         self.full = before
 
-    def _loop(self, var: str, lo: str, hi: str, body: tuple[Statement, ...], changing: list[Axis]) -> None:
-        self.line(f"for {self.names[var]} in {self.steps(lo, hi, body)}:")
+    def _loop(self, var: str, lo: str, hi: str, body: tuple[Statement, ...], changing: list[Axis],
+              edge: bool) -> None:
+        self.line(f"for {self.names[var]} in {self.steps(lo, hi, body, edge)}:")
         self.depth += 1
         self.dead.forget(body, changing)
         self._counts(changing)
@@ -289,9 +290,15 @@ class _Writer:
             self.line("pass")
         self.depth -= 1
 
-    def steps(self, lo: str, hi: str, body: tuple[Statement, ...]) -> str:
-        """What a loop runs over.  Triton fetches ahead by itself only what feeds tensor cores; elsewhere it is told."""
+    def steps(self, lo: str, hi: str, body: tuple[Statement, ...], edge: bool) -> str:
+        """What a loop runs over.  Triton fetches ahead by itself only what feeds tensor cores; elsewhere it is told.
+
+        The addresses of two loops that fetch ahead are more than there are registers: without descriptors the few steps
+        at the edges of a loop with products wait instead.
+        """
         inner = list(statements(body))
+        if edge and not self.boxed and any(isinstance(s, Dot) for s in inner):
+            return f"tl.range({lo}, {hi}, num_stages=1)"
         if self.setting.stages > 1 and any(isinstance(s, Load) for s in inner) and not any(
                 isinstance(s, (Loop, When)) or (isinstance(s, Dot) and self.multiplied(s)) for s in inner):
             return f"tl.range({lo}, {hi}, num_stages={self.setting.stages})"

@@ -23,6 +23,7 @@ from memcomp.ir.errors import Refusal
 
 # one at a time: Triton's knobs and file descriptor 2 belong to the whole process
 _compiling = threading.Lock()
+FILE, MOST = 65536, 255   # registers of a processor, and of a thread at most
 _SAYING_NOTHING = ("Failures have been detected", "Internal Triton PTX codegen error")
 
 
@@ -35,7 +36,9 @@ def compile_text(source: str, function: str, signature: Mapping[str, str], const
     constants:  value of each `tl.constexpr` argument; those with a default may be left out.
     divisible:  arguments that are multiples of 16 (addresses in bytes, integers as they are).  Only then are loads
                 16 bytes wide and asynchronous: strides matter as much as pointers.
-    capability: 80, 89, 90, 100.  registers: the most that a thread may have.
+    capability: 80, 89, 90, 100.
+    registers: the most that a thread may have.  Left to itself ptxas may rather store some than let fewer blocks run at
+                once; where it does, it is asked once more for all that a thread can have.
     kept: read and write the user's cache of what Triton compiled.
 
     Raises Refusal with the first line that the compiler calls an error.
@@ -70,12 +73,17 @@ def compile_text(source: str, function: str, signature: Mapping[str, str], const
                       _first_error(text, error)) from error
     told = made.metadata._asdict()
     cubin = made.asm["cubin"]
-    return Binary(
+    binary = Binary(
         name=told["name"], capability=capability, version=triton.__version__, cubin=cubin, ptx=made.asm["ptx"],
         ttgir=_without_places(made.asm["ttgir"]), parameters=tuple((n, signature[n]) for n in names if n in signature),
         warps=int(told["num_warps"]), shared=int(told["shared"]), scratch=int(told.get("global_scratch_size") or 0),
         alignment=int(told.get("global_scratch_align") or 1), tensor_memory=int(told.get("tmem_size") or 0),
         resources=resources(cubin, told["name"]))
+    most = min(MOST, FILE // (32 * warps) // 8 * 8)
+    if registers is None and not jitted.is_gluon() and binary.resources.registers < most and binary.spills:
+        again = compile_text(source, function, signature, constants, divisible, capability, warps, stages, most, kept)
+        return again if again.spills < binary.spills else binary
+    return binary
 
 
 def _source(jitted: Any) -> Any:

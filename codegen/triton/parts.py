@@ -11,16 +11,19 @@ from dataclasses import dataclass, replace
 
 from memcomp.codegen.bounds import first_step, half, last_step
 from memcomp.ir.expr import Call, Const, Expr, call, variables
+from memcomp.ir.simplify import proves
 from memcomp.ir.tile import Dot, Loop, Statement, TileKernel, When, statements
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Steps up to `end` (None: the loop's end).  full: dims whose tiles are full in all of them."""
+    """Steps up to `end` (None: the loop's end).  full: dims whose tiles are full in all of them; edge: the few steps
+    before or after those of the plain part."""
 
     end: Expr | None
     body: tuple[Statement, ...]
     full: frozenset[str] = frozenset()
+    edge: bool = False
 
 
 def parts(k: TileKernel, s: Loop) -> list[Part]:
@@ -56,11 +59,13 @@ def parts(k: TileKernel, s: Loop) -> list[Part]:
     if not starts and not ends:
         return [Part(None, general)]
     plainly = _taken(s.body, held, plain=True, whole=whole)
-    out = [Part(_joined("min", ends) if ends else None, plainly, frozenset(full))]
-    if starts:
-        out.insert(0, Part(_joined("max", starts), general))
-    if ends:
-        out.append(Part(None, general))
+    begin, end = _joined("max", starts) if starts else s.lo, _joined("min", ends) if ends else s.hi
+    last = proves(call("ge", end, s.hi))
+    out = [Part(None if last else end, plainly, frozenset(full))]
+    if not proves(call("le", begin, s.lo)):
+        out.insert(0, Part(begin, general, edge=True))
+    if not last:
+        out.append(Part(None, general, edge=True))
     return out
 
 

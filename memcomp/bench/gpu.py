@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memcomp.bench.measure import Times, ratio
-from memcomp.bench.tasks import OWN, Tasks
+from memcomp.bench.tasks import OWN, Tasks, apart
 from memcomp.files import put
 from memcomp.ir.errors import OptionError
 from memcomp.models.bench import Case
@@ -75,6 +75,7 @@ class Found:
     path: Path | None = None
     backends: tuple[str, ...] = ()
     faults: list[str] = field(default_factory=list)
+    again: list[Job] = field(default_factory=list)  # alone: there was no memory left beside others
 
     def limit(self) -> float:
         """Seconds that a job may take that begins now."""
@@ -94,6 +95,9 @@ class Found:
 
     def checked(self, job: Job, answer: Answer) -> None:
         """Keep an answer; one of our own that is wrong, or none, counts."""
+        if "out of memory" in answer.why and job not in self.again:
+            self.again.append(job)
+            return
         kept = {"state": answer.state, **({"why": answer.why} if answer.why else {}), "seconds": answer.seconds,
                 **answer.told}
         name, form = job.given
@@ -150,7 +154,9 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> Found:
 
 
 def _worker(plan: Plan) -> Asked:
-    return (Worker if plan.apart else Here)(partial(Tasks, plan.rehearse, plan.target))
+    if plan.apart:
+        return Worker(partial(apart, plan.rehearse, plan.target))
+    return Here(partial(Tasks, plan.rehearse, plan.target))
 
 
 def _begun(plan: Plan, facts: Answer, say: Callable[[str], None], begin: float) -> Found:
@@ -170,7 +176,7 @@ def _begun(plan: Plan, facts: Answer, say: Callable[[str], None], begin: float) 
 def _processes(plan: Plan, device: dict[str, Any]) -> int:
     if plan.rehearse or not plan.apart:
         return 1
-    return max(1, min(MANY, (os.cpu_count() or 1) // 2, device["memory"] // EACH))
+    return max(1, min(MANY, (os.cpu_count() or 1) // 2, int(device["memory"]) // EACH))
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -193,7 +199,8 @@ def _checks(plan: Plan, found: Found, workers: Sequence[Asked]) -> list[Job]:
     jobs += [*forms(rest, True), *forms(rest, False)]
     if not plan.rehearse:  # the tests run every family by the interpreter
         jobs += [Job("family", (f.name, b)) for f in families() for b in found.backends]
-    return spread(workers, jobs, found.limit, found.until(CHECKING), found.checked)
+    left = spread(workers, jobs, found.limit, found.until(CHECKING), found.checked)
+    return spread(workers[:1], found.again, found.limit, found.until(CHECKING), found.checked) + left
 
 
 def _tests(plan: Plan, found: Found) -> threading.Thread | None:
@@ -285,7 +292,7 @@ def _table(name: str, kept: dict[str, Any], peaks: dict[str, Any]) -> Iterator[s
 
 def behind(kept: dict[str, Any]) -> list[str]:
     """Where our fastest form of a case is surely slower than a rival, or errs more than FlexAttention."""
-    seen, out = times(kept), []
+    seen, out = times(kept), list[str]()
     own = {f: t for f, t in seen.items() if f.startswith(OWN)}
     if not own:
         return out

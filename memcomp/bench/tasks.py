@@ -39,8 +39,6 @@ class Tasks:
     def __init__(self, rehearse: bool, target: str = "") -> None:
         self.rehearse, self._target = rehearse, target
         self._ready: dict[str, Loop] = {}
-        if rehearse:
-            os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: for rivals that are written in it
 
     def answer(self, job: Job) -> Answer:
         """Do a job; what goes wrong is the answer."""
@@ -220,6 +218,13 @@ def _poisoned(run: Layer, args: tuple[Tensor, ...]) -> Any:
     blocks = [torch.full(shape, math.nan, dtype=dtype, device=device) for shape, dtype, device in shapes]
     del blocks  # torch's allocator hands the memory out again
     return run(*args)
+
+
+def apart(rehearse: bool, target: str = "") -> Tasks:
+    """In a process of its own."""
+    if rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: for rivals that are written in it
+    return Tasks(rehearse, target)
 
 
 def compared(case: Case, args: Sequence[Tensor], out: Tensor) -> tuple[Error, Tolerance, Error]:

@@ -28,6 +28,9 @@ class Choice:
     knobs: Mapping[str, int] = field(default_factory=dict)
     backend: str = ""
 
+    def __hash__(self) -> int:
+        return hash((self.form, self.backend, *sorted(self.knobs.items())))
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:

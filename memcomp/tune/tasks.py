@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 from memcomp.cache.entry import Choice
 
 if TYPE_CHECKING:
+    from memcomp.ir.program import Program
+    from memcomp.oracle import Reference
     from memcomp.pipeline import Compiled, Tunable
     from memcomp.workers import Answer, Job
 
 TERMS = 1 << 27       # of the program, as written, that are computed in float64 to check a candidate
 GROWTH = 4 << 30      # bytes that a candidate may hold more than the process had before it
 WARM, FEW = 2, 3      # calls before the first that counts, and how many try a candidate
+FEWEST = 16           # points of a rank that is cut short for that
 SHORT = 2e-3          # seconds that one measurement lasts at least
 
 
@@ -32,30 +35,33 @@ class Given:
     """What is tuned: a program's text, options, and extents of its symbolic ranks."""
 
     text: str
-    options: Mapping[str, Any]
-    sizes: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """A candidate that ran.  seconds: the least of a few calls; error over bound as `oracle.Report` has them."""
-
-    seconds: float
-    error: float
-    bound: float
+    options: tuple[tuple[str, Any], ...]
+    sizes: tuple[tuple[str, int], ...]
 
 
 class Tasks:
-    """Does jobs for one program.  What is compiled stays compiled as long as the process lives."""
+    """Does jobs for one program after another."""
 
-    def __init__(self, given: Given) -> None:
-        self.given = given
-        self._kernels: dict[str, Compiled] = {}
+    def __init__(self) -> None:
+        self._work: _Work | None = None
 
     def answer(self, job: Job) -> Answer:
         from memcomp.workers import answered
 
-        return answered(lambda: getattr(self, job.do)(*job.given))
+        given, *rest = job.given
+        if self._work is None or self._work.given != given:
+            self._work = None
+            self._work = _Work(given)
+        work = self._work
+        return answered(lambda: getattr(work, job.do)(*rest))
+
+
+class _Work:
+    """For one program.  What is compiled stays compiled."""
+
+    def __init__(self, given: Given) -> None:
+        self.given = given
+        self._kernels: dict[Choice, Compiled] = {}
 
     @cached_property
     def tunable(self) -> Tunable:
@@ -63,14 +69,14 @@ class Tasks:
         from memcomp.ir.text import parse
         from memcomp.pipeline import tunable
 
-        return tunable(parse(self.given.text), config=config(self.given.options), sizes=self.given.sizes)
+        return tunable(parse(self.given.text), config=config(dict(self.given.options)), sizes=dict(self.given.sizes))
 
-    @cached_property
-    def _sizes(self) -> dict[str, int]:
-        from memcomp.pipeline import fixed, shape_sizes
+    def begin(self) -> Answer:
+        """What all candidates need."""
+        from memcomp.workers import OK, Answer
 
-        read = self.tunable.read
-        return {**fixed(read), **shape_sizes(read, read, self.given.sizes)}
+        _ = self._reference, self._inputs
+        return Answer(OK)
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
@@ -80,7 +86,7 @@ class Tasks:
 
         _limit()
         kernel = self._kernel(choice)
-        report = self._report(kernel)
+        report = self._reference.report(kernel, self.tunable.config)
         worst = report.worst
         if not report.ok:
             return Answer(WRONG, f"error {worst.error.max:.2e} exceeds {worst.tolerance.max:.2e} in {worst.name}")
@@ -110,50 +116,45 @@ class Tasks:
     # -- how -----------------------------------------------------------------------------------------------------------
 
     def _kernel(self, choice: Choice) -> Compiled:
-        at = str(choice)
-        if at not in self._kernels:
-            self._kernels[at] = self.tunable.compiled(choice)
-        return self._kernels[at]
+        if choice not in self._kernels:
+            self._kernels[choice] = self.tunable.compiled(choice)
+        return self._kernels[choice]
 
     @cached_property
-    def _data(self) -> tuple[list[Any], dict[str, int]]:
-        from memcomp.oracle import random_inputs
-
-        return random_inputs(self.tunable.read, self._sizes), self._sizes
-
-    @cached_property
-    def _reference(self) -> Any:
-        """What the program means on data of as many terms as float64 can be asked for."""
+    def _reference(self) -> Reference:
+        """What the program means on data of as many terms as float64 can be asked for: of the longest ranks, parts."""
         from memcomp.ir.counts import Sizes
         from memcomp.oracle import Reference
 
-        program, sizes = self.tunable.read, dict(self._sizes)
-        symbols = [r.name for r in program.cascade.ranks if r.extent is None]
+        program, sizes = self.tunable.general, dict(self.tunable.extents)
 
         def terms() -> int:
-            n = Sizes(program.cascade, {s: sizes[s] for s in symbols})
+            n = Sizes(program.cascade, sizes)
             return sum(n.points(e.space()) for e in program.cascade.einsums)
 
-        while terms() > TERMS and (longest := max(symbols, key=lambda s: sizes[s], default="")) and sizes[longest] > 1:
-            sizes[longest] = sizes[longest] // 2 + 1 if sizes[longest] > 3 else 1
-        return Reference(program, {**sizes, **_evaluated(program, sizes)})
-
-    def _report(self, kernel: Compiled) -> Any:
-        return self._reference.report(kernel, self.tunable.config)
+        while sizes and terms() > TERMS and max(sizes.values()) > FEWEST:
+            longest = max(sizes, key=lambda r: sizes[r])
+            sizes[longest] = sizes[longest] // 2 + 1
+        return Reference(program, _all(program, sizes))
 
     def _call(self, kernel: Compiled) -> Callable[[], object]:
         from memcomp.oracle import caller
 
-        tensors, sizes = self._data
-        return caller(self.tunable.read, kernel, tensors, sizes, self.tunable.config)
+        t = self.tunable
+        return caller(t.general, kernel, self._inputs, _all(t.general, t.extents), t.config)
+
+    @cached_property
+    def _inputs(self) -> list[Any]:
+        from memcomp.oracle import random_inputs
+
+        return random_inputs(self.tunable.general, _all(self.tunable.general, self.tunable.extents))
 
 
-def _evaluated(program: Any, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Extents that follow from others."""
-    from memcomp.ir.cascade import extent_of
+def _all(program: Program, symbols: Mapping[str, int]) -> dict[str, int]:
+    """Extents of all ranks that have one of their own."""
+    from memcomp.pipeline import fixed
 
-    found = ((r.name, extent_of(program.cascade, r.name)) for r in program.cascade.ranks if r.extent is not None)
-    return {name: x for name, x in found if x is not None}
+    return {**fixed(program), **symbols}
 
 
 def _once(call: Callable[[], object], times: int) -> float:

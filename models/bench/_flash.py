@@ -3,6 +3,8 @@
 A rival, not a part of memcomp: it says what the language gives without a compiler above it.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,6 @@
 // A driver without a device, in place of libcuda.so.1: it says what it was asked, one line a call, and does nothing.
-// DRIVER_LOG: where the lines go; DRIVER_CAPABILITY: 90; DRIVER_SIZES: bytes of each parameter, as the cubin tells them.
+// DRIVER_LOG: where the lines go; DRIVER_CAPABILITY: 90; DRIVER_SIZES: bytes of each parameter, as the cubins tell them,
+// "8,8,4;8,4" for two launches in turn.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>
@@ -40,11 +41,12 @@ int cuKernelSetAttribute(int which, int value, void *k, int device) {
 int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    void *stream, void **args, void **extra) {
   SAY("launch %p %u,%u,%u %u,%u,%u %u %p ", f, x, y, z, bx, by, bz, shared, stream);
-  char *sizes = strdup(getenv("DRIVER_SIZES")), *rest = sizes;
+  static char *left;
+  if (!left) left = strdup(getenv("DRIVER_SIZES"));
+  char *rest = strsep(&left, ";");
   for (char *one; (one = strsep(&rest, ",")); ++args)
     for (int n = atoi(one), i = 0; i < n; ++i) SAY("%02x%s", ((unsigned char *)*args)[i], i == n - 1 ? "," : "");
   SAY("\n");
-  free(sizes);
   return 0;
 }
 int cuTensorMapEncodeTiled(void *map, int type, unsigned rank, void *place, const uint64_t *extents,

@@ -1,0 +1,73 @@
+"""`memcomp tune`: measure each program of an input, say what was found, keep it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from memcomp.cache import Entry, environment, layers
+from memcomp.config import Config
+from memcomp.ir.errors import OptionError
+from memcomp.ir.program import Program
+from memcomp.pipeline import device_of, tunable
+from memcomp.tune.progress import bar
+from memcomp.tune.search import Tuner
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A program, what is known of it now, and whether that was measured now."""
+
+    name: str
+    entry: Entry
+    fresh: bool
+
+
+def tune(programs: Sequence[tuple[Program, Mapping[str, int]]], config: Config, *, seconds: float | None, workers: int,
+         again: bool) -> Iterable[Row]:
+    """Tune programs at their sizes, one after another; each is kept before the next begins.
+
+    Raises OptionError where the cache cannot be written: then nothing would be kept.
+    """
+    stores = layers(config.cache_dir, config.cache)
+    if stores.writable is None:
+        raise OptionError("the cache is read only or off, and nothing would be kept",
+                          hint="unset MEMCOMP_CACHE, which says so")
+    if seconds is not None and seconds <= 0:
+        raise OptionError(f"--seconds {seconds} is no time")
+    if workers < 0:
+        raise OptionError(f"--workers {workers} is no number of processes")
+    here = environment(device_of(config))
+    with Tuner(workers) as tuner:
+        for n, (program, sizes) in enumerate(programs):
+            opened = tunable(program, config=config, sizes=sizes)
+            known = None if again else stores.get(opened.problem, here)
+            if known is None:
+                with bar(f"{program.name} ({n + 1} of {len(programs)})") as watch:
+                    entry = tuner.tune(program, config, sizes, mode=config.tune, seconds=seconds, watch=watch)
+                stores.writable.join(entry)
+            yield Row(program.name, known or entry, known is None)
+
+
+def told(rows: Iterable[Row], as_json: bool) -> str:
+    """The rows as JSON, or a line each, also to stderr as soon as they are there."""
+    seen = []
+    for r in rows:
+        seen.append(r)
+        if not as_json:
+            print(line(r), file=sys.stderr, flush=True)
+    if as_json:
+        return json.dumps([{"name": r.name, "fresh": r.fresh, **json.loads(r.entry.text())} for r in seen], indent=2)
+    return f"{sum(r.fresh for r in seen)} of {len(seen)} programs measured, the others were known"
+
+
+def line(r: Row) -> str:
+    """A result in a line: time, choice, how far the next best is."""
+    m, c = r.entry.measured, r.entry.choice
+    ways = ", ".join([*filter(None, (c.backend, c.form)), *(f"{k}={v}" for k, v in sorted(c.knobs.items()))])
+    gap = f", the next best {m.runner_up / m.median:.2f}x of it" if m.runner_up else ""
+    wrong = f", {len(r.entry.rejected)} rejected" if r.entry.rejected else ""
+    return (f"{r.name}: {m.median * 1e3:.3g} ms +- {m.spread:.0%} with {ways or 'its only mapping'}{gap}{wrong}"
+            f"{'' if r.fresh else ' (known)'}")

@@ -1,0 +1,256 @@
+"""Tuning: candidates are compiled and compared with float64 side by side, in processes of their own; those that did
+well are raced in turn; the fastest is kept with how it was measured.
+
+The cost model says where to begin: what it thinks far slower than its best is not tried.  What comes next is up to
+Optuna's tree-structured Parzen estimator (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NIPS 2011).
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from memcomp.cache import Choice, Entry, Measured, Rejected, environment
+from memcomp.choice import seconds as modelled_seconds
+from memcomp.ir.errors import OptionError, Refusal
+from memcomp.tune.tasks import Given, Tasks
+from memcomp.workers import OK, REFUSED, Answer, Asked, Does, Job, Worker, spread, together
+
+if TYPE_CHECKING:
+    from memcomp.config import Config
+    from memcomp.ir.program import Program
+    from memcomp.pipeline import Tunable
+
+LIMIT = 30.0  # seconds of one candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """seconds: for one kernel; slower: times the cost model's best that is still tried; finalists: that are raced;
+    share: of the seconds, for the race."""
+
+    seconds: float
+    slower: float
+    finalists: int
+    share: float = 0.35
+
+
+MODES = {"quick": Mode(20.0, 2.0, 4), "full": Mode(600.0, 16.0, 8, 0.2)}
+
+
+@cache
+def tuner() -> Tuner:
+    """The one of this process, for programs that are tuned when they are compiled; it ends with the process."""
+    made = Tuner()
+    atexit.register(made.close)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A candidate and what became of it.  seconds: the least of a few calls, infinite where it did not run."""
+
+    choice: Choice
+    state: str
+    seconds: float = math.inf
+    why: str = ""
+    error: float = 0.0
+    bound: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How far a search is, for those who watch.  best: seconds a call."""
+
+    done: int
+    of: int
+    best: float
+    model: float
+    left: float
+
+
+@dataclass
+class Search:
+    """One program's search, and what it has found so far."""
+
+    tunable: Tunable
+    mode: Mode
+    given: Given
+    watch: Callable[[State], None]
+    begin: float = 0.0
+    trials: dict[Choice, Trial] = field(default_factory=dict)
+
+    @property
+    def ran(self) -> list[Trial]:
+        """Candidates that ran and were right, the fastest first."""
+        return sorted((t for t in self.trials.values() if t.state == OK), key=lambda t: t.seconds)
+
+    @property
+    def rejected(self) -> tuple[Rejected, ...]:
+        """Those that may not win.  What memcomp itself refuses, it will refuse again."""
+        return tuple(Rejected(t.choice, t.why) for t in self.trials.values() if t.state not in (OK, REFUSED))
+
+    def attempt(self, asked: Sequence[Asked]) -> None:
+        """Try candidates until the time for it is over."""
+        candidates = ranked(self.tunable, self.mode.slower)
+        until, todo = self.begin + self.mode.seconds * (1 - self.mode.share), _Order(candidates)
+
+        def jobs() -> Iterator[Job]:
+            while time.monotonic() < until and (choice := todo.next()) is not None:
+                yield Job("attempt", (self.given, choice))
+
+        def done(job: Job, answer: Answer) -> None:
+            choice = job.given[1]
+            self.trials[choice] = trial = _trial(choice, answer)
+            todo.tell(choice, trial.seconds)
+            model = self.trials.get(candidates[0])
+            self.watch(State(len(self.trials), len(candidates), self.ran[0].seconds if self.ran else math.inf,
+                             model.seconds if model else math.inf, self.begin + self.mode.seconds - time.monotonic()))
+
+        spread(asked, jobs(), lambda: LIMIT, until, done)
+
+    def race(self, worker: Asked) -> dict[Choice, tuple[float, float, int]]:
+        """(median, spread, rounds) of the candidates that did best, and of the cost model's own, in turn; those that
+        end the race are left out."""
+        entered = [t.choice for t in self.ran[:self.mode.finalists]]
+        model = self.trials.get(self.tunable.modelled)
+        if model is not None and model.state == OK and model.choice not in entered:
+            entered.append(model.choice)
+        while entered:
+            left = max(1.0, self.begin + self.mode.seconds - time.monotonic())
+            answer = worker.ask(Job("race", (self.given, tuple(entered), left)), left + LIMIT)
+            if answer.state == OK:
+                return {c: (m, s, answer.told["rounds"])
+                        for c, m, s in zip(entered, answer.told["medians"], answer.told["spreads"], strict=True)}
+            lost = entered.pop()
+            self.trials[lost] = Trial(lost, answer.state, why=answer.why)
+        raise Refusal("no candidate came through the race")
+
+
+class Tuner:
+    """Processes that try candidates, for one program after another.  A context: they end with it."""
+
+    def __init__(self, workers: int = 0, make: Callable[[], Does] = Tasks) -> None:
+        """workers: how many; 0: one for each core.  make: what they do, picklable."""
+        self._asked: list[Asked] = [Worker(make) for _ in range(workers or len(os.sched_getaffinity(0)))]
+
+    def __enter__(self) -> Tuner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for w in self._asked:
+            w.close()
+
+    def tune(self, read: Program, config: Config, sizes: Mapping[str, int], *, mode: str = "quick",
+             seconds: float | None = None, watch: Callable[[State], None] = lambda state: None) -> Entry:
+        """The entry of the fastest way to map a program on this machine; where it is interrupted (Ctrl-C), of the
+        fastest that was found.
+
+        sizes: as for `compile_program`.  seconds: instead of the mode's, from when the processes are ready.  watch
+        hears of every candidate.  Raises OptionError for a mode that is not known, Refusal where no candidate runs,
+        KeyboardInterrupt where none had run.
+        """
+        if mode not in MODES:
+            raise OptionError(f"tune={mode!r} is not known", hint=f"known: {', '.join(MODES)}")
+        from memcomp.pipeline import device_of, tunable
+
+        how = MODES[mode] if seconds is None else replace(MODES[mode], seconds=seconds)
+        plain = {"target": config.target, "backend": config.backend, "tune": "off", "cache": "off"}
+        given = Given(str(read), tuple(plain.items()), tuple(sizes.items()))
+        search = Search(tunable(read, config=config, sizes=sizes), how, given, watch)
+        timed: dict[Choice, tuple[float, float, int]] = {}
+        try:
+            together(lambda w: w.ask(Job("begin", (given,)), LIMIT), [(w,) for w in self._asked])
+            search.begin = time.monotonic()
+            search.attempt(self._asked)
+            if not search.ran:
+                raise Refusal(f"no way of mapping {read.name} runs",
+                              next((t.why for t in search.trials.values() if t.why), ""))
+            timed = search.race(self._asked[0])
+        except KeyboardInterrupt:
+            if not search.ran:
+                raise
+            timed = {t.choice: (t.seconds, 0.0, 1) for t in search.ran}
+        order = sorted(timed, key=lambda c: timed[c][0])
+        best, (median, spread, rounds) = search.trials[order[0]], timed[order[0]]
+        words = f"{mode}: {len(search.trials)} of {len(search.tunable.space)} ways tried, {len(order)} raced; warm"
+        return Entry(search.tunable.problem, environment(device_of(config)), best.choice, Measured(
+            median, spread, rounds, best.error, best.bound, timed[order[1]][0] if len(order) > 1 else 0.0, words,
+            datetime.date.today().isoformat()), search.rejected)
+
+
+def ranked(t: Tunable, slower: float) -> list[Choice]:
+    """Members of the space that the cost model does not think far slower than its best, its own choice first."""
+    first = t.modelled
+    spent: list[tuple[float, int, Choice]] = []
+    for n, c in enumerate(t.space.choices()):
+        if c != first:
+            spent.append((modelled_seconds(t.space.closed(c), t.forms[c.form].extents), n, c))
+    limit = slower * modelled_seconds(t.space.closed(first), t.forms[first.form].extents)
+    return [first, *(c for s, _, c in sorted(spent, key=lambda x: x[:2]) if s <= limit)]
+
+
+def _trial(choice: Choice, answer: Answer) -> Trial:
+    if answer.state != OK:
+        return Trial(choice, answer.state, why=answer.why)
+    return Trial(choice, OK, answer.told["seconds"], "", answer.told["error"], answer.told["bound"])
+
+
+class _Order:
+    """Which candidate is next: the cost model's first ones, then those most like what the sampler asks for."""
+
+    FIRST = 8
+
+    def __init__(self, candidates: Sequence[Choice]) -> None:
+        self._left = list(candidates)
+        self._told = 0
+        self._names = tuple(dict.fromkeys(n for c in candidates for n in _point(c)))
+        self._study: Any
+        self._study, self._domain = _study({n: list(dict.fromkeys(_point(c).get(n) for c in candidates))
+                                            for n in self._names}) if len(candidates) > self.FIRST else (None, {})
+
+    def next(self) -> Choice | None:
+        if not self._left:
+            return None
+        choice = self._left[0]
+        if self._study is not None and self._told >= self.FIRST:
+            from optuna.trial import TrialState
+
+            trial = self._study.ask(self._domain)
+            self._study.tell(trial, state=TrialState.FAIL)  # what is tried instead is told when it has run
+            choice = max(self._left, key=lambda c: sum(_point(c).get(n) == x for n, x in trial.params.items()))
+        self._left.remove(choice)
+        return choice
+
+    def tell(self, choice: Choice, seconds: float) -> None:
+        self._told += 1
+        if self._study is not None and math.isfinite(seconds):
+            from optuna.trial import create_trial
+
+            point = {n: _point(choice).get(n) for n in self._names}
+            self._study.add_trial(create_trial(params=point, distributions=self._domain, value=math.log(seconds)))
+
+
+def _study(domain: Mapping[str, list[Any]]) -> tuple[Any, dict[str, Any]]:
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise Refusal("tuning searches with Optuna, which is not installed",
+                      hint="pip install memcomp[tune]") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, multivariate=True), direction="minimize")
+    return study, {n: optuna.distributions.CategoricalDistribution(x) for n, x in domain.items()}
+
+
+def _point(choice: Choice) -> dict[str, Any]:
+    return {"form": choice.form, "backend": choice.backend, **choice.knobs}
