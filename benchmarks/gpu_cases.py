@@ -46,7 +46,7 @@ Found = dict[str, dict[str, Any]]
 def names() -> Iterator[str]:
     """"case x" for tests/cases/x.mc, "model x" for models/x.py, "family x"."""
     yield from (f"case {f.stem}" for f in sorted((ROOT / "tests" / "cases").glob("*.mc")))
-    yield from (f"model {name}" for name, _ in workloads())
+    yield from (f"model {place.rpartition('.')[2].partition(':')[0]}" for place, _ in workloads())
     from memcomp.models.families import families
 
     yield from (f"family {f.name}" for f in families())
@@ -152,8 +152,8 @@ def main() -> None:
     args.add_argument("--again", action="store_true", help="what is recorded too")
     chosen = args.parse_args()
     found = recorded()
-    tasks = [(n, m) for m in chosen.target for n in names()
-             if chosen.only in n and (chosen.again or m not in found.get(n, {}))]
+    tasks = [(n, m) for kinds in (("case", "model"), ("family",)) for m in chosen.target for n in names()
+             if n.startswith(kinds) and chosen.only in n and (chosen.again or m not in found.get(n, {}))]
     with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=60) as pool:
         for done, made in enumerate(as_completed([pool.submit(compiled, t) for t in tasks]), 1):
             name, machine, told = made.result()

@@ -27,7 +27,7 @@ from memcomp.models.bench import Case, cases
 
 RESULTS = Path(__file__).parent / "results" / "gpu_offline.json"
 TARGETS = ("a100", "rtx4090", "h100", "b200")
-USED = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "STL")
+USED = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "UTMALDG", "UTMASTG", "USETMAXREG", "STL")
 
 
 def operators() -> tuple[Case, ...]:

@@ -1,4 +1,4 @@
-"""The command line: `memcomp show | explain | opt | cost | emit | check | bench | tune | cache | models | targets | demo`.
+"""The command line: `memcomp --help` lists the commands.
 
 Results go to stdout (or, whole or not at all, to --output), all else to stderr.  Errors: three lines, exit code 2.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from memcomp.ir.program import Program
 
 if TYPE_CHECKING:
     from memcomp.ir.target import Target
+    from memcomp.ir.tile import Kernel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--size", metavar="RANK=N", action="append", default=[], help="extent of a symbolic rank")
     cost.add_argument("--traffic", metavar="BYTES",
                       help="bytes to and from memory, where they are known, instead of the model's")
-    command("emit", _emit, "Print the kernels' source.", backend=True)
+    emit = command("emit", _emit, "Print the kernels' source.", backend=True)
+    emit.add_argument("--cubin", metavar="FOLDER", type=Path,
+                      help="also write machine code for the target's GPU there, to be launched without a compiler")
     check = command("check", _check, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.",
                     backend=True)
     check.add_argument("--interpret", action="store_true",
@@ -192,10 +195,25 @@ def _emit(args: argparse.Namespace) -> int:
     settings = config(_machine_options(args))
     kernels = [compile_program(p, config=settings).kernel for p in _read_programs(args)]
     distinct = {k.source: k for k in kernels}.values()
+    if args.cubin is not None:
+        _save(args.cubin, distinct)
     if args.json:
         return _write(args, json.dumps([{"name": k.name, "backend": k.backend, "entry": k.entry, "source": k.source}
                                         for k in distinct], indent=2))
     return _write(args, "\n".join(k.source.rstrip() + "\n" for k in distinct).rstrip())
+
+
+def _save(folder: Path, kernels: Iterable[Kernel]) -> None:
+    """A file for each kernel, of its name; numbered where several have the same."""
+    from memcomp.artifact.files import ENDING, save, saved
+
+    names: list[str] = []
+    for k in kernels:
+        names.append(k.name)
+        number = f"_{names.count(k.name)}" if names.count(k.name) > 1 else ""
+        place = folder / f"{k.name}{number}{ENDING}"
+        save(saved(k), place)
+        print(f"wrote {place}", file=sys.stderr)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -10,18 +10,18 @@ from pathlib import Path
 from memcomp.ir.errors import InputError
 
 
-def put(target: Path, text: str) -> None:
+def put(target: Path, data: str | bytes) -> None:
     """Write where the path leads to, keeping who may read it: a reader never sees half of it.  A pipe or a device is
     written to as it is.  Raises InputError where it cannot be written."""
-    place = Path(os.path.realpath(target))
+    place, whole = Path(os.path.realpath(target)), data.encode() if isinstance(data, str) else data
     part = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
     try:
         if place.exists() and not (place.is_file() or place.is_dir()):
-            place.write_text(text, encoding="utf-8")
+            place.write_bytes(whole)
             return
         try:
-            with part.open("x", encoding="utf-8") as f:
-                f.write(text)
+            with part.open("xb") as f:
+                f.write(whole)
             if place.is_file():
                 shutil.copymode(place, part)
             os.replace(part, place)

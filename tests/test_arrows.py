@@ -11,7 +11,7 @@ ROOMS = {"ir": {"ir"}, "passes": {"ir", "passes"}, "codegen": {"ir", "codegen"},
 FOREIGN = {  # third-party package -> folders (or files) that may import it, besides memcomp/ itself where it says so
     "torch": ("memcomp", "models"),
     "transformers": ("memcomp",),
-    "triton": ("codegen/triton", "models/bench/_flash", "memcomp/artifact"),
+    "triton": ("codegen/triton", "codegen/gluon", "models/bench/_flash", "memcomp/artifact"),
     "cuda": ("codegen/cuda", "memcomp/artifact"),
     "tvm": ("codegen/tvm", "memcomp/artifact", "memcomp/capture/relax"),
     "tvm_ffi": ("codegen/tvm", "memcomp/artifact", "memcomp/capture/relax"),

@@ -193,7 +193,7 @@ def test_any_strides() -> None:
 @on_host
 def test_threads_that_wait_at_different_places_are_an_error() -> None:
     tp = lower(mapped(load("layer_norm")))
-    source, given_ = emit(tp, "h100").source, launches(tp)
+    source, given_ = emit(tp, "h100").source, launches(tp, "h100")
     assert "combine<" in source
     part = source.replace("  combine<Sum", "  if (threadIdx.x & 1) combine<Sum", 1)
     library, x = compiled(part, given_), torch.zeros(4, 6)
@@ -277,7 +277,7 @@ def test_what_nobody_waited_for_is_not_there() -> None:
     want = interpret(closed, a, sizes)
     for source, right in ((kernel.source, True), (re.sub(r"\bcome<\d>\(\);", "", kernel.source), False)):
         args, known = arguments(tp, a, sizes)
-        form = Form(source, launches(tp))
+        form = Form(source, launches(tp, "h100"))
         form.run({x.name: t for x, t in zip(tp.params, args, strict=True)}, dict(zip(tp.sizes, known, strict=True)))
         got = {x.name: t.double().numpy() for x, t in zip(tp.params, args, strict=True)}
         assert all(same(got[n], want[n], 2e-4, 2e-4) for n in want) == right
@@ -288,8 +288,8 @@ def test_what_nobody_waited_for_is_not_there() -> None:
 def test_machine_code_needs_no_stack(capability: int) -> None:
     for make in (decode, gathered):
         tp = make()
-        found = compile_text(emit(tp, "h100").source, launches(tp), capability)
-        for binary, w in zip(found, writers(tp), strict=True):
+        found = compile_text(emit(tp, "h100").source, launches(tp, "h100"), capability)
+        for binary, w in zip(found, writers(tp, "h100"), strict=True):
             assert binary.resources.stack == 0 and not w.spills, binary
             assert binary.resources.registers <= 255
 

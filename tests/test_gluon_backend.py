@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memcomp.codegen.gluon import emit, interpreted, model
+from memcomp.codegen.gluon import emit, interpreted
 from memcomp.codegen.gluon.model.values import BF16, rounded
 from memcomp.codegen.lower import lower
 from memcomp.ir.errors import Refusal
@@ -161,7 +161,6 @@ def test_every_line_that_orders_is_needed() -> None:
         return False
 
     first = [n for n, line in enumerate(lines) if line not in lines[:n]]   # one loop is like another
-    missed = [f"{lines[n].strip()} -> {new.strip()}" for n in first for new in mutations(lines[n]) if not caught(n, new)]
-    # the wait for V's slot, a step before, has seen the product that read K
-    assert all("K_t_free" in x and x.endswith("-> ") for x in missed), missed
-    assert sum(1 for n in first for _ in mutations(lines[n])) > 20
+    tried = [(n, new) for n in first for new in mutations(lines[n])]
+    missed = [f"{lines[n].strip()} -> {new.strip()}" for n, new in tried if not caught(n, new)]
+    assert len(tried) > 20 and not missed, missed

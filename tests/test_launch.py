@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import memcomp  # noqa: E402
 from memcomp import runtime  # noqa: E402
+from memcomp.__main__ import main  # noqa: E402
 from memcomp.artifact import Launched, files, load, save, saved  # noqa: E402
 from memcomp.codegen.elf import parameters  # noqa: E402
 from memcomp.codegen.launches import Argument, Form, Launch, Layout, described, packed  # noqa: E402
@@ -276,6 +277,34 @@ def test_a_file_is_what_was_saved(backend: str, tmp_path: Path) -> None:
             load(tmp_path / "b.mcc")
     with pytest.raises(InputError, match="cannot read"):
         load(tmp_path / "c.mcc")
+
+
+def test_the_command_line_writes_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs("cuda")
+    (tmp_path / "decode.mc").write_text(DECODE)
+    assert main(["emit", str(tmp_path / "decode.mc"), "--target", "h100", "--backend", "cuda",
+                 "--cubin", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "__global__" in said.out and f"wrote {tmp_path / 'decode.mcc'}" in said.err
+    assert [p.name for p in load(tmp_path / "decode.mcc").saved.params][:4] == ["Q", "K", "V", "O"]
+    assert main(["emit", str(tmp_path / "decode.mc"), "--cubin", str(tmp_path)]) == 2
+    assert "no kernel for a GPU" in capsys.readouterr().err
+
+
+def test_a_saved_kernel_is_a_function_of_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("cuda")
+    call, driver = files.Loaded(made("cuda")), Recorder()
+    replace_driver(call.launched, driver)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 0)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in ((16, 64), *((16, 1000, 64),) * 2))
+        o, = call(q, k, v)
+        assert o.shape == (16, 64) and o.dtype == torch.bfloat16 and o.device == q.device
+        with pytest.raises(TypeError, match="takes 3 tensors, got 2"):
+            call(q, k)
+        with pytest.raises(Refusal, match=r"takes V of shape \(16, 1000, 64\), not \(16, 999, 64\)"):
+            call(q, k, v.narrow(1, 0, 999))
+    assert [x[2] for x in driver.launches] == [x.blocks({"H": 16, "M": 1000}) for x in made("cuda").forms[0].launches]
 
 
 # -- the real cuda.core, on a driver in C ------------------------------------------------------------------------------

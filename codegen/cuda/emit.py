@@ -46,16 +46,19 @@ _JOIN = {"sum": "Sum", "prod": "Prod", "max": "Max", "min": "Min", "and": "And",
 _AGAIN = ("max", "min", "and", "or")   # joining a number to itself changes nothing
 _SIGNS = {"sum": "+", "prod": "*", "and": "&", "or": "|", "add": "+", "sub": "-"}
 _INTEGER = {"i32": "int ", "i64": "long long "}
-ROOMS = 64 * 1024   # bytes of shared memory for what is read ahead: two blocks of most machines
-MOST_STEPS = 4      # that are under way at once
+STEPS = 4           # that are under way at once, at most
+OWN = 16 * 32 * 64  # bytes of shared memory for what passes between the most warps; the system's 1,024 are within
 TENSOR_ROWS = 64    # of a product from which on tensor cores must have it
-TAKEN = set("""alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
+TAKEN = set("""
+alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
 const_cast continue decltype default delete do double dynamic_cast else enum explicit export extern false float for
 friend goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected
-public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template
+public register
+reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template
 this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
 xor_eq threadIdx blockIdx blockDim gridDim warpSize INLINE Block fetch put Sum Prod Max Min And Or combine from_lane
-AT_ONCE SHARED_BYTES copy_later ask asked come take loaded from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 highest lowest most least mod floordiv sigmoid
+AT_ONCE SHARED_BYTES copy_later ask asked come take loaded
+from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 highest lowest most least mod floordiv sigmoid
 xlogx abs fabs exp exp2 log log2 sin cos erf tanh expm1 log1p floor rint sqrt pow i main linux unix""".split())
 
 
@@ -75,35 +78,38 @@ def emit(tp: TileProgram, target: Target | str, layout: Layout | None = None) ->
     Raises Refusal where a stored format or an operator has no form here, and where tiles do not fit in registers.
     """
     machine = named(target) if isinstance(target, str) else target
-    return Kernel(tp.name, "cuda", "\n".join([HEAD, *(w.text for w in writers(tp, layout))]), "", tp, machine.name)
+    texts = [w.text for w in writers(tp, machine, layout)]
+    return Kernel(tp.name, "cuda", "\n".join([HEAD, *texts]), "", tp, machine.name)
 
 
-def launches(tp: TileProgram, layout: Layout | None = None) -> tuple[Launch, ...]:
-    """What the kernels of `emit` with the same layout are launched with, in the program's order."""
-    return tuple(w.launch for w in writers(tp, layout))
+def launches(tp: TileProgram, target: Target | str, layout: Layout | None = None) -> tuple[Launch, ...]:
+    """What the kernels of `emit` with the same arguments are launched with, in the program's order."""
+    return tuple(w.launch for w in writers(tp, target, layout))
 
 
 def admits(tp: TileProgram, target: Target) -> int:
     """0: every launch fits its registers; 1: some may spill.  Raises Refusal where one has no text."""
-    return max((int(w.spills) for w in writers(tp)), default=0)
+    return max((int(w.spills) for w in writers(tp, target)), default=0)
 
 
-def writers(tp: TileProgram, layout: Layout | None = None) -> list[Writer]:
+def writers(tp: TileProgram, target: Target | str, layout: Layout | None = None) -> list[Writer]:
     """The text of each launch, and what it was made of."""
+    machine = named(target) if isinstance(target, str) else target
     for p in tp.params:
         if p.dtype in ("e4m3", "e5m2"):
             raise Refusal(f"{p.name} is stored as {p.dtype}", tp.name,
                           "the cuda backend reads f64, f32, f16, bf16, integers and bool")
     layout = layout or Layout(tuple(len(p.shape) - 1 for p in tp.params))
     rows, names = Rows.of(tp, layout), Names(TAKEN)
-    return [Writer(tp, k, names.fresh(re.sub(r"\W", "_", k.name), plain=True), rows, layout) for k in tp.kernels]
+    return [Writer(tp, k, names.fresh(re.sub(r"\W", "_", k.name), plain=True), rows, layout,
+                   machine.level("smem").bytes) for k in tp.kernels]
 
 
 class Writer:
     """Text and launch of one kernel."""
 
-    def __init__(self, tp: TileProgram, k: TileKernel, name: str, rows: Rows, layout: Layout) -> None:
-        self.k, self.name, self.rows = k, name, rows
+    def __init__(self, tp: TileProgram, k: TileKernel, name: str, rows: Rows, layout: Layout, most: int) -> None:
+        self.k, self.name, self.rows, self.most = k, name, rows, most
         self.params = {p.name: p for p in tp.params}
         for s in statements(k.body):
             if isinstance(s, Dot) and (few := self._rows(s)) >= TENSOR_ROWS:
@@ -224,7 +230,7 @@ class Writer:
         turn = f"  int {self.turn} = 0;\n" if room else ""
         if self.shared:
             turn += f"  SHARED_BYTES({self.names['staged']});\n  int {self.names['slot']} = 0;\n"
-        return (f'extern "C" __global__ void __launch_bounds__({self.threads}) {self.name}({args}) {{\n'
+        return (f'extern "C" __global__ void __launch_bounds__({self.threads}, 1) {self.name}({args}) {{\n'
                 f"{room}{turn}{body}\n}}\n")
 
     def _declared(self, tile: str) -> str:
@@ -599,12 +605,13 @@ class Writer:
                 break
             found.append((s, size))
             size += n
-        return found if found and size * 2 <= ROOMS else []
+        return found if found and 2 * size <= self.most - OWN else []
 
     def rooms_of(self, ahead: list[tuple[Load, int]]) -> tuple[int, int]:
-        """How many steps are under way, with the one at hand, and bytes of each."""
+        """How many steps are under way, with the one at hand, and bytes of each: as many as let two blocks share a
+        processor's memory, and two at least."""
         size = sum(self.memory.room(s) for s, _ in ahead)
-        n = min(MOST_STEPS, ROOMS // size)
+        n = max(2, min(STEPS, (self.most // 2 - OWN) // size))
         self.shared = max(self.shared, n * size)
         return n, size
 

@@ -49,7 +49,7 @@ static inline float pow(float x, float y) { return powf(x, y); }
 #define __forceinline__ inline
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 
 struct Place { int x, y, z; };
 static Place threadIdx, blockIdx, blockDim, gridDim;
@@ -204,10 +204,10 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
 
     def form(tensors: dict[str, Any]) -> Form:
         layout = Layout(tuple(unit(t.stride()) for t in tensors.values()))
-        if loose := _loose(launches(tp, layout), tensors):
+        if loose := _loose(launches(tp, kernel.isa, layout), tensors):
             layout = Layout(layout.units, loose)
         if layout not in forms:
-            forms[layout] = Form(emit(tp, kernel.isa, layout).source, launches(tp, layout))
+            forms[layout] = Form(emit(tp, kernel.isa, layout).source, launches(tp, kernel.isa, layout))
         return forms[layout]
 
     def run(*given: Any) -> None:

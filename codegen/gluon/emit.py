@@ -63,11 +63,10 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
     texts: list[str] = []
     names = function_names(tp)
     for k, name in zip(tp.kernels, names, strict=True):
-        one = _Launch(tp, k, machine, places, allowed, words)
-        if one.shared > machine.level("smem").bytes:
-            raise Refusal(f"{k.name} needs {one.shared:,} bytes of shared memory, and a block of {machine.name} has "
-                          f"{machine.level('smem').bytes:,}", tp.name, "fewer keys in a step")
-        texts += one.functions(name)
+        if (wanted := shared(tp, k)) > (there := machine.level("smem").bytes):
+            raise Refusal(f"{k.name} needs {wanted:,} bytes of shared memory, and a block of {machine.name} has "
+                          f"{there:,}", tp.name, "fewer keys in a step")
+        texts += _Launch(tp, k, machine, places, allowed, words).functions(name)
     told = "".join(f"    {name!r}: dict(num_warps={WARPS}),\n" for name in names)
     source = "\n\n".join([HEAD, *map(spoken, used(words)), *map(spoken, texts), f"SETTINGS = {{\n{told}}}\n"])
     return Kernel(tp.name, "gluon", source, "SETTINGS", tp, machine.name)
@@ -77,10 +76,17 @@ def admits(tp: TileProgram, target: Target) -> int:
     """0: every launch fits the machine with its registers; 1: some spill.  Raises Refusal where one does not fit or has
     no text."""
     emit(tp, target)
-    return int(max((held(tp, k) for k in tp.kernels), default=0) > HELD)
+    return int(max(map(held, tp.kernels), default=0) > HELD)
 
 
-def held(tp: TileProgram, k: TileKernel) -> int:
+def shared(tp: TileProgram, k: TileKernel) -> int:
+    """Bytes of shared memory of a block, at most: the queries, and slots for what is streamed."""
+    f = parted(k)
+    streamed = f.keys.size * (f.depth.size + f.columns.size)
+    return (f.rows.size * f.depth.size + STAGES * streamed) * BYTES[tp.param(f.query.source.tensor).dtype] + BARRIERS
+
+
+def held(k: TileKernel) -> int:
     """32-bit registers of a thread for what a step holds: sums, scores, the weights of the step before in 16 bits, and
     what it loads over keys, of which four threads hold all."""
     f = parted(k)
@@ -143,12 +149,6 @@ class _Launch:
         self.tiles = [self.names[s.tile] for s in f.fetched]
         self.bars = [self.names[f"{self.tiles[n]}_{what}"] for n, what in
                      ((0, "full"), (1, "full"), (2, "full"), (2, "free"))]
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory, at most."""
-        query, left, right = (x.bytes for x in self.boxes.values())
-        return 2 * query + STAGES * (left + right) + BARRIERS
 
     def functions(self, name: str) -> list[str]:
         f, h, names = self.plan, self.host, self.names

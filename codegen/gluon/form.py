@@ -110,7 +110,8 @@ def _apart(k: TileKernel, x: Form, s: Loop) -> None:
                 raise Refusal(f"{total} is read in the loop that sums it", k.name, ELSE)
             continue
         rest = {t for later in s.body[n + 1:] for t in wrote((later,)) - {total}}
-        if written != {total} or not isinstance(one, (Map, Dot)) or not start < n <= end or (one is not x.last and rest & reads((one,))):
+        late = one is not x.last and rest & reads((one,))
+        if written != {total} or not isinstance(one, (Map, Dot)) or not start < n <= end or late:
             raise Refusal(f"what becomes of {total} in a step cannot wait for the next", k.name, ELSE)
 
 

@@ -59,11 +59,11 @@ def parts(k: TileKernel, s: Loop) -> list[Part]:
     if not starts and not ends:
         return [Part(None, general)]
     plainly = _taken(s.body, held, plain=True, whole=whole)
-    begin, end = _joined("max", starts) if starts else s.lo, _joined("min", ends) if ends else s.hi
-    last = proves(call("ge", end, s.hi))
-    out = [Part(None if last else end, plainly, frozenset(full))]
-    if not proves(call("le", begin, s.lo)):
-        out.insert(0, Part(begin, general, edge=True))
+    first, last = (not starts or proves(call("le", _joined("max", starts), s.lo)),
+                   not ends or proves(call("ge", _joined("min", ends), s.hi)))
+    out = [Part(None if last else _joined("min", ends), plainly, frozenset(full))]
+    if not first:
+        out.insert(0, Part(_joined("max", starts), general, edge=True))
     if not last:
         out.append(Part(None, general, edge=True))
     return out

@@ -11,11 +11,13 @@ import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from memcomp.artifact.launch import Launched
 from memcomp.codegen.launches import Argument, Form, Launch, Layout, distinct, factor
+from memcomp.files import put
 from memcomp.ir.errors import InputError, Refusal
 from memcomp.ir.expr import Expr
 from memcomp.ir.lex import read_line
@@ -52,10 +54,19 @@ class Saved:
                       "make them contiguous, or save the kernel for this layout too")
 
 
-def saved(kernel: Kernel, compiled: Callable[[Kernel, Layout], Form]) -> Saved:
+def saved(kernel: Kernel, compiled: Callable[[Kernel, Layout], Form] | None = None) -> Saved:
     """A kernel compiled for tensors whose last stride is 1: for those that are aligned as usual; for those whose
     strides are what extents make of them, row by row; and for any of fewer than 2**31 elements from one position to the
-    next."""
+    next.
+
+    compiled: its backend's by default.  Raises Refusal where the kernel is for no GPU, and where it does not compile.
+    """
+    if compiled is None:
+        backend = import_module(f"memcomp.codegen.{kernel.backend}")
+        if backend.DEVICE != "cuda":
+            raise Refusal(f"{kernel.name} is no kernel for a GPU", f"target {kernel.isa}, backend {kernel.backend}",
+                          "name a target with one, e.g. h100 (`memcomp targets`)")
+        compiled = backend.compiled
     params = kernel.program.params
     units = tuple(len(p.shape) - 1 for p in params)
     forms = [compiled(kernel, Layout(units))]
@@ -70,8 +81,8 @@ def saved(kernel: Kernel, compiled: Callable[[Kernel, Layout], Form]) -> Saved:
 
 
 def save(made: Saved, place: str | Path) -> None:
-    """Write the file; equal kernels give equal files."""
-    Path(place).write_bytes(to_bytes(made))
+    """Write the file, whole or not at all; equal kernels give equal files.  InputError where it cannot be written."""
+    put(Path(place), to_bytes(made))
 
 
 def load(place: str | Path) -> Loaded:

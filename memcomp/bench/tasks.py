@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from memcomp.backend import Installed
     from memcomp.bench.cuda import Loop, Machine
     from memcomp.models.bench import Case, Layer
-    from memcomp.oracle import Error, Tolerance
+    from memcomp.oracle import Error, Report, Tolerance
 
 OWN = "memcomp "  # and the name of a backend: one of our forms of a case
 PARTS = 8         # of a result that are compared with float64, spread over its batch and heads
 ROUNDS = 21
+SOME = 37         # points of a program's symbolic rank, of the next one more
 
 
 class Tasks:
@@ -93,13 +94,17 @@ class Tasks:
         return Answer(OK, told=asdict(self.machine.peaks()))
 
     def program(self, file: str, backend: str) -> Answer:
-        """The kernel of a .mc file beside its meaning in float64."""
+        """The kernel of a .mc file beside its meaning in float64, where symbolic ranks have `SOME` points."""
+        from memcomp.config import config
         from memcomp.ir.text import parse
-        from memcomp.oracle import check_program
+        from memcomp.oracle import Reference
+        from memcomp.pipeline import compile_program, fixed, shape_sizes
 
-        report = check_program(parse(Path(file).read_text()), **self._options(backend))
-        return Answer(OK if report.ok else WRONG, "" if report.ok else str(report.worst),
-                      {"max": report.max_error, "bound": report.tolerance})
+        program, settings = parse(Path(file).read_text()), config(self._options(backend))
+        symbols = {r.name: min(SOME + n, r.bound or SOME + n) for n, r in enumerate(program.cascade.ranks)
+                   if r.extent is None}
+        known = {**fixed(program), **shape_sizes(program, program, symbols)}
+        return _judged(Reference(program, known).report(compile_program(program, config=settings, sizes=known), settings))
 
     def family(self, name: str, backend: str) -> Answer:
         """A family of layers beside itself in float64, on few rows and keys."""
@@ -114,8 +119,7 @@ class Tasks:
         report = check(found.fn, *args, **self._options(backend), rest="eager")
         if stats()["launches"] == before:
             raise Refusal("nothing in it is a region")
-        return Answer(OK if report.ok else WRONG, "" if report.ok else str(report.worst),
-                      {"max": report.max_error, "bound": report.tolerance})
+        return _judged(report)
 
     def check(self, name: str, form: str) -> Answer:
         """A form of a case, at its full size, beside parts of the result in float64."""
@@ -284,6 +288,11 @@ def parts(case: Case, args: Sequence[Tensor], out: Tensor) -> Iterator[tuple[tup
             k, at = divmod(k, count)
             cut = [t.narrow(d, at * t.shape[d] // count, 1) if d >= 0 else t for t, d in zip(cut, axis, strict=True)]
         yield tuple(cut[:-1]), cut[-1]
+
+
+def _judged(report: Report) -> Answer:
+    return Answer(OK if report.ok else WRONG, "" if report.ok else str(report.worst),
+                  {"max": report.max_error, "bound": report.tolerance})
 
 
 def _call(run: Layer, args: Sequence[Tensor]) -> Callable[[], object]:

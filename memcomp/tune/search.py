@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from memcomp.pipeline import Tunable
 
 LIMIT = 30.0  # seconds of one candidate
+LEAST = 2     # candidates that are tried, however long they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,9 @@ class Search:
         until, todo = self.begin + self.mode.seconds * (1 - self.mode.share), _Order(candidates)
 
         def jobs() -> Iterator[Job]:
-            while time.monotonic() < until and (choice := todo.next()) is not None:
+            begun = 0
+            while (begun < LEAST or time.monotonic() < until) and (choice := todo.next()) is not None:
+                begun += 1
                 yield Job("attempt", (self.given, choice))
 
         def done(job: Job, answer: Answer) -> None:
@@ -114,7 +117,7 @@ class Search:
             self.watch(State(len(self.trials), len(candidates), self.ran[0].seconds if self.ran else math.inf,
                              model.seconds if model else math.inf, self.begin + self.mode.seconds - time.monotonic()))
 
-        spread(asked, jobs(), lambda: LIMIT, until, done)
+        spread(asked, jobs(), lambda: LIMIT, math.inf, done)
 
     def race(self, worker: Asked) -> dict[Choice, tuple[float, float, int]]:
         """(median, spread, rounds) of the candidates that did best, and of the cost model's own, in turn; those that
@@ -181,12 +184,22 @@ class Tuner:
             if not search.ran:
                 raise
             timed = {t.choice: (t.seconds, 0.0, 1) for t in search.ran}
-        order = sorted(timed, key=lambda c: timed[c][0])
+        order = winners(timed, search.tunable.modelled)
         best, (median, spread, rounds) = search.trials[order[0]], timed[order[0]]
         words = f"{mode}: {len(search.trials)} of {len(search.tunable.space)} ways tried, {len(order)} raced; warm"
         return Entry(search.tunable.problem, environment(device_of(config)), best.choice, Measured(
             median, spread, rounds, best.error, best.bound, timed[order[1]][0] if len(order) > 1 else 0.0, words,
             datetime.date.today().isoformat()), search.rejected)
+
+
+def winners(timed: Mapping[Choice, tuple[float, float, int]], model: Choice) -> list[Choice]:
+    """By median, but the cost model's choice before what is faster by no more than the measurement wanders."""
+    order = sorted(timed, key=lambda c: timed[c][0])
+    if model in timed:
+        median, spread, _ = timed[order[0]]
+        if timed[model][0] <= median * (1 + spread / 2):
+            order.sort(key=lambda c: c != model)
+    return order
 
 
 def ranked(t: Tunable, slower: float) -> list[Choice]:

@@ -1,6 +1,8 @@
 extern "C" __global__ void __launch_bounds__(256) bag_g0(const long long *__restrict__ I_ptr, int I_s0, const float *__restrict__ W_ptr, int W_s0, float *__restrict__ O_ptr, int O_s0, int T, int L, int N, int D) {
   __shared__ __align__(16) char rooms[2 * AT_ONCE * 8 * 32 * 8];
   int turn = 0;
+  SHARED_BYTES(staged);
+  int slot = 0;
   const int thread = threadIdx.x;
   const int rest1 = blockIdx.x;
   const int d1 = rest1 % ((D + 128 - 1) / 128);
@@ -19,12 +21,43 @@ extern "C" __global__ void __launch_bounds__(256) bag_g0(const long long *__rest
   #pragma unroll
   for (int i = 0; i < 16; ++i) O_run[i] = thread & 248 ? 0.0f : O_run[i];
   #pragma unroll 1
+  for (int step = 0; step < 1; ++step) {
+    if (const int later = 0 + step; later < end2) {
+      const int l1 = later;
+      char *place = staged + step * 65536;
+      #pragma unroll
+      for (int l0_r = 0; l0_r < 4; ++l0_r) {
+        #pragma unroll
+        for (int d0_r = 0; d0_r < 16; d0_r += 4) {
+          ask<16, 256>(place + (((l0_r) * 4 + d0_r / 4) * 256 + thread) * 16, W_ptr + (long long)(((int)(most((least(*(I_ptr + (long long)(t) * I_s0 + (long long)(((l1 * 128) + (l0_at + l0_r * 32)))), (long long)(N - 1))), 0LL)))) * W_s0 + (long long)(((d1 * 128) + (d0_at + d0_r / 4 * 32 + d0_r % 4))), (d0_at + d0_r / 4 * 32 + d0_r % 4) < d0_n);
+        }
+      }
+    }
+    asked();
+  }
+  slot = 0;
+  #pragma unroll 1
   for (int l1 = 0; l1 < end2; ++l1) {
+    if (const int later = l1 + 1; later < end2) {
+      const int l1 = later;
+      char *place = staged + (slot == 0 ? 1 : slot - 1) * 65536;
+      #pragma unroll
+      for (int l0_r = 0; l0_r < 4; ++l0_r) {
+        #pragma unroll
+        for (int d0_r = 0; d0_r < 16; d0_r += 4) {
+          ask<16, 256>(place + (((l0_r) * 4 + d0_r / 4) * 256 + thread) * 16, W_ptr + (long long)(((int)(most((least(*(I_ptr + (long long)(t) * I_s0 + (long long)(((l1 * 128) + (l0_at + l0_r * 32)))), (long long)(N - 1))), 0LL)))) * W_s0 + (long long)(((d1 * 128) + (d0_at + d0_r / 4 * 32 + d0_r % 4))), (d0_at + d0_r / 4 * 32 + d0_r % 4) < d0_n);
+        }
+      }
+    }
+    asked();
+    come<1>();
+    const char *room = staged + slot * 65536;
+    slot = slot == 1 ? 0 : slot + 1;
     #pragma unroll
     for (int l0_r = 0; l0_r < 4; ++l0_r) {
       #pragma unroll
       for (int d0_r = 0; d0_r < 16; d0_r += 4) {
-        fetch<4>(W_t + l0_r * 16 + d0_r, W_ptr + (long long)(((int)(most((least(*(I_ptr + (long long)(t) * I_s0 + (long long)(((l1 * 128) + (l0_at + l0_r * 32)))), (long long)(N - 1))), 0LL)))) * W_s0 + (long long)(((d1 * 128) + (d0_at + d0_r / 4 * 32 + d0_r % 4))), (d0_at + d0_r / 4 * 32 + d0_r % 4) < d0_n);
+        take<4, 256>(W_t + l0_r * 16 + d0_r, room + (((l0_r) * 4 + d0_r / 4) * 256 + thread) * 16);
       }
     }
     #pragma unroll
@@ -36,13 +69,46 @@ extern "C" __global__ void __launch_bounds__(256) bag_g0(const long long *__rest
     }
   }
   #pragma unroll 1
+  for (int step = 0; step < 1; ++step) {
+    if (const int later = end2 + step; later < end1) {
+      const int l1 = later;
+      char *place = staged + step * 65536;
+      const int l0_n = (least((L - (l1 * 128)), 128));
+      #pragma unroll
+      for (int l0_r = 0; l0_r < 4; ++l0_r) {
+        #pragma unroll
+        for (int d0_r = 0; d0_r < 16; d0_r += 4) {
+          ask<16, 256>(place + (((l0_r) * 4 + d0_r / 4) * 256 + thread) * 16, W_ptr + (long long)(((int)(most((least(((l0_at + l0_r * 32) < l0_n ? *(I_ptr + (long long)(t) * I_s0 + (long long)(((l1 * 128) + (l0_at + l0_r * 32)))) : 0), (long long)(N - 1))), 0LL)))) * W_s0 + (long long)(((d1 * 128) + (d0_at + d0_r / 4 * 32 + d0_r % 4))), (l0_at + l0_r * 32) < l0_n && (d0_at + d0_r / 4 * 32 + d0_r % 4) < d0_n);
+        }
+      }
+    }
+    asked();
+  }
+  slot = 0;
+  #pragma unroll 1
   for (int l1 = end2; l1 < end1; ++l1) {
+    if (const int later = l1 + 1; later < end1) {
+      const int l1 = later;
+      char *place = staged + (slot == 0 ? 1 : slot - 1) * 65536;
+      const int l0_n = (least((L - (l1 * 128)), 128));
+      #pragma unroll
+      for (int l0_r = 0; l0_r < 4; ++l0_r) {
+        #pragma unroll
+        for (int d0_r = 0; d0_r < 16; d0_r += 4) {
+          ask<16, 256>(place + (((l0_r) * 4 + d0_r / 4) * 256 + thread) * 16, W_ptr + (long long)(((int)(most((least(((l0_at + l0_r * 32) < l0_n ? *(I_ptr + (long long)(t) * I_s0 + (long long)(((l1 * 128) + (l0_at + l0_r * 32)))) : 0), (long long)(N - 1))), 0LL)))) * W_s0 + (long long)(((d1 * 128) + (d0_at + d0_r / 4 * 32 + d0_r % 4))), (l0_at + l0_r * 32) < l0_n && (d0_at + d0_r / 4 * 32 + d0_r % 4) < d0_n);
+        }
+      }
+    }
+    asked();
+    come<1>();
+    const char *room = staged + slot * 65536;
+    slot = slot == 1 ? 0 : slot + 1;
     const int l0_n = (least((L - (l1 * 128)), 128));
     #pragma unroll
     for (int l0_r = 0; l0_r < 4; ++l0_r) {
       #pragma unroll
       for (int d0_r = 0; d0_r < 16; d0_r += 4) {
-        fetch<4>(W_t + l0_r * 16 + d0_r, W_ptr + (long long)(((int)(most((least(((l0_at + l0_r * 32) < l0_n ? *(I_ptr + (long long)(t) * I_s0 + (long long)(((l1 * 128) + (l0_at + l0_r * 32)))) : 0), (long long)(N - 1))), 0LL)))) * W_s0 + (long long)(((d1 * 128) + (d0_at + d0_r / 4 * 32 + d0_r % 4))), (l0_at + l0_r * 32) < l0_n && (d0_at + d0_r / 4 * 32 + d0_r % 4) < d0_n);
+        take<4, 256>(W_t + l0_r * 16 + d0_r, room + (((l0_r) * 4 + d0_r / 4) * 256 + thread) * 16);
       }
     }
     #pragma unroll

@@ -1,6 +1,8 @@
 extern "C" __global__ void __launch_bounds__(256) decode_g0(const unsigned short *__restrict__ Q_ptr, int Q_s0, int Q_s1, const unsigned short *__restrict__ K_ptr, int K_s0, int K_s1, const unsigned short *__restrict__ V_ptr, int V_s0, int V_s1, unsigned short *__restrict__ O_ptr, int O_s0, int O_s1, int J, int M) {
   __shared__ __align__(16) char rooms[2 * AT_ONCE * 8 * 32 * 8];
   int turn = 0;
+  SHARED_BYTES(staged);
+  int slot = 0;
   const int thread = threadIdx.x;
   const int j = blockIdx.x;
   const int f_at = (thread & 7) * 8;
@@ -44,19 +46,64 @@ extern "C" __global__ void __launch_bounds__(256) decode_g0(const unsigned short
   #pragma unroll
   for (int i = 0; i < 64; ++i) RN[i] = thread & 248 ? 0.0f : RN[i];
   #pragma unroll 1
+  for (int step = 0; step < 1; ++step) {
+    if (const int later = 0 + step; later < end2) {
+      const int m1 = later;
+      char *place = staged + step * 65536;
+      #pragma unroll
+      for (int m0_r = 0; m0_r < 4; ++m0_r) {
+        #pragma unroll
+        for (int e_r = 0; e_r < 16; e_r += 8) {
+          ask<16, 256>(place + (((m0_r) * 2 + e_r / 8) * 256 + thread) * 16, K_ptr + (long long)(j) * K_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * K_s1 + (long long)((e_at + e_r / 8 * 64 + e_r % 8)));
+        }
+      }
+      #pragma unroll
+      for (int m0_r = 0; m0_r < 4; ++m0_r) {
+        #pragma unroll
+        for (int f_r = 0; f_r < 16; f_r += 8) {
+          ask<16, 256>(place + 32768 + (((m0_r) * 2 + f_r / 8) * 256 + thread) * 16, V_ptr + (long long)(j) * V_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * V_s1 + (long long)((f_at + f_r / 8 * 64 + f_r % 8)));
+        }
+      }
+    }
+    asked();
+  }
+  slot = 0;
+  #pragma unroll 1
   for (int m1 = 0; m1 < end2; ++m1) {
+    if (const int later = m1 + 1; later < end2) {
+      const int m1 = later;
+      char *place = staged + (slot == 0 ? 1 : slot - 1) * 65536;
+      #pragma unroll
+      for (int m0_r = 0; m0_r < 4; ++m0_r) {
+        #pragma unroll
+        for (int e_r = 0; e_r < 16; e_r += 8) {
+          ask<16, 256>(place + (((m0_r) * 2 + e_r / 8) * 256 + thread) * 16, K_ptr + (long long)(j) * K_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * K_s1 + (long long)((e_at + e_r / 8 * 64 + e_r % 8)));
+        }
+      }
+      #pragma unroll
+      for (int m0_r = 0; m0_r < 4; ++m0_r) {
+        #pragma unroll
+        for (int f_r = 0; f_r < 16; f_r += 8) {
+          ask<16, 256>(place + 32768 + (((m0_r) * 2 + f_r / 8) * 256 + thread) * 16, V_ptr + (long long)(j) * V_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * V_s1 + (long long)((f_at + f_r / 8 * 64 + f_r % 8)));
+        }
+      }
+    }
+    asked();
+    come<1>();
+    const char *room = staged + slot * 65536;
+    slot = slot == 1 ? 0 : slot + 1;
     #pragma unroll
     for (int m0_r = 0; m0_r < 4; ++m0_r) {
       #pragma unroll
       for (int e_r = 0; e_r < 16; e_r += 8) {
-        fetch<4>(K_t + (m0_r * 16 + e_r) / 2, K_ptr + (long long)(j) * K_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * K_s1 + (long long)((e_at + e_r / 8 * 64 + e_r % 8)));
+        take<4, 256>(K_t + (m0_r * 16 + e_r) / 2, room + (((m0_r) * 2 + e_r / 8) * 256 + thread) * 16);
       }
     }
     #pragma unroll
     for (int m0_r = 0; m0_r < 4; ++m0_r) {
       #pragma unroll
       for (int f_r = 0; f_r < 16; f_r += 8) {
-        fetch<4>(V_t + (m0_r * 16 + f_r) / 2, V_ptr + (long long)(j) * V_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * V_s1 + (long long)((f_at + f_r / 8 * 64 + f_r % 8)));
+        take<4, 256>(V_t + (m0_r * 16 + f_r) / 2, room + 32768 + (((m0_r) * 2 + f_r / 8) * 256 + thread) * 16);
       }
     }
     #pragma unroll
@@ -136,20 +183,67 @@ extern "C" __global__ void __launch_bounds__(256) decode_g0(const unsigned short
     }
   }
   #pragma unroll 1
+  for (int step = 0; step < 1; ++step) {
+    if (const int later = end2 + step; later < end1) {
+      const int m1 = later;
+      char *place = staged + step * 65536;
+      const int m0_n = (least((M - (m1 * 128)), 128));
+      #pragma unroll
+      for (int m0_r = 0; m0_r < 4; ++m0_r) {
+        #pragma unroll
+        for (int e_r = 0; e_r < 16; e_r += 8) {
+          ask<16, 256>(place + (((m0_r) * 2 + e_r / 8) * 256 + thread) * 16, K_ptr + (long long)(j) * K_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * K_s1 + (long long)((e_at + e_r / 8 * 64 + e_r % 8)), (m0_at + m0_r * 32) < m0_n);
+        }
+      }
+      #pragma unroll
+      for (int m0_r = 0; m0_r < 4; ++m0_r) {
+        #pragma unroll
+        for (int f_r = 0; f_r < 16; f_r += 8) {
+          ask<16, 256>(place + 32768 + (((m0_r) * 2 + f_r / 8) * 256 + thread) * 16, V_ptr + (long long)(j) * V_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * V_s1 + (long long)((f_at + f_r / 8 * 64 + f_r % 8)), (m0_at + m0_r * 32) < m0_n);
+        }
+      }
+    }
+    asked();
+  }
+  slot = 0;
+  #pragma unroll 1
   for (int m1 = end2; m1 < end1; ++m1) {
+    if (const int later = m1 + 1; later < end1) {
+      const int m1 = later;
+      char *place = staged + (slot == 0 ? 1 : slot - 1) * 65536;
+      const int m0_n = (least((M - (m1 * 128)), 128));
+      #pragma unroll
+      for (int m0_r = 0; m0_r < 4; ++m0_r) {
+        #pragma unroll
+        for (int e_r = 0; e_r < 16; e_r += 8) {
+          ask<16, 256>(place + (((m0_r) * 2 + e_r / 8) * 256 + thread) * 16, K_ptr + (long long)(j) * K_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * K_s1 + (long long)((e_at + e_r / 8 * 64 + e_r % 8)), (m0_at + m0_r * 32) < m0_n);
+        }
+      }
+      #pragma unroll
+      for (int m0_r = 0; m0_r < 4; ++m0_r) {
+        #pragma unroll
+        for (int f_r = 0; f_r < 16; f_r += 8) {
+          ask<16, 256>(place + 32768 + (((m0_r) * 2 + f_r / 8) * 256 + thread) * 16, V_ptr + (long long)(j) * V_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * V_s1 + (long long)((f_at + f_r / 8 * 64 + f_r % 8)), (m0_at + m0_r * 32) < m0_n);
+        }
+      }
+    }
+    asked();
+    come<1>();
+    const char *room = staged + slot * 65536;
+    slot = slot == 1 ? 0 : slot + 1;
     const int m0_n = (least((M - (m1 * 128)), 128));
     #pragma unroll
     for (int m0_r = 0; m0_r < 4; ++m0_r) {
       #pragma unroll
       for (int e_r = 0; e_r < 16; e_r += 8) {
-        fetch<4>(K_t + (m0_r * 16 + e_r) / 2, K_ptr + (long long)(j) * K_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * K_s1 + (long long)((e_at + e_r / 8 * 64 + e_r % 8)), (m0_at + m0_r * 32) < m0_n);
+        take<4, 256>(K_t + (m0_r * 16 + e_r) / 2, room + (((m0_r) * 2 + e_r / 8) * 256 + thread) * 16);
       }
     }
     #pragma unroll
     for (int m0_r = 0; m0_r < 4; ++m0_r) {
       #pragma unroll
       for (int f_r = 0; f_r < 16; f_r += 8) {
-        fetch<4>(V_t + (m0_r * 16 + f_r) / 2, V_ptr + (long long)(j) * V_s0 + (long long)(((m1 * 128) + (m0_at + m0_r * 32))) * V_s1 + (long long)((f_at + f_r / 8 * 64 + f_r % 8)), (m0_at + m0_r * 32) < m0_n);
+        take<4, 256>(V_t + (m0_r * 16 + f_r) / 2, room + 32768 + (((m0_r) * 2 + f_r / 8) * 256 + thread) * 16);
       }
     }
     #pragma unroll

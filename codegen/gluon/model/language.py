@@ -233,16 +233,15 @@ def _nothing(*_: Any, **__: Any) -> None:
 def modules() -> dict[str, ModuleType]:
     """Every module that text may import of Triton, by its name."""
     out: dict[str, ModuleType] = {}
-    for name in ("triton", "triton.language", "triton.experimental", "triton.experimental.gluon", "triton.experimental.gluon.language",
-                 "triton.experimental.gluon.language.nvidia", "triton.experimental.gluon.language.nvidia.hopper",
-                 "triton.experimental.gluon.language.nvidia.hopper.mbarrier",
-                 "triton.experimental.gluon.language.nvidia.hopper.tma"):
+    hopper = ".experimental.gluon.language.nvidia.hopper"
+    parents = [hopper[:n] for n, c in enumerate(hopper) if c == "."]
+    for name in (f"triton{x}" for x in (*parents, ".language", hopper, f"{hopper}.mbarrier", f"{hopper}.tma")):
         out[name] = ModuleType(name)
         above, _, last = name.rpartition(".")
         if above:
             setattr(out[above], last, out[name])
     gluon, gl = out["triton.experimental.gluon"], out["triton.experimental.gluon.language"]
-    hopper = out["triton.experimental.gluon.language.nvidia.hopper"]
+    units = out[f"triton{hopper}"]
     gluon.__dict__.update(jit=jit, constexpr_function=jit)
     gl.__dict__.update(DTYPES)
     gl.__dict__.update({n: getattr(layouts, n) for n in layouts.__all__})
@@ -256,12 +255,12 @@ def modules() -> dict[str, ModuleType]:
         expand_dims=v.expand_dims, to_tensor=v.tensor, tensor=Tensor, shared_memory_descriptor=Shared,
         warp_specialize=lambda functions, warps, registers=None: block().specialize(functions, warps))
     out["triton.language"].__dict__["PropagateNan"] = type("PropagateNan", (), {"ALL": "all", "NONE": "none"})
-    hopper.__dict__.update(warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
-                           fence_async_shared=fence_async_shared)
-    hopper.mbarrier.__dict__.update(
+    units.__dict__.update(warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
+                          fence_async_shared=fence_async_shared)
+    units.mbarrier.__dict__.update(
         MBarrierLayout=layouts.MBarrierLayout, init=init, invalidate=invalidate, expect=expect, arrive=arrive,
         wait=wait)
-    hopper.tma.__dict__.update(
+    units.tma.__dict__.update(
         async_load=fetch, async_copy_global_to_shared=fetch, async_store=send, async_copy_shared_to_global=send,
         store_wait=store_wait, make_tensor_descriptor=Descriptor)
     return out

@@ -1,0 +1,59 @@
+"""Tuning candidates that are wrong, crash, hang or eat memory: made where the tuner asks for a kernel."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from memcomp.cache import Choice
+from memcomp.pipeline import Compiled
+from memcomp.tune.tasks import Tasks, _Work
+from memcomp.workers import Answer, Job, answered
+
+
+class Work(_Work):
+    """The cost model's own choice is as it should be, and all others are `how`."""
+
+    how = ""
+
+    def _kernel(self, choice: Choice) -> Compiled:
+        made = super()._kernel(choice)
+        if choice == self.tunable.modelled:
+            return made
+        entry = made.entry
+
+        def run(*args: Any) -> None:
+            if self.how == "crash":
+                os._exit(7)
+            elif self.how == "hang":
+                time.sleep(3600)
+            elif self.how == "memory":
+                bytearray(1 << 35)
+            entry(*args)
+            outs = [a for a, p in zip(args, made.tiles.params, strict=False) if p.role == "out"]
+            if self.how == "wrong":
+                outs[0].view(-1)[0] += 1e-2  # one element of them all
+
+        return replace(made, entry=run)
+
+
+class Planted(Tasks):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def answer(self, job: Job) -> Answer:
+        given, *rest = job.given
+        if self._work is None:
+            self._work = Work(given)
+            self._work.how = self.how  # type: ignore[attr-defined]
+        return answered(lambda: getattr(self._work, job.do)(*rest))
+
+
+def noted(file: str) -> Tasks:
+    """Plain tasks, which say in a file that they have begun."""
+    Path(file).write_text("begun")
+    return Tasks()

@@ -1,0 +1,130 @@
+"""Emitted Gluon as machine code for sm_90: nothing spilled, and exponentials run while the tensor cores do.
+
+Nothing here has run on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+
+from memcomp.codegen import overlap
+from memcomp.codegen.gluon import admits, compiled, emit, taken
+from memcomp.codegen.gluon.box import ALIGNED
+from memcomp.codegen.launches import Layout
+from memcomp.codegen.lower import lower
+from memcomp.ir.errors import Refusal
+from memcomp.ir.program import Program, close, knobs
+from memcomp.ir.target import target
+from memcomp.ir.text import parse
+from memcomp.ir.tile import Kernel, TileProgram
+from memcomp.pipeline import rewrite
+from tests.test_gluon_backend import CAUSAL, VARIANTS, text
+
+H100 = target("h100")
+DIMS = (64, 128, 256)
+NAMES = [n for n in VARIANTS if n not in ("wide", "wider", "narrow values")]   # those are shapes of others
+
+
+def mapped(program: str, rows: int = 128, keys: int = 0) -> TileProgram:
+    """Tiles with so many rows, and with so many keys, or the most that fit."""
+    p: Program = rewrite(replace(parse(program), target="h100"), observe=lambda *_: None)
+    cut = {k.name: k.choices for k in knobs(p)}
+    by_key = next((n for n in cut if n.startswith("m")), "")
+    for n in (keys,) if keys else sorted(cut[by_key], reverse=True):
+        made = lower(close(p, {k: n if k == by_key else rows if rows in c else c[-1] for k, c in cut.items()}))
+        if keys or fits(made):
+            return made
+    raise AssertionError("no tile fits")
+
+
+def fits(tp: TileProgram) -> bool:
+    try:
+        return admits(tp, H100) == 0
+    except Refusal:
+        return False
+
+
+@lru_cache(maxsize=32)
+def kernel(name: str, dim: int) -> Kernel:
+    program = VARIANTS[name].replace("rank E = 64", f"rank E = {dim}").replace("rank F = 64", f"rank F = {dim}")
+    return emit(mapped(program), "h100")
+
+
+def usual(k: Kernel) -> Layout:
+    return Layout(tuple(len(p.shape) - 1 for p in k.program.params))
+
+
+def check(k: Kernel) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from memcomp.codegen.gluon.build import binaries
+    from memcomp.codegen.gluon.emit import shared
+
+    for launch, b in zip(k.program.kernels, binaries(k), strict=True):
+        assert overlap.faults(b.sass) == (), "spills and the order of machine code"
+        assert not b.resources.stack and b.warps == 12
+        assert 0 <= shared(k.program, launch) - b.shared <= 1024
+        rows, loads = b.instructions("HGMMA", "HMMA"), b.instructions("UTMALDG", "LDGSTS")
+        assert rows["HGMMA"] and not rows["HMMA"] and loads["UTMALDG"] == 4 and not loads["LDGSTS"]
+
+
+def test_products_run_while_exponentials_do() -> None:
+    check(kernel("grouped", 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant_compiles_without_spills(name: str, dim: int) -> None:
+    check(kernel(name, dim))
+
+
+def test_a_launch_takes_what_the_machine_code_does() -> None:
+    """`Form` compares the arguments with those of the machine code."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    k = kernel("sloped", 64)
+    form = compiled(k, usual(k))
+    assert [x.block for x in form.launches] == [384]
+    maps = [a for a in taken(k, usual(k).units) if a.kind == "map"]
+    assert [(a.of, a.multiple) for a in maps] == [("Q", ALIGNED), ("K", ALIGNED), ("V", ALIGNED)]
+    assert all(a.box[-1] * 2 == a.swizzle for a in maps), "a fetch is as wide as a swizzle"
+
+
+def test_tensors_that_cannot_be_fetched_are_refused() -> None:
+    k = kernel("sloped", 64)
+    for odd in ("K_t_box", "V_t_box_s1"):
+        with pytest.raises(Refusal, match="multiples of 16 bytes"):
+            compiled(k, replace(usual(k), loose=frozenset({odd})))
+
+
+def test_any_position_may_have_stride_1() -> None:
+    """K kept with its keys next to one another is fetched so, and read by columns."""
+    k = kernel("causal", 64)
+    turned = emit(k.program, "h100", tuple(1 if p.name == "K" else len(p.shape) - 1 for p in k.program.params)).source
+    assert "K_t.index(m1 % 2).reshape([64, 128])," in turned and "permute((1, 0))" not in turned
+
+
+REFUSED = {
+    # what is refused: (program, rows, target, what the refusal says)
+    "f32": (VARIANTS["causal"].replace("bf16", "f32"), 128, "h100", "stored as f32"),
+    "few rows": (VARIANTS["causal"], 64, "h100", "64 rows, and two groups of four warps take 128"),
+    "another machine": (VARIANTS["causal"], 128, "a100", "sm_90, a100 has sm_80"),
+    "pages": (VARIANTS["causal"].replace("K[h//1, m, e]", "K[h//1, X[m], e]").replace("in V", "in X[M]: i64\nin V"),
+              128, "h100", "is data"),
+    "one product": ("program scores\nrank H\nrank P\nrank M\nrank E = 64\nin Q[H, P, E]: bf16\nin K[H, M, E]: bf16\n"
+                    "out S[H, P, M]: f32\nS[h, p, m] = sum{e} Q[h, p, e] * K[h, m, e]\n", 128, "h100", "product"),
+    "wide rows": (text(CAUSAL, dim=512), 128, "h100", "bytes of shared memory"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_not_the_form_is_refused(name: str) -> None:
+    program, rows, machine, says = REFUSED[name]
+    with pytest.raises(Refusal, match=says):
+        emit(mapped(program, rows, 64), machine)
+
+
+def test_text_is_stable() -> None:
+    assert emit(kernel("window", 64).program, "h100").source == kernel("window", 64).source
