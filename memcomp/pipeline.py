@@ -385,13 +385,13 @@ def _stores(config: Config) -> Layers | None:
     return stores if present(device_of(config)) else None
 
 
-def tuned(read: Program, config: Config, sizes: Mapping[str, int], stores: Layers) -> Entry:
+def tuned(read: Program, config: Config, sizes: Mapping[str, int], stores: Layers, hints: list[Entry]) -> Entry:
     """Search for the fastest way to map a program, and keep what is found; a warning where it cannot be kept."""
     from memcomp.tune.progress import bar
     from memcomp.tune.search import tuner
 
     with bar(read.name) as watch:
-        entry = tuner().tune(read, config, sizes, mode=config.tune, watch=watch)
+        entry = tuner().tune(read, config, sizes, mode=config.tune, hints=hints, watch=watch)
     try:
         if stores.writable is None:
             raise PermissionError("it is off or read only")
@@ -433,7 +433,7 @@ def _measured(general: Program, named: tuple[str, ...], read: Program, sizes: Ma
     asked = problem(general, named, shape_sizes(read, general, sizes), config.backend, space)
     entry = stores.get(asked, environment(device_of(config)))
     if entry is None and config.tune != "cached" and len(space) > 1:
-        entry = tuned(read, config, sizes, stores)
+        entry = tuned(read, config, sizes, stores, stores.hints(asked, environment(device_of(config))))
     if entry is None:
         return None
     try:

@@ -46,7 +46,7 @@ def test_what_wins_is_a_member_that_was_compared_with_float64() -> None:
     assert "left" in words(seen[-1])
 
 
-@pytest.mark.parametrize("how, why", [("wrong", "exceeds"), ("crash", "ended (7)"), ("memory", "MemoryError"),
+@pytest.mark.parametrize("how, why", [("wrong", "exceeds"), ("crash", "ended (7)"), pytest.param("memory", "MemoryError", marks=pytest.mark.slow),
                                       pytest.param("hang", "not done after", marks=pytest.mark.slow)])
 def test_a_bad_candidate_costs_itself_only_and_is_recorded(how: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memcomp.tune.search.LIMIT", 15.0 if how == "hang" else 60.0)
@@ -63,6 +63,7 @@ def test_candidates_are_ranked_and_all_of_them_are_asked_for_once() -> None:
 
     opened = tunable(program(), config=Config(), sizes=SIZES)
     few, many = ranked(opened, 1.0), ranked(opened, 1e9)
+    assert ranked(opened, 1.0, [many[-1], Choice("nobody's")])[1] == many[-1], "a hint comes early"
     assert few[0] == many[0] == opened.modelled and set(few) <= set(many) == set(opened.space.choices())
     order, asked = _Order(many), []
     while (c := order.next()) is not None:

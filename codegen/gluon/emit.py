@@ -42,7 +42,8 @@ from memcomp.ir.target import target as named
 from memcomp.ir.tile import Kernel, Load, Loop, Statement, Store, TileKernel, TileProgram, expressions, statements
 
 WARPS = 4          # of a group
-REGISTERS = 240, 24   # of a thread that computes, and of one that fetches
+REGISTERS = 240, 24   # of a thread that computes, at most, and of one that fetches
+ROOM = 80          # registers that a thread that computes has beside what it holds
 BARRIERS = 1024    # bytes at most of barriers, of what groups are handed, and of alignment
 HELD = 176         # registers for sums, scores and weights, beyond which kernels spilled
 
@@ -182,7 +183,8 @@ class _Launch:
         for half in (0, 1):
             h.line(f"    ({computes}, ({handed}, {half})),")
         h.line(f"    ({fetches}, ({described}, {handed})),")
-        h.line(f"], [{WARPS}, {WARPS}], [{', '.join(map(str, REGISTERS))}])")
+        most, few = REGISTERS
+        h.line(f"], [{WARPS}, {WARPS}], [{min(most, -(-(held(self.k) + ROOM) // 8) * 8)}, {few}])")
         args = ", ".join((described, *(names[a.name] for a in h.given.args)))
         self._fetch(loops)
         self._rows(loops, own)
@@ -200,21 +202,21 @@ class _Launch:
         """Where a loop and its parts begin and end; done: steps before it."""
         h = self.host
 
-        def held(stem: str, text: str) -> str:
+        def kept(stem: str, text: str) -> str:
             if text.isdecimal():
                 return text
             name = self.names.fresh(stem, True)
             h.line(f"{name} = {text}")
             return name
 
-        lo, hi = held("first", h.end(s.lo)), held("last", h.end(s.hi))
+        lo, hi = kept("first", h.end(s.lo)), kept("last", h.end(s.hi))
         ends = [lo]
         for p in pieces:
             ends.append(hi if p.end is None else
-                        held("end", f"tl.minimum(tl.maximum({h.end(p.end)}, {ends[-1]}), {hi})"))
-        skip = held("skip", f"{lo} - {done}") if done else lo
+                        kept("end", f"tl.minimum(tl.maximum({h.end(p.end)}, {ends[-1]}), {hi})"))
+        skip = kept("skip", f"{lo} - {done}") if done else lo
         own = f"tl.maximum({hi} - {lo}, 0)" if lo != "0" else f"tl.maximum({hi}, 0)"
-        return Steps(s, pieces, tuple(ends), skip, held("steps", f"{done} + {own}" if done else own))
+        return Steps(s, pieces, tuple(ends), skip, kept("steps", f"{done} + {own}" if done else own))
 
     def _memory(self) -> None:
         """Slots for the tiles, and the barriers."""

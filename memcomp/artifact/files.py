@@ -10,6 +10,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -57,7 +58,7 @@ class Saved:
 def saved(kernel: Kernel, compiled: Callable[[Kernel, Layout], Form] | None = None) -> Saved:
     """A kernel compiled for tensors whose last stride is 1: for those that are aligned as usual; for those whose
     strides are what extents make of them, row by row; and for any of fewer than 2**31 elements from one position to the
-    next.
+    next.  The last two are left out where the backend takes no such tensors: a launch with one is an error.
 
     compiled: its backend's by default.  Raises Refusal where the kernel is for no GPU, and where it does not compile.
     """
@@ -75,7 +76,8 @@ def saved(kernel: Kernel, compiled: Callable[[Kernel, Layout], Form] | None = No
     for loose in (frozenset(a.name for a in args if a.kind == "stride"
                             and factor(shapes[a.of][a.at + 1:]) % a.multiple), frozenset(a.name for a in args)):
         if loose and loose != forms[-1].layout.loose:
-            forms.append(compiled(kernel, Layout(units, loose)))
+            with suppress(Refusal):
+                forms.append(compiled(kernel, Layout(units, loose)))
     return Saved(kernel.name, kernel.isa, target(kernel.isa).capability, kernel.backend, params, kernel.program.sizes,
                  tuple(forms))
 

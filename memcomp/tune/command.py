@@ -46,7 +46,8 @@ def tune(programs: Sequence[tuple[Program, Mapping[str, int]]], config: Config, 
             known = None if again else stores.get(opened.problem, here)
             if known is None:
                 with bar(f"{program.name} ({n + 1} of {len(programs)})") as watch:
-                    entry = tuner.tune(program, config, sizes, mode=config.tune, seconds=seconds, watch=watch)
+                    entry = tuner.tune(program, config, sizes, mode=config.tune, seconds=seconds,
+                                       hints=stores.hints(opened.problem, here), watch=watch)
                 stores.writable.join(entry)
             yield Row(program.name, known or entry, known is None)
 

@@ -12,7 +12,7 @@ import datetime
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -85,6 +85,7 @@ class Search:
     mode: Mode
     given: Given
     watch: Callable[[State], None]
+    hints: tuple[Choice, ...] = ()
     begin: float = 0.0
     trials: dict[Choice, Trial] = field(default_factory=dict)
 
@@ -100,7 +101,7 @@ class Search:
 
     def attempt(self, asked: Sequence[Asked]) -> None:
         """Try candidates until the time for it is over."""
-        candidates = ranked(self.tunable, self.mode.slower)
+        candidates = ranked(self.tunable, self.mode.slower, self.hints)
         until, todo = self.begin + self.mode.seconds * (1 - self.mode.share), _Order(candidates)
 
         def jobs() -> Iterator[Job]:
@@ -155,12 +156,13 @@ class Tuner:
             w.close()
 
     def tune(self, read: Program, config: Config, sizes: Mapping[str, int], *, mode: str = "quick",
-             seconds: float | None = None, watch: Callable[[State], None] = lambda state: None) -> Entry:
+             seconds: float | None = None, hints: Iterable[Entry] = (),
+             watch: Callable[[State], None] = lambda state: None) -> Entry:
         """The entry of the fastest way to map a program on this machine; where it is interrupted (Ctrl-C), of the
         fastest that was found.
 
-        sizes: as for `compile_program`.  seconds: instead of the mode's, from when the processes are ready.  watch
-        hears of every candidate.  Raises OptionError for a mode that is not known, Refusal where no candidate runs,
+        sizes: as for `compile_program`.  seconds: instead of the mode's, from when the processes are ready.  hints:
+        what was best elsewhere, to be tried early.  watch hears of every candidate.  Raises OptionError for a mode that is not known, Refusal where no candidate runs,
         KeyboardInterrupt where none had run.
         """
         if mode not in MODES:
@@ -170,7 +172,8 @@ class Tuner:
         how = MODES[mode] if seconds is None else replace(MODES[mode], seconds=seconds)
         plain = {"target": config.target, "backend": config.backend, "tune": "off", "cache": "off"}
         given = Given(str(read), tuple(plain.items()), tuple(sizes.items()))
-        search = Search(tunable(read, config=config, sizes=sizes), how, given, watch)
+        search = Search(tunable(read, config=config, sizes=sizes), how, given, watch,
+                        tuple(e.choice for e in hints))
         timed: dict[Choice, tuple[float, float, int]] = {}
         try:
             together(lambda w: w.ask(Job("begin", (given,)), LIMIT), [(w,) for w in self._asked])
@@ -202,15 +205,17 @@ def winners(timed: Mapping[Choice, tuple[float, float, int]], model: Choice) -> 
     return order
 
 
-def ranked(t: Tunable, slower: float) -> list[Choice]:
-    """Members of the space that the cost model does not think far slower than its best, its own choice first."""
+def ranked(t: Tunable, slower: float, hints: Sequence[Choice] = ()) -> list[Choice]:
+    """Members of the space that the cost model does not think far slower than its best: its own choice first, then
+    those of `hints` that are members."""
     first = t.modelled
     spent: list[tuple[float, int, Choice]] = []
     for n, c in enumerate(t.space.choices()):
         if c != first:
             spent.append((modelled_seconds(t.space.closed(c), t.forms[c.form].extents), n, c))
     limit = slower * modelled_seconds(t.space.closed(first), t.forms[first.form].extents)
-    return [first, *(c for s, _, c in sorted(spent, key=lambda x: x[:2]) if s <= limit)]
+    found = [c for s, _, c in sorted(spent, key=lambda x: x[:2]) if s <= limit or c in hints]
+    return [first, *sorted(found, key=lambda c: c not in hints)]
 
 
 def _trial(choice: Choice, answer: Answer) -> Trial:

@@ -47,10 +47,10 @@ def main(file: str, extents: str) -> None:
     from memcomp.sizes import evaluate
 
     loaded = load(file)
-    sizes = {r: int(n) for r, n in (x.split("=") for x in extents.split(","))}
-    tensors = [Given(tuple(evaluate(x, sizes) for x in p.shape), DTYPES[p.dtype], (k + 1) << 36)
-               for k, p in enumerate(loaded.saved.params)]
-    for _ in range(2):
+    for call in extents.split(";"):
+        sizes = {r: int(n) for r, n in (x.split("=") for x in call.split(","))}
+        tensors = [Given(tuple(evaluate(x, sizes) for x in p.shape), DTYPES[p.dtype], (k + 1) << 36)
+                   for k, p in enumerate(loaded.saved.params)]
         loaded.launched(*tensors, *(sizes[r] for r in loaded.saved.sizes))
     assert "libnvrtc" not in Path("/proc/self/maps").read_text(), "cuda.core loaded its compiler"
 
