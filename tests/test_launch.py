@@ -308,6 +308,40 @@ def test_a_saved_kernel_is_a_function_of_its_inputs(monkeypatch: pytest.MonkeyPa
     assert [x[2] for x in driver.launches] == [x.blocks({"H": 16, "M": 1000}) for x in made("cuda").forms[0].launches]
 
 
+PREFILL = """
+program prefill
+rank H
+rank P
+rank M
+rank E = 64
+rank F = 64
+in Q[H, P, E]: bf16
+in K[H, M, E]: bf16
+in V[H, M, F]: bf16
+out O[H, P, F]: bf16
+S[h, p, m] = sum{e} Q[h, p, e] * K[h, m, e]
+G[h, p] = max{m} S[h, p, m]
+D[h, p] = sum{m} exp(S[h, p, m] - G[h, p])
+N[h, p, f] = sum{m} exp(S[h, p, m] - G[h, p]) * V[h, m, f]
+O[h, p, f] = N[h, p, f] / D[h, p]
+"""
+
+
+def test_a_kernel_that_fetches_boxes_takes_aligned_tensors_only() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    gluon, sizes = import_module("memcomp.codegen.gluon"), {"H": 16, "P": 4096, "M": 4096}
+    program = map_program(parse(PREFILL), config=config({"target": "h100", "backend": "gluon"}), sizes=sizes)
+    k: Kernel = gluon.emit(lower(program), "h100")
+    s, driver = saved(k), Recorder()
+    assert len(s.forms) == 1 and s.left and files.from_bytes(files.to_bytes(s)) == s
+    call, given = replace_driver(files.Loaded(s).launched, driver), tensors(k, **sizes)
+    numbers = [sizes[r] for r in k.program.sizes]
+    call(*given, *numbers)
+    assert {place for _, place, *_ in driver.maps} == {t.place for t in given[:3]} and len(driver.launches) == 1
+    with pytest.raises(Refusal, match=f"is no multiple of 16.*{s.left[0]}"):
+        call(replace(given[0], place=given[0].place + 2), *given[1:], *numbers)
+
+
 # -- the real cuda.core, on a driver in C ------------------------------------------------------------------------------
 
 

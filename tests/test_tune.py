@@ -46,8 +46,9 @@ def test_what_wins_is_a_member_that_was_compared_with_float64() -> None:
     assert "left" in words(seen[-1])
 
 
-@pytest.mark.parametrize("how, why", [("wrong", "exceeds"), ("crash", "ended (7)"), pytest.param("memory", "MemoryError", marks=pytest.mark.slow),
-                                      pytest.param("hang", "not done after", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how, why", [
+    ("wrong", "exceeds"), ("crash", "ended (7)"), pytest.param("memory", "MemoryError", marks=pytest.mark.slow),
+    pytest.param("hang", "not done after", marks=pytest.mark.slow)])
 def test_a_bad_candidate_costs_itself_only_and_is_recorded(how: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memcomp.tune.search.LIMIT", 15.0 if how == "hang" else 60.0)
     with Tuner(1, partial(Planted, how)) as tuner:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -35,7 +34,8 @@ _HEAD = struct.Struct("<8sIQ")
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """One kernel for one compute capability; its forms, the one that takes most for granted first."""
+    """One kernel for one compute capability; its forms, the one that takes most for granted first.  left: why others
+    are not there."""
 
     name: str
     target: str
@@ -44,6 +44,7 @@ class Saved:
     params: tuple[Param, ...]
     sizes: tuple[str, ...]
     forms: tuple[Form, ...]
+    left: tuple[str, ...] = ()
 
     def form(self, layout: Layout) -> Form:
         """The first form that takes nothing for granted that the layout does not allow; Refusal where none is."""
@@ -51,8 +52,8 @@ class Saved:
             if f.layout.units == layout.units and f.layout.loose >= layout.loose and f.layout.wide >= layout.wide:
                 return f
         raise Refusal(f"{self.name} was not saved for tensors laid out like these",
-                      f"stride 1 at the positions {layout.units}, saved for {self.forms[0].layout.units}",
-                      "make them contiguous, or save the kernel for this layout too")
+                      "; ".join((f"stride 1 at the positions {layout.units}, saved for {self.forms[0].layout.units}",
+                                 *self.left)), "make them contiguous, and let them begin at multiples of 16 bytes")
 
 
 def saved(kernel: Kernel, compiled: Callable[[Kernel, Layout], Form] | None = None) -> Saved:
@@ -70,16 +71,18 @@ def saved(kernel: Kernel, compiled: Callable[[Kernel, Layout], Form] | None = No
         compiled = backend.compiled
     params = kernel.program.params
     units = tuple(len(p.shape) - 1 for p in params)
-    forms = [compiled(kernel, Layout(units))]
+    forms, left = [compiled(kernel, Layout(units))], []
     args = [a for x in forms[0].launches for a in x.args if a.multiple > 1]
     shapes = {p.name: p.shape for p in params}
     for loose in (frozenset(a.name for a in args if a.kind == "stride"
                             and factor(shapes[a.of][a.at + 1:]) % a.multiple), frozenset(a.name for a in args)):
         if loose and loose != forms[-1].layout.loose:
-            with suppress(Refusal):
+            try:
                 forms.append(compiled(kernel, Layout(units, loose)))
+            except Refusal as error:
+                left.append(error.what)
     return Saved(kernel.name, kernel.isa, target(kernel.isa).capability, kernel.backend, params, kernel.program.sizes,
-                 tuple(forms))
+                 tuple(forms), tuple(dict.fromkeys(left)))
 
 
 def save(made: Saved, place: str | Path) -> None:
@@ -143,7 +146,7 @@ def to_bytes(made: Saved) -> bytes:
     header = {
         "name": made.name, "target": made.target, "capability": made.capability, "backend": made.backend,
         "params": [{**asdict(p), "shape": [show_expr(x) for x in p.shape]} for p in made.params],
-        "sizes": made.sizes,
+        "sizes": made.sizes, "left": made.left,
         "forms": [{"units": f.layout.units, "loose": sorted(f.layout.loose), "wide": sorted(f.layout.wide),
                    "compiler": f.compiler,
                    "launches": [{**asdict(x), "grid": [show_expr(e) for e in x.grid], "cubin": places[c]}
@@ -167,7 +170,7 @@ def from_bytes(data: bytes, where: str = "") -> Saved:
     code = data[_HEAD.size + size:-32]
     return Saved(head["name"], head["target"], head["capability"], head["backend"],
                  tuple(Param(**{**p, "shape": _exprs(p["shape"])}) for p in head["params"]), tuple(head["sizes"]),
-                 tuple(_form(f, code) for f in head["forms"]))
+                 tuple(_form(f, code) for f in head["forms"]), tuple(head["left"]))
 
 
 def _form(f: Mapping[str, Any], code: bytes) -> Form:

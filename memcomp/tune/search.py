@@ -151,6 +151,10 @@ class Tuner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def ask(self, job: Job) -> Answer:
+        """One job for one process (`tasks`)."""
+        return self._asked[0].ask(job, 2 * LIMIT)
+
     def close(self) -> None:
         for w in self._asked:
             w.close()
@@ -162,8 +166,8 @@ class Tuner:
         fastest that was found.
 
         sizes: as for `compile_program`.  seconds: instead of the mode's, from when the processes are ready.  hints:
-        what was best elsewhere, to be tried early.  watch hears of every candidate.  Raises OptionError for a mode that is not known, Refusal where no candidate runs,
-        KeyboardInterrupt where none had run.
+        what was best elsewhere, to be tried early.  watch hears of every candidate.  Raises OptionError for a mode that
+        is not known, Refusal where no candidate runs, KeyboardInterrupt where none had run.
         """
         if mode not in MODES:
             raise OptionError(f"tune={mode!r} is not known", hint=f"known: {', '.join(MODES)}")
