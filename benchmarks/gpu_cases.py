@@ -23,16 +23,18 @@ from typing import Any
 
 from memcomp.codegen.lower import lower
 from memcomp.codegen.triton.arguments import arguments
-from memcomp.codegen.triton.emit import emit, function_names
+from memcomp.codegen.triton.emit import admits, emit, function_names
 from memcomp.codegen.triton.layout import layout
 from memcomp.codegen.triton.offline import compile_text, module
 from memcomp.config import Config
 from memcomp.inputs import workloads
-from memcomp.ir.errors import MemcompError
-from memcomp.ir.program import Mapping, Program
+from memcomp.ir.errors import MemcompError, Refusal
+from memcomp.ir.program import Mapping, Program, close, knobs
 from memcomp.ir.target import target
 from memcomp.ir.text import parse
 from memcomp.ir.tile import Dot, TileKernel, statements
+from memcomp.passes.fuse import fuse
+from memcomp.passes.partition import partition
 from memcomp.pipeline import map_program
 
 ROOT = Path(__file__).parent.parent
@@ -56,12 +58,14 @@ def programs(name: str, machine: str) -> list[Program]:
     """The closed programs of a case, workload or family for a machine.  Raises MemcompError where there are none."""
     kind, _, word = name.partition(" ")
     if kind == "case":
-        read = parse((ROOT / "tests" / "cases" / f"{word}.mc").read_text())
-        return [map_program(replace(read, mapping=Mapping()), config=Config(target=machine))]
+        read = replace(parse((ROOT / "tests" / "cases" / f"{word}.mc").read_text()), mapping=Mapping(), target=machine)
+        try:
+            return [map_program(read, config=Config(target=machine))]
+        except Refusal as refused:
+            return [_as_written(read, refused)]
     import torch
 
     import memcomp
-    from memcomp.ir.errors import Refusal
     from memcomp.models.families import families
 
     if kind == "model":
@@ -76,6 +80,20 @@ def programs(name: str, machine: str) -> list[Program]:
     if not told.regions:
         raise Refusal("; ".join(dict.fromkeys(r.why for r in told.refusals)) or "nothing is compiled")
     return [r.program for r in told.regions]
+
+
+def _as_written(read: Program, refused: Refusal) -> Program:
+    """A program that is no region as capture reads them (a size that must stay a number is a symbol for `generalize`):
+    fused and mapped, no more, with the first choice of every knob that fits."""
+    program = partition(fuse(read))
+    for n in range(max((len(k.choices) for k in knobs(program)), default=1)):
+        closed = close(program, {k.name: k.choices[min(n, len(k.choices) - 1)] for k in knobs(program)})
+        try:
+            admits(lower(closed), target(read.target))
+        except Refusal:
+            continue
+        return closed
+    raise refused
 
 
 def wide(sass: str) -> dict[str, int]:

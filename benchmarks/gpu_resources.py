@@ -178,14 +178,19 @@ def fit(results: list[dict[str, Any]]) -> None:
         wanted = np.minimum([taken(r) for r in own], MOST)
         weights = np.zeros(counted.shape[1])
         some = np.array([True, *(word == "mma" or kind != "rows" for kind in own[0]["held"])])
-        while True:   # what would count for less than nothing is left out
-            weights[:] = 0
-            weights[some] = np.linalg.lstsq(counted[:, some], wanted, rcond=None)[0]
-            if (weights >= 0).all():
-                break
-            some &= weights >= 0
+        full = np.array([r["actual"]["registers"] >= 255 for r in own])
+        aim = wanted.copy()
+        for _ in range(60):   # a kernel that has all registers may have wanted more: it is no fault to say so
+            kinds = some.copy()
+            while True:       # what would count for less than nothing is left out
+                weights[:] = 0
+                weights[kinds] = np.linalg.lstsq(counted[:, kinds], aim, rcond=None)[0]
+                if (weights >= 0).all():
+                    break
+                kinds &= weights >= 0
+            aim = np.where(full, np.maximum(wanted, counted @ weights), wanted)
         guess = counted @ weights
-        spilled = np.array([r["actual"]["spills"] > 8 for r in own])
+        spilled = np.array([r["actual"]["spills"] > 0 for r in own])
         limit = min(sorted(guess), key=lambda t: int(np.sum((guess > t) != spilled)))
         wrong = int(np.sum((guess > limit) != spilled))
         print(word, [round(float(w), 2) for w in weights], f"limit {limit:.0f}, wrong {wrong} of {len(own)}")

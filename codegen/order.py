@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 from memcomp.ir.expr import Access, Const, Expr, Size, Var, call, children, symbols, variables, walk
 from memcomp.ir.ops import OPS
@@ -122,11 +123,13 @@ def numbered(k: TileKernel, how: Order) -> tuple[tuple[str, Expr], ...]:
     return tuple(out)
 
 
+def tasks(k: TileKernel) -> Expr:
+    """How many there are."""
+    return _product([e for _, e in k.grid])
+
+
 def _product(extents: list[Expr]) -> Expr:
-    out, *rest = extents
-    for e in rest:
-        out = call("mul", out, e)
-    return out
+    return reduce(lambda a, b: call("mul", a, b), extents) if extents else Const(1)
 
 
 def _param(tp: TileProgram, name: str) -> Param:

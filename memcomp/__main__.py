@@ -190,9 +190,11 @@ def _cost(args: argparse.Namespace) -> int:
 
 def _emit(args: argparse.Namespace) -> int:
     from memcomp.config import config
-    from memcomp.pipeline import compile_program
+    from memcomp.pipeline import compile_program, device_of
 
     settings = config(_machine_options(args))
+    if args.cubin is not None and device_of(settings) != "cuda":
+        raise OptionError(f"--cubin writes code for GPUs, and {args.target} is none", hint="e.g. --target h100")
     kernels = [compile_program(p, config=settings).kernel for p in _read_programs(args)]
     distinct = {k.source: k for k in kernels}.values()
     if args.cubin is not None:

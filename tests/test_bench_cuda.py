@@ -88,6 +88,8 @@ def test_a_wrong_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, fill: float | 
         return write
 
     monkeypatch.setattr("memcomp.pipeline.build", build)
+    for kept in ("pipeline._READ", "pipeline._BUILT", "runtime._ENTRIES"):  # no other test is to find these kernels
+        monkeypatch.setattr(f"memcomp.{kept}", {})
     found = run(Plan(chosen(["decode_gqa"], True), rehearse=True, forms=(OWN + "triton",), apart=False),
                 lambda text: None)
     kept = found.data["cases"]["decode_gqa"]["forms"][OWN + "triton"]
@@ -215,9 +217,8 @@ def test_what_is_timed_is_a_graph_of_all_buffers_in_turn(refuses: bool, monkeypa
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_rehearsal_leaves_a_whole_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rehearsal_leaves_a_whole_record(tmp_path: Path) -> None:
     """Two cases, checked and timed, the cache's entries read back as they were measured."""
-    monkeypatch.setattr("memcomp.choice.IDLE", 1.0)  # no shares: the interpreter would take long over all of them
     out, said = tmp_path / "found.json", []
     plan = Plan(chosen(["decode_gqa", "sigmoid D 64"], True), 300.0, True, output=out, tuned=tmp_path / "tuned",
                 forms=("SDPA flash", OWN + "triton"), apart=False)

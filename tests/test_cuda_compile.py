@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from memcomp.codegen.binary import tool_of
 from memcomp.codegen.cuda import compile as station
 from memcomp.codegen.elf import parameters
 from memcomp.codegen.launches import Argument, Form, Launch, Layout
@@ -35,18 +36,27 @@ LAUNCHES = (Launch("twice", (Const(4),), 128, 0, (X, Y, Argument("X_s0", "stride
             Launch("sums", (Const(1),), 256, 1024, (X, Y, Argument("N", "size", "N"))))
 
 
+def readable() -> bool:
+    """Is there a program that reads machine code?"""
+    try:
+        return bool(tool_of("nvdisasm"))
+    except Refusal:
+        return False
+
+
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_every_capability(compiler: str, capability: int) -> None:
     twice, sums = station.compile_text(TEXT, LAUNCHES, capability, compiler)
     assert twice.cubin == sums.cubin and twice.version.startswith(compiler)
     assert (twice.name, twice.warps, sums.warps, sums.shared) == ("twice", 4, 8, 1024)
-    assert all(0 < b.resources.registers <= 64 and b.resources.stack == b.spills == 0 for b in (twice, sums))
+    assert all(0 < b.resources.registers <= 64 and b.resources.stack == 0 for b in (twice, sums))
     assert sums.resources.static == (1024 if capability >= 90 else 0), "the system's"
     assert [size for _, size in parameters(twice.cubin, "twice").places] == [8, 8, 4, 4]
     assert parameters(twice.cubin, "sums").threads == 256
-    assert "LDG.E.128" in twice.sass and f"sm_{capability}" in twice.sass
-    assert twice.instructions("STS", "LDS", "STG") == {"STS": 1, "LDS": 1, "STG": 2}
+    if readable():
+        assert "LDG.E.128" in twice.sass and f"sm_{capability}" in twice.sass
+        assert twice.instructions("STS", "LDS", "STG") == {"STS": 1, "LDS": 1, "STG": 2} and twice.spills == 0
     Form(Layout((0, 0)), twice.version, LAUNCHES, (twice.cubin, sums.cubin))
 
 

@@ -164,3 +164,22 @@ def test_every_line_that_orders_is_needed() -> None:
     tried = [(n, new) for n in first for new in mutations(lines[n])]
     missed = [f"{lines[n].strip()} -> {new.strip()}" for n, new in tried if not caught(n, new)]
     assert len(tried) > 20 and not missed, missed
+
+
+def test_tensors_may_lie_in_any_order() -> None:
+    """Rows before heads, keys next to one another; what does not begin at a multiple of 16 bytes cannot be fetched."""
+    made, arrays = kernel("causal"), given("causal", 2, 129, 200)
+    args, sizes = arguments(made.program, arrays, {"H": 2})
+    for params in ({"Q": (1, 0, 2)}, {"K": (0, 2, 1)}, {"O": (2, 0, 1)}):
+        moved = [_stored(x, params.get(p.name, (0, 1, 2))) for p, x in zip(made.program.params, args, strict=True)]
+        interpreted(made)(*moved, *sizes)
+        assert right("causal", arrays, moved[-1].double().numpy()), params
+    odd = [x.new_empty((2, 200, 70))[..., :64] if p.name == "V" else x
+           for p, x in zip(made.program.params, args, strict=True)]
+    with pytest.raises(Refusal, match="not all of 16"):
+        interpreted(made)(*odd, *sizes)
+
+
+def _stored(x: Any, order: tuple[int, ...]) -> Any:
+    """The same numbers with dims in this order in memory."""
+    return x.permute(order).contiguous().permute([order.index(n) for n in range(x.ndim)])

@@ -5,13 +5,16 @@ Nothing here has run on a GPU.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
+import torch
 
 from memcomp.codegen import overlap
-from memcomp.codegen.gluon import admits, compiled, emit, taken
+from memcomp.codegen.gluon import admits, compiled, emit, interpreted, taken
 from memcomp.codegen.gluon.box import ALIGNED
 from memcomp.codegen.launches import Layout
 from memcomp.codegen.lower import lower
@@ -20,6 +23,7 @@ from memcomp.ir.program import Program, close, knobs
 from memcomp.ir.target import target
 from memcomp.ir.text import parse
 from memcomp.ir.tile import Kernel, TileProgram
+from memcomp.ir.tile_text import parse_tile
 from memcomp.pipeline import rewrite
 from tests.test_gluon_backend import CAUSAL, VARIANTS, text
 
@@ -126,5 +130,71 @@ def test_what_has_not_the_form_is_refused(name: str) -> None:
         emit(mapped(program, rows, 64), machine)
 
 
-def test_text_is_stable() -> None:
-    assert emit(kernel("window", 64).program, "h100").source == kernel("window", 64).source
+MERGED = """tiles merged on h100
+param Q[J*8, P, 64]: bf16 in
+param K[J, M, 64]: bf16 in
+param V[J, M, 64]: bf16 in
+param O[J*8, P, 64]: bf16 out
+sizes J, P, M
+kernel merged
+  grid j: J, p1: ceil(P/16)
+  dim g[8] count 8 start 0
+  dim p0[16] count min(P - p1*16, 16) start p1*16
+  dim f[64] count 64 start 0
+  dim e[64] count 64 start 0
+  dim m0[128] count min(min(M - m1*128, 128), p1*16 + min(P - p1*16, 16) - m1*128) start m1*128
+  tile RGM[g, p0]: f32
+  tile RSD[g, p0]: f32
+  tile RO[f, g, p0]: f32
+  tile Q_t[e, g, p0]: f32
+  tile K_t[m0, e]: f32
+  tile S[m0, g, p0]: f32
+  tile RGM_old[g, p0]: f32
+  tile FGM[g, p0]: f32
+  tile V_t[m0, f]: f32
+  map RGM = -inf
+  map RSD = 0.0
+  map RO = 0.0
+  load Q_t = Q[j*8 + g, p1*16 + p0, e]
+  for m1 = 0 to min(ceil(M/128), ceil((p1*16 + min(P - p1*16, 16))/128)) {
+    load K_t = K[j, m1*128 + m0, e]
+    dot S = {e} Q_t[e, g, p0] * K_t[m0, e]
+    map RGM_old = RGM[g, p0]
+    map S = where(m1*128 + m0 <= p1*16 + p0, S[m0, g, p0] * 0.125, -inf)
+    fold RGM += max{m0} S[m0, g, p0]
+    map FGM = where(RGM[g, p0] == -inf, 0.0, RGM[g, p0])
+    map S = exp(S[m0, g, p0] - FGM[g, p0])
+    map RGM_old = exp(RGM_old[g, p0] - FGM[g, p0])
+    map RSD = RSD[g, p0] * RGM_old[g, p0]
+    fold RSD += sum{m0} S[m0, g, p0]
+    map RO = RO[f, g, p0] * RGM_old[g, p0]
+    load V_t = V[j, m1*128 + m0, f]
+    dot RO += {m0} S[m0, g, p0] * V_t[m0, f]
+  }
+  map RO = where(RGM[g, p0] != -inf, RO[f, g, p0] / RSD[g, p0], 0.0)
+  store O[j*8 + g, p1*16 + p0, f] = RO
+"""
+
+
+def test_query_heads_of_one_tile_are_rows_one_behind_another() -> None:
+    """Eight heads of sixteen rows each; a group of warps has four of the heads."""
+    k = emit(parse_tile(MERGED), "h100")
+    place = Path(__file__).parent / "golden" / "gluon_merged.txt"
+    if os.environ.get("GOLDEN") == "write":
+        place.write_text(k.source)
+    assert k.source == place.read_text()
+    heads, rows, keys = 2, 40, 70
+    draw = torch.Generator().manual_seed(0)
+    q, key, v = (torch.randn(*s, generator=draw).bfloat16()
+                 for s in ((heads * 8, rows, 64), (heads, keys, 64), (heads, keys, 64)))
+    out = torch.zeros_like(q)
+    interpreted(k)(q, key, v, out, heads, rows, keys)
+    s = (q.double().view(heads, 8, rows, 64) @ key.double()[:, None].mT) * 0.125
+    p = s.masked_fill(torch.arange(keys) > torch.arange(rows)[:, None], -torch.inf).softmax(-1)
+    exact, terms = (p @ x.double()[:, None] for x in (v, v.abs()))
+    assert ((out.double().view_as(exact) - exact).abs() <= 2.0 ** -7 * 1.01 * terms).all()
+
+
+@pytest.mark.slow
+def test_query_heads_of_one_tile_compile() -> None:
+    check(emit(parse_tile(MERGED), "h100"))

@@ -17,7 +17,7 @@ from memcomp.ir.target import target
 from memcomp.ir.text import parse
 from memcomp.ir.tile import Loop, TileKernel, TileProgram, statements
 from memcomp.pipeline import map_program
-from tests.mapped import CHAINS, ONEPASS, load, mapped
+from tests.mapped import CHAINS, ONEPASS, arguments, inputs, load, mapped, same, symbols
 
 MACHINES = ("a100", "rtx4090", "h100", "b200")
 
@@ -54,7 +54,7 @@ def test_each_task_runs_once(machine: str) -> None:
         assert sorted((*how.outer, *how.panel, *how.slow, *how.inner)) == sorted(v for v, _ in k.grid)
         for n in (1, 5, 70):
             sizes = extents(k, n)
-            if (total := math.prod(value(e, sizes, {}) for _, e in k.grid)) < 4000:
+            if (total := math.prod(value(e, sizes, {}) for _, e in k.grid)) < 1000:
                 found = list(tasks(k, how, sizes))
                 assert len(set(found)) == len(found) == total, (k.name, sizes)
                 assert all(0 <= x < value(e, sizes, {}) for t in found for x, (_, e) in zip(t, k.grid, strict=True))
@@ -211,3 +211,51 @@ def test_data_in_a_loop_bound_leave_the_order_alone() -> None:
     k = replace(k, body=tuple(unknown if s is loop else s for s in k.body))
     how = order(tp, k, target("h100"))
     assert not how.slow and not how.last
+
+
+# -- program instances that take several tasks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "programs"), [("onepass_causal_gqa", 3), ("onepass_window", 5), ("layer_norm", 1),
+                                                ("layer_norm", 1000)])
+def test_tasks_in_turns_change_nothing(name: str, programs: int) -> None:
+    """By Triton's interpreter: instances that take all tasks in turns, fewer or more than there are tasks."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    import numpy as np
+
+    from memcomp.codegen.triton import emit, interpreted
+    from memcomp.codegen.triton.emit import function_names
+    from memcomp.codegen.triton.resources import Setting
+    from memcomp.ir.interpret import interpret
+
+    p = mapped(load(name))
+    tp = lower(p)
+    kernel = emit(tp, "h100", settings={n: Setting(4, 2, programs) for n in function_names(tp)})
+    assert kernel.source.count("tl.num_programs(0)") == kernel.source.count(f"programs={programs}") == len(tp.kernels)
+    sizes = {s: 20 if s in ("M", "P") else 2 for s in symbols(p)}
+    given = inputs(p, sizes, np.random.default_rng(5))
+    args, known = arguments(tp, given, sizes)
+    interpreted(kernel)(*args, *known)
+    want = interpret(p, given, sizes)
+    for x, q in zip(args, tp.params, strict=True):
+        if q.role in ("out", "state"):
+            assert same(x.double().numpy(), want[q.name], 2e-4, 2e-4), q.name
+
+
+def test_a_launch_has_as_many_blocks_as_program_instances() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from memcomp.codegen.launches import Layout
+    from memcomp.codegen.triton import compiled, emit
+    from memcomp.codegen.triton.emit import function_names, settings_of
+    from memcomp.codegen.triton.resources import Setting
+
+    tp = lower(mapped(load("layer_norm")))
+    (name,), setting = function_names(tp), Setting(2, 2, 132)
+    kernel = emit(tp, "h100", settings={name: setting})
+    assert settings_of(kernel.source) == {name: setting}
+    layout = Layout(tuple(len(p.shape) - 1 for p in tp.params))
+    (launch,) = compiled(kernel, layout).launches
+    for n in (1, 131, 5000):
+        assert launch.blocks(dict.fromkeys(tp.sizes, n)) == (min(n, 132), 1, 1)
+    (loose,) = compiled(kernel, replace(layout, loose=frozenset({"X_ptr"}))).launches
+    assert loose.grid == launch.grid, "the text for another layout has the same settings"

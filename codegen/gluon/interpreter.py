@@ -38,11 +38,11 @@ def interpreted(kernel: Kernel, seed: int = 0) -> Callable[..., None]:
                 for p in tp.params}
         memory = {p.name: model.memory(held[p.name], p.name, p.dtype) for p in tp.params}
         for k, name in zip(tp.kernels, function_names(tp), strict=True):
-            taken = [_descriptor(x, memory, tensors) for x in boxes(tp, k, units).values()]
-            taken += [memory[a.of] if a.kind == "pointer" else int(tensors[a.of].stride(a.at)) if a.kind == "stride"
-                      else sizes[a.of] for a in given(tp, k, units).args]
+            taken = [memory[a.of] if a.kind == "pointer" else int(tensors[a.of].stride(a.at)) if a.kind == "stride"
+                     else sizes[a.of] for a in given(tp, k, units).args]
             grid = prod(value(extent, sizes) for _, extent in k.grid)
             try:
+                taken[:0] = [_descriptor(x, memory, tensors) for x in boxes(tp, k, units).values()]
                 model.run(source, name, grid, taken, warps=model.settings(source, name), seed=seed)
             except model.Fault as fault:
                 raise Refusal("the model of Gluon cannot run the kernel", str(fault)) from fault

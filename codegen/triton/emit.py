@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from memcomp.codegen.names import Names
-from memcomp.codegen.order import TASK, Order, numbered, order
+from memcomp.codegen.order import TASK, Order, numbered, order, tasks
 from memcomp.codegen.rounding import rounds
 from memcomp.codegen.triton.arguments import Arguments, arguments
 from memcomp.codegen.triton.dead import Dead
@@ -51,16 +52,18 @@ _FOLDS = {"sum": "tl.sum({}, {})", "prod": "tl.reduce({}, {}, times)", "and": "t
 _ENDS = {"max": ("highest", "most"), "min": ("lowest", "least")}  # of reals, where a NaN stays one, and of integers
 _JOINS = {"sum": "{} + {}", "prod": "{} * {}", "and": "{} & {}", "or": "{} | {}"}
 _WORDS = ("times", "both", "either")
+_TOLD = re.compile(r"^ +'(\w+)': dict\(num_warps=(\d+), num_stages=(\d+)(?:, programs=(\d+))?(, specialised=1)?\),$",
+                   re.MULTILINE)
 TAKEN = {"tl", "triton", "INTERPRET", "NAN", *FUNCTIONS}
 
 
 def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = None,
-         aligned: bool = True) -> Kernel:
+         aligned: bool = True, settings: Mapping[str, Setting] | None = None) -> Kernel:
     """Kernel text; deterministic.
 
     units: for each param the position whose stride is 1 in memory, -1 where there is none; the last by default.
     aligned: tensors begin at multiples of 16 bytes and their other strides are multiples of 16 elements, so that a
-    machine's copy engine can take them.
+    machine's copy engine can take them.  settings: by function, of those that are not to be as the resource model says.
     Raises Refusal where a stored format, an operator or a contraction has no form here.
     """
     places = units if units is not None else tuple(len(p.shape) - 1 for p in tp.params)
@@ -68,13 +71,20 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
     allowed = rounds(tp)
     machine = named(target) if isinstance(target, str) else target
     launches = list(zip(tp.kernels, function_names(tp), strict=True))
-    settings = {name: chosen(tp, k, machine) for k, name in launches}
-    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words, settings[n], order(tp, k, machine),
+    given = {n: (settings or {}).get(n) or chosen(tp, k, machine) for k, n in launches}
+    texts = [_Writer(tp, k, arguments(tp, k, places), allowed, words, given[n], order(tp, k, machine),
                      aligned and machine.has("tma")).kernel(n) for k, n in launches]
-    told = "".join(f"    {n!r}: dict(num_warps={x.warps}, num_stages={x.stages}),\n"
-                   for n, x in settings.items())
+    told = "".join(f"    {n!r}: dict(num_warps={x.warps}, num_stages={x.stages}"
+                   f"{f', programs={x.programs}' if x.programs else ''}"
+                   f"{', specialised=1' if x.specialised else ''}),\n" for n, x in given.items())
     source = "\n\n".join([HEAD, *used(words), *texts, f"SETTINGS = {{\n{told}}}\n"])
     return Kernel(tp.name, "triton", source, "SETTINGS", tp, machine.name)
+
+
+def settings_of(source: str) -> dict[str, Setting]:
+    """The settings that a text says of itself, by function."""
+    return {name: Setting(int(w), int(s), int(programs or 0), bool(special))
+            for name, w, s, programs, special in _TOLD.findall(source)}
 
 
 def admits(tp: TileProgram, target: Target) -> int:
@@ -112,9 +122,9 @@ class _Writer:
             if isinstance(s, (Load, Map, Fold, Dot)):
                 writers.setdefault(s.tile, []).append(s)
         self.stored = {t: self.params[s.source.tensor].dtype for t, (s, *more) in writers.items()
-                       if isinstance(s, Load) and not more and self.params[s.source.tensor].dtype in STORED}
+                       if isinstance(s, Load) and all(x == s for x in more) and self.params[s.source.tensor].dtype in STORED}
         self.small = {t for t, (s, *more) in writers.items()
-                      if isinstance(s, Load) and not more and self.params[s.source.tensor].dtype == "i8"
+                      if isinstance(s, Load) and all(x == s for x in more) and self.params[s.source.tensor].dtype == "i8"
                       and k.tile(t).dtype == "i64"}
         dtypes = {p.name: p.dtype for p in tp.params} | {t.name: t.dtype for t in k.tiles}
         tiles = {t.name: self.layout.of(t.dims) for t in k.tiles}
@@ -127,7 +137,7 @@ class _Writer:
         self.memory = Memory(self)
         self.scope.element = self.memory.element
         self.lines: list[str] = []
-        self.depth = 1
+        self.depth = self.top = 1
 
     # -- the function ------------------------------------------------------------------------------------------------
 
@@ -135,9 +145,9 @@ class _Writer:
         self.lines.append("    " * self.depth + text)
 
     def kernel(self, name: str) -> str:
-        self._grid()
         for a in self.layout.axes:
             self._axis(a)
+        self._grid()
         inside = {s.var for s in statements(self.k.body) if isinstance(s, Loop)}
         self._counts([a for a in self.layout.axes if not self._changes(a, inside)])
         self.body(self.k.body)
@@ -152,8 +162,14 @@ class _Writer:
         return bool(found) and len(re.findall(rf"\b{found[1] if found else ''}\b", text)) == 1
 
     def _grid(self) -> None:
-        """What the program instance works on."""
-        if self.k.grid:
+        """What the program instance works on: a task, or in turns tasks as far apart as there are instances."""
+        if self.setting.programs and self.k.grid:
+            total = self.scope.scalar(tasks(self.k))
+            # the copies of a task's loops are not to be made ahead of the task
+            steps = f"tl.range(tl.program_id(0), {total}, tl.num_programs(0), num_stages=1)"
+            self.line(f"for {self.names[TASK]} in {steps}:")
+            self.depth = self.top = 2
+        elif self.k.grid:
             self.line(f"{self.names[TASK]} = tl.program_id(0)")
         for name, e in numbered(self.k, self.order):
             self.line(f"{self.names[name]} = {self.scope.scalar(e)}")
@@ -203,7 +219,7 @@ class _Writer:
 
     def body(self, body: tuple[Statement, ...]) -> None:
         for n, s in enumerate(body):
-            if self.depth == 1:
+            if self.depth == self.top:
                 self.memory.describe(s)
             if isinstance(s, Loop):
                 self.loop(s)
@@ -256,6 +272,8 @@ class _Writer:
         lo, hi = self.end(s.lo), self.end(s.hi)
         changing = [a for a in self.layout.axes if self._changes(a, {s.var})]
         pieces = parts(self.k, s)
+        if self.specialises(s.body):   # Triton takes one loop, so every step has masks
+            pieces = [replace(next((p for p in pieces if p.edge), pieces[0]), end=None, edge=False)]
         ends = [lo]
         for p in pieces:
             end = hi
@@ -265,6 +283,11 @@ class _Writer:
             ends.append(end)
         for p, start, end in zip(pieces, ends, ends[1:], strict=False):
             self._part(s, p, start, end, changing)
+
+    def specialises(self, body: tuple[Statement, ...]) -> bool:
+        """Do some warps fetch what others compute with?  Where tensor cores do the work and descriptors bring it."""
+        return self.setting.specialised and self.boxed and any(
+            isinstance(x, Dot) and self.multiplied(x) for x in statements(body))
 
     def end(self, e: Expr) -> str:
         """An end of a loop.  Steps are counted in 32 bits, as sizes are; data have 64."""
@@ -297,6 +320,8 @@ class _Writer:
         at the edges of a loop with products wait instead.
         """
         inner = list(statements(body))
+        if self.specialises(body):
+            return f"tl.range({lo}, {hi}, warp_specialize=True)"
         if edge and not self.boxed and any(isinstance(s, Dot) for s in inner):
             return f"tl.range({lo}, {hi}, num_stages=1)"
         if self.setting.stages > 1 and any(isinstance(s, Load) for s in inner) and not any(

@@ -14,13 +14,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from memcomp.codegen.launches import Layout, unit, value
+from memcomp.codegen.order import tasks
 from memcomp.codegen.triton.arguments import arguments
 from memcomp.codegen.triton.build import text
-from memcomp.codegen.triton.emit import function_names
+from memcomp.codegen.triton.emit import function_names, settings_of
 from memcomp.ir.errors import Refusal
 from memcomp.ir.tile import Kernel
 
@@ -65,11 +65,12 @@ def interpreted(kernel: Kernel) -> Callable[..., None]:
 
 
 def _calls(kernel: Kernel, layout: Layout, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Call]:
-    out = []
+    out, how = [], settings_of(kernel.source)
     for k, name in zip(kernel.program.kernels, function_names(kernel.program), strict=True):
         args = tuple(a.of if a.kind == "pointer" else int(tensors[a.of].stride(a.at)) if a.kind == "stride"
                      else sizes[a.of] for a in arguments(kernel.program, k, layout.units).args)
-        out.append(Call(name, prod(value(extent, sizes) for _, extent in k.grid), args))
+        total = value(tasks(k), sizes)
+        out.append(Call(name, min(total, how[name].programs or total), args))
     return out
 
 

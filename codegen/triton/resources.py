@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
+from memcomp.codegen.order import tasks
 from memcomp.codegen.triton.boxes import FORMATS
 from memcomp.codegen.triton.loops import Body, Loops, Product
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, variables, walk
 from memcomp.ir.target import BYTES, Target
-from memcomp.ir.tile import Dot, Fold, TileKernel, TileProgram, expressions
+from memcomp.ir.tile import Dot, Fold, Loop, TileKernel, TileProgram, expressions, statements
 
 FEWEST_ROWS = 16   # of one instruction of tensor cores
 ASYNC_ROWS = 64    # fewer rows and the tensor cores of sm_90 and sm_100 are fed through registers, as before
@@ -32,19 +33,25 @@ ALIGNED = 1024     # bytes: where a tile begins that tensor cores read themselve
 COPIED = 4         # bytes: the least that a thread can copy ahead
 # registers = first number + the others times what `held` counts, in its order, and the sum from which on kernels
 # spill; `benchmarks/gpu_resources.py --fit`
-FITTED = {"mma": (86.9, 0.8, 2.39, 0.38, 1.0, 0.6, 0.57), "wgmma": (109.1, 0.71, 1.4, 0.0, 1.0, 0.51, 0.35),
-          "tcgen05": (115.0, 0.63, 1.21, 0.0, 1.0, 0.79, 0.4)}
+FITTED = {"mma": (16.0, 1.83, 2.46, 2.08, 2.09, 1.11, 0.0), "wgmma": (47.4, 0.91, 1.43, 0.0, 3.05, 0.55, 0.0),
+          "tcgen05": (11.2, 1.2, 2.03, 0.0, 3.3, 0.85, 0.51)}
 REGISTERS = 65536  # of one processor
 BUSY = 8           # warps on one processor below which too little is under way: half of them compute while half wait
-SPILLED = {"mma": 236.0, "wgmma": 260.0, "tcgen05": 255.0}
+SPILLED = {"mma": 240.0, "wgmma": 245.0, "tcgen05": 257.5}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a kernel is compiled: warps of a block, stages of its loops' pipeline."""
+    """How a kernel is compiled: warps of a block, stages of its loops' pipeline.
+
+    programs: the program instances that take all tasks in turns, 0 for one a task.  specialised: warps that fetch and
+    warps that compute, where a loop's operands come by descriptors; `warps` are those that the text is written for.
+    """
 
     warps: int
     stages: int
+    programs: int = 0
+    specialised: bool = False
 
 
 SETTINGS = tuple(Setting(w, s) for w in (4, 8, 1, 2) for s in (3, 2, 1))
@@ -102,6 +109,24 @@ def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
                   "no smaller tile of the ranks that are cut fits: cut the others")
 
 
+def options(tp: TileProgram, k: TileKernel, target: Target) -> tuple[Setting, ...]:
+    """Settings to be chosen from by measuring, the model's own first: with as many program instances as the machine holds
+    at once; on sm_90 with specialised warps, where Triton is known to make them (two groups of 64 rows, one loop)."""
+    loops, first = Loops(tp, k), chosen(tp, k, target)
+    out, block = [first], _Block(loops, target, first)
+    n = block.need()
+    places = target.threads * max(1, block.blocks(n.shared, n.tensor_memory, n.registers))
+    if k.grid and not (isinstance(many := tasks(k), Const) and many.value <= places):
+        out.append(replace(first, programs=places))
+    rows = {p.rows for b in loops.bodies for p in b.products if b.looped}
+    whole = len([s for s in statements(k.body) if isinstance(s, Loop)]) == 1
+    if target.capability == 90 and rows == {2 * ASYNC_ROWS} and whole and not any(b.branched for b in loops.bodies):
+        special = Setting(4, 2, specialised=True)
+        if _Block(loops, target, special).need().shared <= target.level("smem").bytes:
+            out.append(special)
+    return tuple(out)
+
+
 def nearest_fit(tp: TileProgram, k: TileKernel, target: Target) -> dict[str, int]:
     """The capacities of tile dims, of those that are cut from a longer rank, that differ least from the kernel's and
     fit; {} where none do."""
@@ -148,7 +173,7 @@ class _Block:
     def __init__(self, loops: Loops, target: Target, setting: Setting) -> None:
         self.loops, self.capability = loops, target.capability
         self.there = target.level("smem").bytes + SYSTEM
-        self.warps, self.stages = setting.warps, setting.stages
+        self.warps, self.stages, self.specialised = setting.warps, setting.stages, setting.specialised
 
     def need(self) -> Need:
         bodies = self.loops.bodies
@@ -181,6 +206,7 @@ class _Block:
         ahead = self.stages if body.looped and not body.branched and not parted else 1
         own = body.written if body.looped else set()
         kept: dict[str, int] = {}      # operands that stay
+        begun = 0                      # what a descriptor brings on its way to registers, before the loop
         streamed: dict[str, int] = {}
         passing, turns = [0], [0]      # what lies there for a moment; what one product needs if nothing is ahead
         for p in body.products:
@@ -188,7 +214,9 @@ class _Block:
             turn = 0
             for tile, lines in ((p.left, p.rows), (p.right, p.columns)):
                 size = lines * p.depth * p.bytes
-                if tile not in own and body.looped:
+                if tile not in own and body.looped and tile == p.left and not fetched and self.boxed(body):
+                    begun = max(begun, parts * size)
+                elif tile not in own and body.looped:
                     kept[tile] = parts * size
                 elif body.loaded(tile) and not p.exact:
                     streamed[tile] = max(streamed.get(tile, 0), size * (ahead if fetched else ahead - 1))
@@ -208,20 +236,23 @@ class _Block:
             if fetched_ones and self.capability >= 100:   # one waits; of a computed operand a quarter changes warps
                 alone = BARRIER + max((p.rows * p.depth * p.bytes // 4 for p in fetched_ones
                                        if self.warps > 4 and p.left in self.loops.computed and not p.exact), default=0)
-            return sum(kept.values()) + max(*turns, *passing) + alone + self.boxed(body)
+            return max(sum(kept.values()) + max(*turns, *passing) + alone, begun) + self.boxed(body)
         stream = sum(streamed.values()) if body.products else self.copies(body) * (ahead - 1)
         if fetched_ones:
             stream += -stream % ALIGNED
         if fetched_ones and self.capability >= 100:
             passing.append(ALIGNED)
             stream += 2 * BARRIER * len(fetched_ones)
-        return sum(kept.values()) + stream + max(passing) + self.boxed(body)
+        return max(sum(kept.values()) + stream + max(passing), begun) + self.boxed(body)
 
     def boxed(self, body: Body) -> int:
-        """Bytes, at most, by which what descriptors bring waits to be whole and aligned."""
-        return ALIGNED if self.capability >= 90 and any(
-            t in self.loops.loads and self.loops.stored(t) in FORMATS for p in body.products for t in (p.left, p.right)
-        ) else 0
+        """Bytes, at most, in which what descriptors bring waits to be whole and aligned, and in which specialised warps
+        hand over what is stored."""
+        if self.capability < 90 or not any(t in self.loops.loads and self.loops.stored(t) in FORMATS
+                                           for p in body.products for t in (p.left, p.right)):
+            return 0
+        last = body.products[-1]
+        return ALIGNED + (last.rows * last.columns * last.bytes if self.specialised else 0)
 
     def copied(self, tile: str) -> bool:
         """Can the tile be copied ahead: has each thread enough of it?"""

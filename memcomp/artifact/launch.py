@@ -21,7 +21,6 @@ from memcomp.ir.tile import Kernel, Param
 Units: TypeAlias = tuple[int, ...]  # of a `Layout`
 _CORE = Core()
 
-
 # launches with their functions on a device, and how their arguments are packed
 _Loaded: TypeAlias = tuple[tuple[Launch, Any, struct.Struct, tuple[int, ...]], ...]
 
@@ -64,7 +63,7 @@ class Launched:
         args = self._usual(units)
         values = {a.name: self._value(a, tensors, sizes) for a in args}
         layout = Layout(units, frozenset(a.name for a in args if values[a.name] % a.multiple),
-                        frozenset(a.name for a in args if abs(values[a.name]) > MOST.get(a.type, 2**64)))
+                        frozenset(a.name for a in args if _reach(a, values[a.name], tensors) > MOST.get(a.type, 2**64)))
         loaded = self._loaded.get((device, layout)) or self._load(device, layout, values)
         with self._driver.stream(device) as stream:
             for launch, kernel, form, places in loaded:
@@ -129,7 +128,7 @@ class Launched:
         args = self._usual(layout.units)
         odd = ", ".join([f"{a.name} = {values[a.name]} is no multiple of {a.multiple}" for a in args
                          if a.name in layout.loose] +
-                        [f"{a.name} = {values[a.name]} has more than 32 bits" for a in args if a.name in layout.wide])
+                        [f"{a.name} = {values[a.name]} reaches beyond 32 bits" for a in args if a.name in layout.wide])
         if any(a.kind == "size" for a in args if a.name in layout.wide):
             raise Refusal(f"{self.name} counts in 32 bits", odd)
         with self._lock:
@@ -157,6 +156,12 @@ def _packing(args: Sequence[Argument]) -> tuple[struct.Struct, tuple[int, ...]]:
         text += f"{at - end}x" * (at > end) + {"i32": "i", "i64": "q", "map": f"{size}s"}.get(a.type, "Q")
         end = at + size
     return struct.Struct(text), tuple(at for at, _ in places)
+
+
+def _reach(a: Argument, x: int, tensors: Mapping[str, Any]) -> int:
+    """The largest number that machine code makes of an argument in the argument's own bits: a tile multiplies a stride
+    with the places of its points, of a tile that holds all of a rank with every place."""
+    return abs(x) * max(1, tensors[a.of].shape[a.at] - 1) if a.kind == "stride" else abs(x)
 
 
 def _unit(t: Any) -> int:

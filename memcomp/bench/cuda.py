@@ -23,10 +23,11 @@ Call = Callable[[], object]
 @dataclass(frozen=True, slots=True)
 class Peaks:
     """What the machine reaches.  operation: seconds of one operation of torch.mm on bf16 (a multiply-add is two);
-    byte: seconds of a byte read or written by a copy."""
+    byte: seconds of a byte read or written by a copy.  launch: seconds of a kernel that does next to nothing."""
 
     operation: Times
     byte: Times
+    launch: Times
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +150,11 @@ def _peaks(machine: Machine, side: int, size: int) -> Peaks:
     a, b = torch.randn(2, side, side, device=machine.place).to(torch.bfloat16).unbind()
     source = torch.ones(size // 4, dtype=torch.int32, device=machine.place)
     there = torch.empty_like(source)
-    product, copy = machine.loop([lambda: torch.mm(a, b)]), machine.loop([lambda: there.copy_(source)])
-    times = take_turns({"product": product.run, "copy": copy.run}, clock=machine.clock)
-    return Peaks(times["product"].each(product.calls * 2.0 * side**3), times["copy"].each(copy.calls * 2.0 * size))
+    one = torch.ones(1, device=machine.place)
+    loops = [machine.loop([f]) for f in (lambda: torch.mm(a, b), lambda: there.copy_(source), lambda: one.add_(1))]
+    times = take_turns({str(n): x.run for n, x in enumerate(loops)}, clock=machine.clock)
+    product, copy, launch = (times[str(n)].each(x.calls) for n, x in enumerate(loops))
+    return Peaks(product.each(2.0 * side**3), copy.each(2.0 * size), launch)
 
 
 def copies(size: int, l2: int) -> int:

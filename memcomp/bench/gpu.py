@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 FIRST = 23              # cases that are checked and timed before anything else is
-CHECKING, ENDING = 0.45, 0.97  # of the time: when timing begins at the latest, and when nothing new is begun
+CHECKING, LATER, ENDING = 0.45, 0.85, 0.97  # of the time: until then checks, other checks after times, times
 LIMIT, GRACE = 60.0, 15.0  # seconds of one job; of those that are under way when time is up
 EACH = 24 << 30         # bytes of the device's memory for one process
 MANY = 6                # processes
@@ -130,14 +130,16 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> Found:
             raise OptionError(f"the device cannot multiply and copy: {peaks.why}")
         found.data["peaks"] = peaks.told
         found.line(f"torch.mm {1e-12 / peaks.told['operation']['median']:.0f} TFLOP/s, "
-                   f"copy {1e-9 / peaks.told['byte']['median']:.0f} GB/s")
+                   f"copy {1e-9 / peaks.told['byte']['median']:.0f} GB/s, "
+                   f"a launch {1e6 * peaks.told['launch']['median']:.1f} us")
         workers += [_worker(plan) for _ in range(1, _processes(plan, facts.told["device"]))]
         tests = _tests(plan, found)
         left = _checks(plan, found, workers)
         if tests is not None:
             tests.join()
         _times(plan, found, workers)
-        left = spread(workers, left, found.limit, found.until(ENDING), found.checked)
+        left = spread(workers, left, found.limit, found.until(LATER), found.checked)
+        _times(plan, found, workers)
         found.data["left"] = [str(job) for job in left]
         _tuned(plan, found)
         found.write()
@@ -183,7 +185,8 @@ def _processes(plan: Plan, device: dict[str, Any]) -> int:
 
 
 def _checks(plan: Plan, found: Found, workers: Sequence[Asked]) -> list[Job]:
-    """Everything that is ours and what is timed beside it, first things first; returns what time was too short for."""
+    """Everything that is ours and what is timed beside it, first things first; returns what time was too short for.
+    Not the families in a rehearsal: there, the tests do that."""
     from memcomp.models.families import families
 
     def forms(cases: Sequence[Case], own: bool) -> Iterator[Job]:
@@ -194,10 +197,9 @@ def _checks(plan: Plan, found: Found, workers: Sequence[Asked]) -> list[Job]:
 
     first, rest = plan.cases[:FIRST], plan.cases[FIRST:]
     programs = sorted((plan.tests / "cases").glob("*.mc")) if plan.tests is not None else []
-    jobs = [*forms(first, True), *forms(first, False)]
-    jobs += [Job("program", (str(p), b)) for p in programs for b in found.backends]
-    jobs += [*forms(rest, True), *forms(rest, False)]
-    if not plan.rehearse:  # the tests run every family by the interpreter
+    jobs = [*forms(first, True), *(Job("program", (str(p), b)) for p in programs for b in found.backends)]
+    jobs += [*forms(first, False), *forms(rest, True), *forms(rest, False)]
+    if not plan.rehearse:
         jobs += [Job("family", (f.name, b)) for f in families() for b in found.backends]
     left = spread(workers, jobs, found.limit, found.until(CHECKING), found.checked)
     return spread(workers[:1], found.again, found.limit, found.until(CHECKING), found.checked) + left
@@ -233,9 +235,12 @@ def _tests(plan: Plan, found: Found) -> threading.Thread | None:
 
 
 def _times(plan: Plan, found: Found, workers: Sequence[Asked]) -> None:
-    """Cases in their order: as many as there are processes are made ready side by side, then timed one by one."""
+    """Cases in their order, those that were not timed yet: as many as there are processes are made ready side by side,
+    then timed one by one."""
     ready = []
     for case in plan.cases:
+        if "ready" in found.data["cases"][case.name]:
+            continue
         right = [f for f, kept in found.data["cases"][case.name]["forms"].items() if kept["state"] == OK]
         if any(f.startswith(OWN) for f in right):
             ready.append((case.name, tuple(right)))

@@ -104,7 +104,8 @@ class Tasks:
         symbols = {r.name: min(SOME + n, r.bound or SOME + n) for n, r in enumerate(program.cascade.ranks)
                    if r.extent is None}
         known = {**fixed(program), **shape_sizes(program, program, symbols)}
-        return _judged(Reference(program, known).report(compile_program(program, config=settings, sizes=known), settings))
+        compiled = compile_program(program, config=settings, sizes=known)
+        return _judged(Reference(program, known).report(compiled, settings))
 
     def family(self, name: str, backend: str) -> Answer:
         """A family of layers beside itself in float64, on few rows and keys."""

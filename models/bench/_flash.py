@@ -3,7 +3,7 @@
 A rival, not a part of memcomp: it says what the language gives without a compiler above it.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
