@@ -1,10 +1,11 @@
 """Every program that comes with memcomp as machine code for GPUs that are not there.
 
-`python benchmarks/gpu_cases.py [--target h100 ...] [--only WORD] [--jobs 2] [--again]` maps, emits and compiles tests/cases,
-the workloads of models/ and the families of models/families for each machine, and writes benchmarks/results/gpu_cases.json
-as it goes; what is recorded is not compiled again without `--again`.  Of each launch: warps, stages, registers, stack,
-shared memory, instructions, how wide it reads memory, and how many rows its largest product has.  Nothing here runs on a
-GPU, and no time is measured.  The operators that are timed are those of `gpu_offline.py`.
+`python benchmarks/gpu_cases.py [--target h100 ...] [--only WORD] [--jobs 2] [--again]` maps, emits and compiles
+tests/cases, the workloads of models/ and the families of models/families for each machine, and writes
+benchmarks/results/gpu_cases.json as it goes; what is recorded is not compiled again without `--again`.  Of each launch:
+warps, stages, registers, stack, shared memory, instructions, how wide it reads memory, and how many rows its largest
+product has.  Nothing here runs on a GPU, and no time is measured.  The operators that are timed are those of
+`gpu_offline.py`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def programs(name: str, machine: str) -> list[Program]:
     if kind == "case":
         read = replace(parse((ROOT / "tests" / "cases" / f"{word}.mc").read_text()), mapping=Mapping(), target=machine)
         try:
-            return [map_program(read, config=Config(target=machine))]
+            closed = map_program(read, config=Config(target=machine))
+            admits(lower(closed), target(machine))
+            return [closed]
         except Refusal as refused:
             return [_as_written(read, refused)]
     import torch
@@ -113,7 +116,7 @@ def rows(k: TileKernel) -> int:
 
 
 def launches(program: Program, machine: str) -> list[dict[str, Any]]:
-    """What became of each launch of a closed program.  Raises MemcompError where one has no text or does not compile."""
+    """What became of each launch of a closed program.  MemcompError where one has no text or does not compile."""
     made, tiles = target(machine), lower(program)
     source = emit(tiles, made, aligned=True).source
     settings, found = module(source).SETTINGS, []

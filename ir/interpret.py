@@ -68,8 +68,8 @@ class _Run:
         return round_to(x, t.dtype) if self.rounded else x
 
     def cast(self, t: Tensor, x: Array) -> Array:
-        """The values as this tensor holds them: int64, bool or float64.  Least and greatest of no integers, which a share
-        of a rank may have, are the ends of the type, as in kernels; a result that has them is an error."""
+        """The values as this tensor holds them: int64, bool or float64.  Least and greatest of no integers, which a
+        share of a rank may have, are the ends of the type, as in kernels; a result that has them is an error."""
         if t.dtype in INTEGER:
             info = np.iinfo(INTEGER[t.dtype])
             with np.errstate(invalid="ignore"):  # what is no integer is found below

@@ -67,12 +67,11 @@ def preparation(dims: Sequence[int], outs: Sequence[Fresh], work: Sequence[Fresh
     tensors of `t` with last stride 1 (copied where it is another), new outs, new work, and the integers.
 
     dims: number of dimensions of each of the leading tensors; extents and ints: texts over (t, s), each computed once;
-    over: the tensor that is the only output too, as it is; device: of what is made.
+    over: the tensor that is the only output too, as it is; device: of what is made, of several that of `t[0]`.
     """
     # as Inductor's code allocates
-    quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)
-    known: dict[str, Any] = {"empty": quick or (lambda size, strides, kind: torch.empty_strided(
-        size, strides, dtype=kind, device=device))}
+    known: dict[str, Any] = {"empty": torch._C._dynamo.guards._empty_strided_cpu}  # type: ignore[attr-defined]
+    empty, named = ("empty", "") if device == "cpu" else ("t[0].new_empty_strided", "dtype=")
     shapes: dict[str, str] = {}
     names: dict[str, str] = {}
 
@@ -96,7 +95,7 @@ def preparation(dims: Sequence[int], outs: Sequence[Fresh], work: Sequence[Fresh
                 factors += f" * ({size[d]} or 1)"
         kind = str(dtype).rpartition(".")[2]
         known[kind] = dtype
-        return f"empty(({''.join(n + ', ' for n in size)}), ({''.join(n + ', ' for n in strides)}), {kind})"
+        return f"{empty}(({''.join(n + ', ' for n in size)}), ({''.join(n + ', ' for n in strides)}), {named}{kind})"
 
     made = [fresh(*x) for x in outs] if over < 0 else [f"t[{over}]"]
     args = [f"(t[{i}] if t[{i}].stride()[-1] == 1 else t[{i}].contiguous())" if n and i != over else f"t[{i}]"

@@ -145,7 +145,8 @@ class Worker:
             self._running = None
             pipe.close()
             process.kill()
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a device may hold it for longer than anybody waits
+                process.wait(10.0)
 
     def _last(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()

@@ -29,12 +29,15 @@ from memcomp.models.bench.operators import listed  # noqa: E402
 from memcomp.workers import FAILED, OK, REFUSED, WRONG, Answer, Here, Job, Worker, spread  # noqa: E402
 
 SMALL = tuple(listed(small=True))
+# of those that differ in nothing but sizes, one
+DISTINCT = tuple(c for c in SMALL if " D " not in c.name.replace(" D 128", "") and "16k" not in c.name
+                 and ("/8" not in c.name or "batch 8" in c.name) and (" group " not in c.name or "group 3" in c.name))
 
 
 # -- cases and their errors --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", DISTINCT, ids=lambda c: c.name)
 def test_parts_of_a_case_are_computed_alone(case: Any) -> None:
     """What a part of the arguments gives is that part of the result: the error of a sample is one of the whole."""
     args = tuple(t.double() if t.is_floating_point() else t for t in case.inputs())
@@ -43,6 +46,22 @@ def test_parts_of_a_case_are_computed_alone(case: Any) -> None:
         torch.testing.assert_close(case.fn(*given), there)
         seen += there.numel()
     assert seen
+
+
+@pytest.mark.parametrize("case", DISTINCT, ids=lambda c: c.name)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_rivals_compute_what_the_case_does(case: Any) -> None:
+    """Without compiling them; those of torch's kernels that this machine has."""
+    args = case.inputs()
+    ran = []
+    with torch.inference_mode():
+        for name, rival in case.rivals.items():
+            if name in ("SDPA cuDNN", "Triton, plain"):
+                continue  # the second one: below, in a process that interprets
+            error, bound, _ = compared(case, args, rival.made(*args)(*args))
+            assert error.rms < 2 * bound.rms and error.max < 2 * bound.max, (name, error, bound)
+            ran.append(name)
+    assert ran
 
 
 def test_small_and_full_cases_are_the_same_ones() -> None:

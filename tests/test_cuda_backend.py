@@ -160,6 +160,30 @@ def test_sums_of_gathered_rows_of_any_width() -> None:
 
 
 @on_host
+def test_no_16_bytes_beyond_the_end_of_a_row_are_read() -> None:
+    """bf16 beside f32: a thread holds 8 neighbours, which are two vectors of f32, and the second may not be there."""
+    text = """
+program p
+rank N
+rank D
+in X[N, D]: bf16
+in W[N, D]: f32
+out Y[N]: f32
+Y[n] = sum{d} X[n, d] * W[n, d]
+"""
+    p = map_program(parse(text), config=Config(target="h100"), sizes={"N": 1024, "D": 1000})
+    tp, rng = lower(p), np.random.default_rng(0)
+    kernel = emit(tp, "h100")
+    assert re.search(r"(ask<32|fetch<8).*W_ptr.*, \(?d0_n - ", own(kernel))
+    x, w = torch.from_numpy(rng.normal(size=(3, 24))).bfloat16()[:, :20], torch.from_numpy(rng.normal(size=(3, 20)))
+    args, known = arguments(tp, {"X": x.double().numpy(), "W": w.numpy()}, {})
+    args[0] = x   # rows of 20, and their beginnings 24 apart
+    interpreted(kernel)(*args, *known)
+    want = interpret(p, {"X": x.double().numpy(), "W": w.numpy()})
+    assert same(args[-1].double().numpy(), want["Y"], 1e-4, 1e-4)
+
+
+@on_host
 @pytest.mark.parametrize("group", [3])
 def test_decode_from_torch(group: int) -> None:
     def decode(q: Any, k: Any, v: Any) -> Any:
@@ -205,6 +229,17 @@ def test_threads_that_wait_at_different_places_are_an_error() -> None:
 
 
 # -- the text ----------------------------------------------------------------------------------------------------------
+
+SCALED = """
+program p
+rank N
+rank D
+in X[N, D]: f32
+out Y[N, D]: f32
+Y[n, d] = X[n, d] * 2.0
+group g0: Y
+  space N, D
+"""
 
 DECODE = """
 program decode
@@ -256,6 +291,22 @@ def test_a_loop_that_adds_up_joins_its_sums_after_its_last_step() -> None:
     assert text.count("combine<Sum") == 1 and text.rindex("for (int l1") < text.index("combine<Sum")
     inside = own(emit(decode(), "h100")).split("for (int m1 = ")[1].split("for (int m1 = ")[0]
     assert inside.count("combine<Max") == 1 and inside.count("combine<Sum") == 1   # scores; not the two running sums
+
+
+def test_tasks_with_nothing_to_share_out_have_a_thread_each() -> None:
+    tp = lower(parse(SCALED))
+    text, launch = own(emit(tp, "h100")), launches(tp, "h100")[0]
+    assert launch.block == 128 and launch.blocks({"N": 10, "D": 100}) == (8, 1, 1)
+    assert "combine<" not in text and "1LL * N * D" in text
+
+
+@on_host
+def test_each_of_many_tasks_runs_once() -> None:
+    p = parse(SCALED)
+    tp = lower(p)
+    for n, d in ((10, 100), (1, 1), (128, 2), (0, 5)):
+        a = {"X": np.random.default_rng(n).normal(size=(n, d))}
+        assert same(run(tp, a, {})["Y"], interpret(p, a)["Y"], 1e-6, 1e-6)
 
 
 def test_rows_are_read_16_bytes_at_a_time_and_steps_ahead() -> None:

@@ -58,6 +58,7 @@ VARIANTS = {
     "sloped": text(CAUSAL, "S[h, p, m] * 0.125 - A[h] * (p - m)", more="in A[H]: f32\n"),
     "window": text("m <= p and m > p - 70"),
     "prefix": text("m <= p or m < 50"),
+    "first and window": text("m <= p and (m > p - 70 or m < 4)"),   # two loops, and a gap between
     "documents": text("X[m] == Z[p] and m <= p", more="in X[M]: i64\nin Z[P]: i64\n"),
     "sigmoid": text(last="SG[h, p, m] = 1.0 / (1.0 + exp(-W[h, p, m]))\n"
                          "O[h, p, f] = sum{{m}} SG[h, p, m] * V[h//{group}, m, f]\n"),
@@ -70,7 +71,16 @@ SIZES = ((1, 129, 200), (2, 40, 128))   # heads, rows, keys
 
 
 def program(name: str) -> Program:
-    return parse(VARIANTS[name])
+    return parse(VARIANTS.get(name) or PAIRS[name])
+
+
+GUARDS = ("", CAUSAL, "m <= p and m > p - 70", "m <= p or m < 50", "X[m] == Z[p] and m <= p", "X[m] == Z[p] or m > p",
+          "m <= p and m % 3 != 1")
+SCORES = ("S[h, p, m] * 0.125", "20.0 * tanh(S[h, p, m] * 0.00625)", "S[h, p, m] * 0.125 - A[h] * (p - m)",
+          "S[h, p, m] * 0.125 + B[h, p, m]")
+GIVEN = ("X[M]: i64", "Z[P]: i64", "A[H]: f32", "B[H, P, M]: f32")
+PAIRS = {f"{g} / {s}": text(g, s, group=2, dim=32, more="".join(f"in {x}\n" for x in GIVEN if x[:2] in g + s))
+         for g in GUARDS for s in SCORES}
 
 
 @lru_cache(maxsize=32)
@@ -85,7 +95,7 @@ def kernel(name: str) -> Kernel:
 def given(name: str, heads: int, rows: int, keys: int) -> dict[str, Any]:
     rng, out = np.random.default_rng(rows * 1000 + keys), {}
     for t in program(name).cascade.inputs():
-        sizes = {"J": heads, "H": heads * (3 if name == "grouped" else 1), "P": rows, "M": keys}
+        sizes = {"J": heads, "H": heads * (3 if name == "grouped" else 2 if name in PAIRS else 1), "P": rows, "M": keys}
         shape = tuple(sizes.get(r) or program(name).cascade.rank(r).extent.value if r in "EF" else sizes[r]
                       for r in t.ranks)
         if t.dtype == "i64":   # documents one behind another, as long as they come
@@ -120,6 +130,14 @@ def test_numbers_are_those_of_the_program(name: str) -> None:
         arrays = given(name, heads, rows, keys)
         got = run(kernel(name), arrays)
         assert right(name, arrays, got), (heads, rows, keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRS)
+def test_any_guard_with_any_score(name: str) -> None:
+    for heads, rows, keys in ((1, 129, 300), (1, 200, 200), (1, 300, 129)):
+        arrays = given(name, heads, rows, keys)
+        assert right(name, arrays, run(kernel(name), arrays, seed=keys)), (rows, keys)
 
 
 @pytest.mark.parametrize("rows, keys", [(5, 0), (0, 5), (0, 0), (1, 1), (200, 70)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from memcomp.codegen.launches import Layout
 from memcomp.codegen.lower import lower
 from memcomp.codegen.triton.layout import Axis
 from memcomp.config import Config
+from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Size, Var, call
 from memcomp.ir.interpret import interpret
 from memcomp.ir.program import Program
@@ -25,13 +27,13 @@ from tests.mapped import same
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from memcomp.codegen.triton import emit, interpreted  # noqa: E402
+from memcomp.codegen.triton import compiled, emit, interpreted  # noqa: E402
 from memcomp.codegen.triton.arguments import arguments  # noqa: E402
 from memcomp.codegen.triton.boxes import box  # noqa: E402
 from memcomp.codegen.triton.build import text  # noqa: E402
-from memcomp.codegen.triton.emit import function_names  # noqa: E402
+from memcomp.codegen.triton.emit import function_names, settings_of  # noqa: E402
 from memcomp.codegen.triton.offline import compile_text, module  # noqa: E402
-from memcomp.codegen.triton.resources import Setting, need  # noqa: E402
+from memcomp.codegen.triton.resources import Setting, need, options  # noqa: E402
 
 HEAD = """
 program attention
@@ -75,11 +77,11 @@ def inputs(rows: int, keys: int, g: int, e: int, room: int = 16) -> dict[str, An
     return {"Q": some(2, g, rows, e), "K": some(2, keys, e), "V": some(2, keys, e), "Z": ends}
 
 
-def run(tp: TileProgram, given: dict[str, Any]) -> Any:
+def run(tp: TileProgram, given: dict[str, Any], settings: dict[str, Setting] | None = None) -> Any:
     (out,) = (p for p in tp.params if p.role == "out")
     got = torch.full(given["Q"].shape, float("nan"), dtype={"bf16": torch.bfloat16, "f32": torch.float32}[out.dtype])
     sizes = {"J": 2, "P": got.shape[2], "M": given["K"].shape[1]}
-    interpreted(emit(tp, "h100"))(*(got if p is out else given[p.name] for p in tp.params),
+    interpreted(emit(tp, "h100", settings=settings))(*(got if p is out else given[p.name] for p in tp.params),
                                   *(sizes[r] for r in tp.sizes))
     return got.double().numpy()
 
@@ -195,6 +197,49 @@ def test_the_copy_engine_fetches_and_stores() -> None:
     assert b.resources.registers < plain.resources.registers
     setting = Setting(b.warps, module(emit(tp, "h100").source).SETTINGS[function_names(tp)[0]]["num_stages"])
     assert b.shared <= need(tp, k, target("h100"), setting).shared <= b.shared + 2048
+
+
+# -- warps that fetch beside warps that compute ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_one_loop_with_masks_equals_the_program(guard: str) -> None:
+    p = made(guard, e=32)
+    tp, given = lower(p), inputs(20, 290, 1, 32)
+    (name,) = function_names(tp)
+    settings = {name: Setting(4, 2, specialised=True)}
+    source = emit(tp, "h100", settings=settings).source
+    assert source.count("warp_specialize=True") == source.count(" in range(") + source.count(" in tl.range(") == 1
+    assert settings_of(source) == settings
+    assert same(run(tp, given, settings), exact(p, given), 2e-2, 2e-2)
+
+
+def test_specialised_warps_are_proved_by_the_machine_code() -> None:
+    tp = lower(made("where m <= p", e=64))
+    (k,), (name,) = tp.kernels, function_names(tp)
+    layout = Layout(tuple(len(p.shape) - 1 for p in tp.params))
+    (special,) = (s for s in options(tp, k, target("h100")) if s.specialised)
+    kernel = emit(tp, "h100", settings={name: special})
+    (launch,) = compiled(kernel, layout).launches
+    assert launch.block == 12 * 32 and launch.shared <= need(tp, k, target("h100"), special).shared
+    b = compiled_text(tp, kernel.source, layout.units, "h100")
+    assert b.instructions("USETMAXREG")["USETMAXREG"] and b.spills == 0 and b.resources.stack == 0
+    with pytest.raises(Refusal, match="without specialised warps"):   # Triton says nothing when it does not
+        compiled(emit(tp, "h100", settings={name: replace(special, warps=8)}), layout)
+    assert "specialised" not in text(kernel, replace(layout, loose=frozenset({"K_s1"}))), "only descriptors can"
+    assert not any(s.specialised for m in ("a100", "b200") for s in options(tp, k, target(m)))
+
+
+def test_instances_that_take_tasks_in_turns_are_compiled_as_well() -> None:
+    """The loop over tasks leaves the loop inside it its copies ahead, and takes no more memory."""
+    tp = lower(made("where m <= p", e=64))
+    (k,), (name,) = tp.kernels, function_names(tp)
+    first, turns = (s for s in options(tp, k, target("h100")) if not s.specialised)
+    assert turns.programs >= target("h100").threads and replace(turns, programs=0) == first
+    plain, b = binary(tp, "h100"), compiled_text(tp, emit(tp, "h100", settings={name: turns}).source,
+                                                 tuple(len(p.shape) - 1 for p in tp.params), "h100")
+    assert b.shared == plain.shared and b.spills == 0
+    assert b.instructions("UTMALDG", "HGMMA") == plain.instructions("UTMALDG", "HGMMA")
 
 
 DECODE = """

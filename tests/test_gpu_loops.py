@@ -1,4 +1,4 @@
-"""Loops as the Triton backend writes them, without a compiler: what parts and trimmed loops compute, where masks are."""
+"""Loops as the Triton backend writes them, without a compiler: what parts and trimmed loops compute, and masks."""
 
 from __future__ import annotations
 

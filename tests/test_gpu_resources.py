@@ -19,8 +19,8 @@ from memcomp.ir.tile import TileKernel, TileProgram
 TARGETS = bench.TARGETS
 RESULTS: list[dict[str, Any]] = json.loads(bench.RECORD.read_text())["results"]
 CASES = {(c.target, c.name): c for c in bench.cases()}
-SPARE = {80: 0, 89: 0, 90: 0, 100: 4096}   # bytes that the model may say too many, as docs/gpu.md has it,
-SPARE_EXACT = 16384                        # and for f32: one part of a computed operand of these cases
+SPARE = {80: 0, 89: 0, 90: 1024, 100: 2048}   # bytes that the model may say too many, as docs/gpu.md has it,
+SPARE_MORE = {"f32": 16384, "documents": 4096}  # and where an operand is in two parts, or data pass between warps
 
 
 @lru_cache(maxsize=64)
@@ -46,7 +46,7 @@ def test_the_record_is_large_enough() -> None:
 def test_shared_memory_is_what_kernels_take() -> None:
     for r in RESULTS:
         more, capability = r["predicted"]["shared"] - r["actual"]["shared"], target(r["target"]).capability
-        spare = SPARE[capability] + SPARE_EXACT * ("f32" in r["case"])
+        spare = SPARE[capability] + SPARE_MORE.get(r["case"].split()[0], 0)
         assert 0 <= more <= spare, (r["target"], r["case"], more)
         assert r["predicted"]["tensor_memory"] >= r["actual"]["tensor_memory"]
 
@@ -55,11 +55,11 @@ def test_registers_order_kernels() -> None:
     """Of two kernels a tenth apart the estimate names the larger."""
     for name in TARGETS:
         right, every = bench.ordered([r for r in RESULTS if r["target"] == name], lambda r: r["predicted"]["registers"])
-        assert every >= 500 and right >= 0.88 * every, (name, right, every)
+        assert every >= 60 and right >= 0.9 * every, (name, right, every)
 
 
 def test_spills_are_foretold() -> None:
-    spilled = [r for r in RESULTS if r["actual"]["spills"] > 8]
+    spilled = [r for r in RESULTS if r["actual"]["spills"]]
     missed = [(r["target"], r["case"]) for r in spilled if not r["predicted"]["spills"]]
     assert spilled and len(missed) <= 0.1 * len(spilled), missed
 
@@ -129,4 +129,4 @@ def test_compiled_kernels_take_it(name: str, word: str) -> None:
     c = CASES[name, word]
     r = bench.measured(c)
     more = r["predicted"]["shared"] - r["actual"]["shared"]
-    assert 0 <= more <= SPARE[target(name).capability] + SPARE_EXACT * ("f32" in word)
+    assert 0 <= more <= SPARE[target(name).capability] + SPARE_MORE.get(word.split()[0], 0)

@@ -148,9 +148,17 @@ class Memory:
         assert dim is not None
         size = w.block.dims[dim].vector * BYTES[w.params[s.source.tensor].dtype]
         with w.points(t.dims, dim) as at:
-            tests = w.live(tuple(d for d in t.dims if d in variables(s.source)), at)
-            live = f", {' && '.join(tests)}" if tests else ""
+            live = self.live(s, dim, at, BYTES[w.params[s.source.tensor].dtype])
             w.line(f"ask<{size}, {w.threads}>({room} + {self.spot(s, dim, at)}, {self.address(s.source, at)}{live});")
+
+    def live(self, s: Load, dim: str, at: Point, unit: float) -> str:
+        """Arguments that say whether neighbours count, and of more than 16 bytes how many are left, in units."""
+        w = self.w
+        tests = w.live(tuple(d for d in w.k.tile(s.tile).dims if d in variables(s.source)), at)
+        live = f", {' && '.join(tests)}" if tests else ""
+        if dim in w.full or w.block.dims[dim].vector * BYTES[w.params[s.source.tensor].dtype] <= WIDEST:
+            return live
+        return f"{live}, {_times(w.left(dim, at), unit)}"
 
     def spot(self, s: Load, dim: str, at: Point) -> str:
         """Where a thread's neighbours lie in a room, by bytes."""
@@ -187,8 +195,7 @@ class Memory:
             return
         vector = w.block.dims[dim].vector
         with w.points(t.dims, dim, names=dim is not None) as at:
-            tests = w.live(tuple(d for d in t.dims if d in variables(s.source)), at)
-            live, start = f", {' && '.join(tests)}" if tests else "", w.flat(s.tile, at)
+            live, start = self.live(s, dim, at, w.held_as(s.tile)), w.flat(s.tile, at)
             more = f", {w.threads}>(" if room else ">("
             word, origin = ("take<", f"{room} + {self.spot(s, dim, at)}") if room else (
                 "fetch<", f"{self.address(s.source, at)}{live}")
@@ -216,7 +223,7 @@ class Memory:
         dim = self.wide(s.target, t.dims)
         if dim is not None and s.mask is not None and dim in variables(s.mask):
             dim = None
-        others = ((32 * w.block.warps) - 1) & ~w.block.mask(t.dims)
+        others = 0 if w.lone else (w.threads - 1) & ~w.block.mask(t.dims)
         with w.points(t.dims, dim, names=dim is not None) as at:
             tests = [f"({w.thread} & {others}) == 0"] * bool(others)
             tests += w.live(tuple(d for d in t.dims if d != dim), at)
@@ -252,6 +259,13 @@ class Memory:
         if dtype == "bool":
             return text if kind == "bool" else f"({text}) != 0"
         return text if CTYPES[kind] == STORED[dtype] else f"({STORED[dtype]})({text})"
+
+
+def _times(text: str, n: float) -> str:
+    """n: a whole number, or a part of 1 by which the division is rounded up."""
+    if n == 1:
+        return text
+    return f"({text}) * {n:.0f}" if n > 1 else f"({text} + {1 / n - 1:.0f}) / {1 / n:.0f}"
 
 
 def _over(text: str, n: int) -> str:

@@ -54,12 +54,13 @@ template <class T> INLINE T loaded(const void *from, bool live) {
 #endif
 }
 
-// N numbers from memory, as they are; zeros where they do not count
-template <int N, class T> INLINE void fetch(T *to, const void *from, bool live = true) {
+// N numbers from memory, as they are; zeros where they do not count: not at all, or not 16 bytes of them, which may be
+// another row's or nobody's
+template <int N, class T> INLINE void fetch(T *to, const void *from, bool live = true, int left = N) {
   constexpr int most = 16 / sizeof(T), few = N < most ? N : most;
 #pragma unroll
   for (int k = 0; k < N; k += few) {
-    const Block<T, few> x = loaded<Block<T, few>>((const Block<T, few> *)from + k / few, live);
+    const Block<T, few> x = loaded<Block<T, few>>((const Block<T, few> *)from + k / few, live && k < left);
 #pragma unroll
     for (int i = 0; i < few; ++i) to[k + i] = x.at[i];
   }
@@ -85,10 +86,11 @@ template <int N, class T> INLINE void put(void *to, const T *from, int count = N
 
 // What a thread has asked for lies in shared memory, in places of its own, N bytes of it THREADS times `unit` apart: no
 // other thread waits for it.  Bytes that do not count are zeros.
-template <int N, int THREADS> INLINE void ask(char *to, const void *from, bool live = true) {
+template <int N, int THREADS> INLINE void ask(char *to, const void *from, bool live = true, int left = N) {
   constexpr int unit = N < 16 ? N : 16;
 #pragma unroll
-  for (int k = 0; k < N / unit; ++k) copy_later<unit>(to + k * THREADS * unit, (const char *)from + k * unit, live);
+  for (int k = 0; k < N / unit; ++k)
+    copy_later<unit>(to + k * THREADS * unit, (const char *)from + k * unit, live && k * unit < left);
 }
 template <int N, int THREADS, class T> INLINE void take(T *to, const char *from) {
   constexpr int most = 16 / sizeof(T), few = N < most ? N : most;
@@ -158,6 +160,12 @@ template <class T> INLINE T least(T a, T b) { return a < b ? a : b; }
 // rounds down; the remainder has the sign of b.  A point that does not count may have a 0 here.
 template <class T> INLINE T mod(T a, T b) { return b == 0 ? 0 : (a % b + b) % b; }
 template <class T> INLINE T floordiv(T a, T b) { return b == 0 ? 0 : (a - mod(a, b)) / b; }
+// the last digit of a number to a base, and the number without it
+INLINE int digit(long long &number, int base) {
+  const long long all = number;
+  number = all <= 0x7fffffff ? (int)all / base : all / base;
+  return (int)(all - number * base);
+}
 template <class T> INLINE T sigmoid(T x) { return T(1) / (T(1) + exp(-x)); }
 template <class T> INLINE T xlogx(T x) { return x == T(0) ? T(0) : x * log(x); }
 

@@ -43,6 +43,7 @@ from memcomp.ir.tile import Kernel, Load, Loop, Statement, Store, TileKernel, Ti
 
 WARPS = 4          # of a group
 REGISTERS = 240, 24   # of a thread that computes, at most, and of one that fetches
+PARTS = 3          # of all loops: of more, each loop is one, with masks; the text of a step is long
 ROOM = 80          # registers that a thread that computes has beside what it holds
 BARRIERS = 1024    # bytes at most of barriers, of what groups are handed, and of alignment
 HELD = 176         # registers for sums, scores and weights, beyond which kernels spilled
@@ -154,6 +155,8 @@ class _Launch:
     def functions(self, name: str) -> list[str]:
         f, h, names = self.plan, self.host, self.names
         pieces = [parts(self.k, s) for s in f.loops]
+        if sum(map(len, pieces)) > PARTS:
+            pieces = [[replace(next((p for p in ps if p.edge), ps[0]), end=None)] for ps in pieces]
         every = [(s, p) for s, ps in zip(f.loops, pieces, strict=True) for p in ps]
         rest = useful((*(replace(s, lo=Const(0), hi=Const(0), body=p.body) for s, p in every), *f.after))
         bodies = [s.body for s in rest[:len(every)] if isinstance(s, Loop)]

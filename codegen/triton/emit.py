@@ -88,8 +88,8 @@ def settings_of(source: str) -> dict[str, Setting]:
 
 
 def admits(tp: TileProgram, target: Target) -> int:
-    """0: every launch fits the machine well; more: some spill, or wait (`resources.Need`).  Raises Refusal where one does
-    not fit or has no text."""
+    """0: every launch fits the machine well; more: some spill, or wait (`resources.Need`).  Raises Refusal where one
+    does not fit or has no text."""
     emit(tp, target)
     return max((need(tp, k, target, chosen(tp, k, target)).strain for k in tp.kernels), default=0)
 
@@ -121,11 +121,10 @@ class _Writer:
         for s in statements(k.body):
             if isinstance(s, (Load, Map, Fold, Dot)):
                 writers.setdefault(s.tile, []).append(s)
-        self.stored = {t: self.params[s.source.tensor].dtype for t, (s, *more) in writers.items()
-                       if isinstance(s, Load) and all(x == s for x in more) and self.params[s.source.tensor].dtype in STORED}
-        self.small = {t for t, (s, *more) in writers.items()
-                      if isinstance(s, Load) and all(x == s for x in more) and self.params[s.source.tensor].dtype == "i8"
-                      and k.tile(t).dtype == "i64"}
+        loaded = {t: self.params[first.source.tensor].dtype for t, (first, *more) in writers.items()
+                  if isinstance(first, Load) and all(x == first for x in more)}
+        self.stored = {t: dtype for t, dtype in loaded.items() if dtype in STORED}
+        self.small = {t for t, dtype in loaded.items() if dtype == "i8" and k.tile(t).dtype == "i64"}
         dtypes = {p.name: p.dtype for p in tp.params} | {t.name: t.dtype for t in k.tiles}
         tiles = {t.name: self.layout.of(t.dims) for t in k.tiles}
         self.scope = Scope(names, self.layout, dtypes, tiles, set(self.stored), {d.name: d.capacity for d in k.dims},
@@ -230,7 +229,7 @@ class _Writer:
             elif isinstance(s, Load):
                 self.memory.load(s)
                 own = dims_of(s.source, self.scope.dims)
-                self.dead.set(s.tile, lambda a, own=own: 0.0 if own & set(a.dims) else None)
+                self.dead.set(s.tile, {a: 0.0 for a in self.scope.tiles[s.tile] if own & set(a.dims)}.get)
             elif isinstance(s, Map):
                 self.map(s, body[n + 1:])
             elif isinstance(s, Fold):

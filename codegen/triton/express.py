@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import reduce
 
+from memcomp.codegen.bounds import scaled, total
 from memcomp.codegen.lower_fuse import kind
 from memcomp.codegen.names import Names
 from memcomp.codegen.triton.layout import Axis, Layout
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
 from memcomp.ir.ops import OPS
-from memcomp.ir.simplify import linear, simplify
+from memcomp.ir.simplify import linear
 
 # an operator -> text of its arguments
 _FORMS: dict[str, str] = {
@@ -93,10 +93,9 @@ class Scope:
             return e
         own = max(alone, key=lambda v: self.layout.axes.index(self.layout.axis(v.name)))
         sign = terms.pop(own)
-        scalars, moving = ([Const(-sign * c) if t is None else t if c == -sign else call("mul", t, -sign * c)
-                            for t, c in terms.items() if (t is not None and bool(dims_of(t, self.dims))) == moves]
-                           for moves in (False, True))
-        rest: Expr = simplify(reduce(lambda a, b: call("add", a, b), scalars, Const(0)), index=True)
+        scalars, moving = ([scaled(t, -sign * c) for t, c in terms.items()
+                            if (t is not None and bool(dims_of(t, self.dims))) == moves] for moves in (False, True))
+        rest = total(scalars)
         for t in moving:
             rest = t if rest == Const(0) else call("add", rest, t)
         return Call(e.op if sign > 0 else _COMPARED[e.op], (own, rest))

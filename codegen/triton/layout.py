@@ -98,8 +98,8 @@ class Layout:
 def layout(k: TileKernel) -> Layout:
     """The axes of a kernel's tiles.
 
-    Where a reduction takes a part of what a contraction would make one axis, that contraction is no product of matrices:
-    its dims stay axes of their own, and `Layout.matrices` gives None for it.
+    Where a reduction takes a part of what a contraction would make one axis, that contraction is no product of
+    matrices: its dims stay axes of their own, and `Layout.matrices` gives None for it.
     """
     dots = [s for s in statements(k.body) if isinstance(s, Dot)]
     every = [sides(k, s) for s in dots]

@@ -130,8 +130,8 @@ def _branches(body: tuple[Statement, ...]) -> list[When]:
 
 
 def _taken(body: tuple[Statement, ...], held: set[Expr], plain: bool, whole: bool) -> tuple[Statement, ...]:
-    """The statements where the conditions `held` hold; not plain: where they may not, without branches on them that only
-    spare work.  whole: other branches that do so stay."""
+    """The statements where the conditions `held` hold; not plain: where they may not, without branches on them that
+    only spare work.  whole: other branches that do so stay."""
     out: list[Statement] = []
     for s in body:
         if isinstance(s, When) and s.cond in held and plain:

@@ -110,8 +110,9 @@ def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
 
 
 def options(tp: TileProgram, k: TileKernel, target: Target) -> tuple[Setting, ...]:
-    """Settings to be chosen from by measuring, the model's own first: with as many program instances as the machine holds
-    at once; on sm_90 with specialised warps, where Triton is known to make them (two groups of 64 rows, one loop)."""
+    """Settings to be chosen from by measuring, the model's own first: with as many program instances as the machine
+    holds at once; on sm_90 with specialised warps, where Triton is known to make them (two groups of 64 rows, one
+    loop)."""
     loops, first = Loops(tp, k), chosen(tp, k, target)
     out, block = [first], _Block(loops, target, first)
     n = block.need()

@@ -1,7 +1,7 @@
 """Machine code for GPUs, launched: in the process that compiled it, and from a file where no compiler is.
 
-    memcomp emit attention.mc --target h100 --cubin out      # here: needs Triton, no GPU
-    run = memcomp.artifact.load("out/attention.mcc")         # there: needs cuda-core, a GPU, no compiler
+    memcomp emit attention.mc --target h100 --cubin .        # here: needs a compiler, no GPU
+    run = memcomp.artifact.load("attention.mcc")             # there: needs cuda-core, a GPU, no compiler
     o, = run(q, k, v)
 
 Names are resolved on first use: reading a file needs no torch.

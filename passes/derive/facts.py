@@ -265,12 +265,14 @@ class Facts:
     def _witnessed(self, v: str, guard: tuple[Expr, ...]) -> bool:
         """Is there one point of v, if it has any, at which all of `guard` holds whatever the other variables are?
 
-        Tried are the first point and those where a comparison holds just so (`m <= p`: p).
+        Tried are the first point, those where a comparison holds just so (`m <= p`: p), and places of what is compared
+        (`Z[m] == Z[p]`: p).
         """
         points: list[Expr] = [Const(0)]
         for c in (n for g in guard for n in walk(g) if v in variables(n)):
             if (cut := bound(c, v)) is not None:
                 points.append(cut[1] if cut[0] == "low" else Call("sub", (cut[1], Const(1))))
+        points += [i for g in guard for n in walk(g) if isinstance(n, Access) for i in n.index if v not in variables(i)]
         ranges, high = self.ranges(), self.extent(v.upper())
         for w in dict.fromkeys(points):
             inside = () if w == Const(0) else (Call("le", (Const(0), w)), Call("lt", (w, high)))

@@ -4,9 +4,9 @@ extern "C" __global__ void __launch_bounds__(256, 1) bag_g0(const long long *__r
   SHARED_BYTES(staged);
   int slot = 0;
   const int thread = threadIdx.x;
-  const int rest1 = blockIdx.x;
-  const int d1 = rest1 % ((D + 128 - 1) / 128);
-  const int t = rest1 / ((D + 128 - 1) / 128);
+  long long task = blockIdx.x;
+  const int d1 = digit(task, ((D + 128 - 1) / 128));
+  const int t = (int)task;
   const int d0_at = (thread & 7) * 4;
   const int l0_at = (thread >> 3 & 31);
   const int d0_n = (least((D - (d1 * 128)), 128));

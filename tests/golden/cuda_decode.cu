@@ -4,7 +4,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) decode_g0(const unsigned sh
   SHARED_BYTES(staged);
   int slot = 0;
   const int thread = threadIdx.x;
-  const int j = blockIdx.x;
+  long long task = blockIdx.x;
+  const int j = (int)task;
   const int f_at = (thread & 7) * 8;
   const int e_at = (thread & 7) * 8;
   const int m0_at = (thread >> 3 & 31);

@@ -1,0 +1,30 @@
+"""The mapping that is chosen spills no register: operators are mapped, emitted, compiled, and the machine code read.
+
+Exceptions are those of the issue: D 256 on sm_80 and sm_89, MLA 576/512, values above 320.  `benchmarks/gpu_offline.py`
+does the same for every operator.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import gpu_offline as bench
+
+pytest.importorskip("triton", reason="triton is not installed")
+OPERATORS = {op.name: op for op in bench.operators()}
+WIDE = ("192", "256")
+QUICK = (("documents D 64", "h100"), ("prefill_causal", "a100"))
+EVERY = tuple((name, machine) for name in OPERATORS for machine in bench.TARGETS
+              if "latent" not in name and not (name.endswith(WIDE) and machine != "h100"))
+
+
+@pytest.mark.parametrize(("name", "machine"), [
+    pytest.param(name, machine, marks=() if (name, machine) in QUICK else pytest.mark.slow) for name, machine in EVERY])
+def test_nothing_is_spilled(name: str, machine: str) -> None:
+    told = bench.compiled(OPERATORS[name], machine)
+    assert "refused" not in told, told
+    for launch in told["launches"]:
+        assert launch["spills"] == 0, launch
+        wide = any(n >= 64 for d, n in launch["tiles"].items() if d.startswith("p"))
+        if machine == "h100" and wide and launch["instructions"]["HMMA"] + launch["instructions"]["HGMMA"]:
+            assert launch["instructions"]["HGMMA"] and not launch["instructions"]["HMMA"], launch
