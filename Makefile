@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test sweep cascades bench gpu clean
+.PHONY: demo test sweep cascades bench gpu gpu-offline clean
 
 demo: $(READY)
 	$(BIN)/memcomp demo
@@ -39,6 +39,10 @@ bench: $(READY)
 gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m memcomp bench --device cuda --tests tests \
 		$(if $(REHEARSE),--interpret --seconds 900) $(if $(CASES),$(foreach c,$(CASES),'$(c)'))
+
+gpu-offline: $(READY)  ## every program compiled for GPUs that are not there; goes on where it was stopped
+	$(BIN)/python benchmarks/gpu_cases.py --jobs 2
+	$(BIN)/python benchmarks/gpu_offline.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -89,7 +89,7 @@ def test_parts_of_every_case(name: str) -> None:
     p, rng = load(name), np.random.default_rng(4)
     tp = lower(mapped(p))
     plain = replace(tp, kernels=tuple(map(spelled, tp.kernels)))
-    a = inputs(p, {s: 140 if s == "M" else 70 if s == "P" else 2 for s in symbols(p)}, rng)
+    a = inputs(p, {s: 70 if s == "M" else 33 if s == "P" else 2 for s in symbols(p)}, rng)
     want, got = interpret_tile(tp, a), interpret_tile(plain, a)
     for out in want:
         np.testing.assert_allclose(got[out], want[out], rtol=1e-12, atol=1e-12)

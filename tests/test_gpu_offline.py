@@ -129,3 +129,16 @@ def test_arguments_are_checked() -> None:
     for constants, words in [({"Z": 1}, "no argument 'Z'"), ({}, "no type or value for 'M'")]:
         with pytest.raises(Refusal, match=words):
             offline.compile_text(TEXT, "product", TYPES, constants, POINTERS, 80)
+
+
+@pytest.mark.parametrize("name, used", [("case onepass_causal_gqa", "HGMMA"), ("case onepass_decode_gqa", "HMMA")])
+def test_programs_compile_for_the_machine_that_they_are_mapped_for(name: str, used: str) -> None:
+    """Two of `make gpu-offline`: warpgroups multiply where a product has 64 rows, warps where it has fewer; what lies in
+    rows is read 16 bytes at a time."""
+    from benchmarks.gpu_cases import launches, programs
+
+    (program,) = programs(name, "h100")
+    first = launches(program, "h100")[0]
+    assert (first["rows"] >= 64) == (used == "HGMMA") and first["spills"] == 0
+    assert {i for i in ("HGMMA", "HMMA") if first["instructions"][i]} == {used}
+    assert first["loads"]["128"] > sum(n for bits, n in first["loads"].items() if bits != "128")

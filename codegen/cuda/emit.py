@@ -15,10 +15,10 @@ from dataclasses import replace
 
 from memcomp.codegen.cuda.express import CTYPES, Point, Scope
 from memcomp.codegen.cuda.memory import PACKED, WIDEST, Memory, Rows, moved, vectors
-from memcomp.codegen.cuda.spread import blocks, bytes_held, pressure
+from memcomp.codegen.cuda.spread import blocks, bytes_held, places, pressure
 from memcomp.codegen.cuda.steps import Steps
 from memcomp.codegen.cuda.sums import AGAIN, Partial, Sums, identity, joined
-from memcomp.codegen.cuda.words import HEAD
+from memcomp.codegen.cuda.words import HEAD, TAKEN
 from memcomp.codegen.launches import Argument, Launch, Layout, loosened
 from memcomp.codegen.names import Names
 from memcomp.codegen.triton.arguments import arguments
@@ -44,17 +44,6 @@ from memcomp.ir.tile import (
 _INTEGER = {"i32": "int ", "i64": "long long "}
 LONE = 128          # threads of a block where each has a task of its own
 TENSOR_ROWS = 64    # of a product from which on tensor cores must have it
-TAKEN = set("""
-alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
-const_cast continue decltype default delete do double dynamic_cast else enum explicit export extern false float for
-friend goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected
-public register
-reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template
-this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
-xor_eq threadIdx blockIdx blockDim gridDim warpSize INLINE Block fetch put Sum Prod Max Min And Or combine from_lane
-AT_ONCE SHARED_BYTES copy_later ask asked come take loaded digit
-from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 highest lowest most least mod floordiv sigmoid
-xlogx abs fabs exp exp2 log log2 sin cos erf tanh expm1 log1p floor rint sqrt pow i main linux unix""".split())
 
 
 def emit(tp: TileProgram, target: Target | str, layout: Layout | None = None) -> Kernel:
@@ -203,7 +192,7 @@ class Writer:
         self._grid()
         for d, s in self.block.dims.items():
             if s.bits:
-                self.line(f"const int {self.names[f'{d}_at']} = {_places(self.thread, s.bits, s.vector)};")
+                self.line(f"const int {self.names[f'{d}_at']} = {places(self.thread, s.bits, s.vector)};")
         self.counts("")
         for t in self.k.tiles:
             self.line(self._declared(t.name))
@@ -420,20 +409,3 @@ class Writer:
         before, self.lines = self.lines, []
         yield self.lines
         self.lines = before
-
-
-def _places(thread: str, bits: tuple[int, ...], vector: int) -> str:
-    """The first point of a thread along a dim: these bits of its number, in a row, times the vector."""
-    runs: list[list[int]] = []
-    for b in bits:
-        if runs and runs[-1][-1] == b - 1:
-            runs[-1].append(b)
-        else:
-            runs.append([b])
-    texts, low = [], 0
-    for run in runs:
-        text = f"({thread} >> {run[0]} & {(1 << len(run)) - 1})" if run[0] else f"({thread} & {(1 << len(run)) - 1})"
-        texts.append(f"{text} * {vector << low}" if vector << low > 1 else text)
-        low += len(run)
-    return " + ".join(texts)
-

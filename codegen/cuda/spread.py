@@ -211,3 +211,19 @@ def pressure(k: TileKernel, b: Block, held: Mapping[str, float]) -> float:
 def bytes_held(dtype: str) -> int:
     """Of one point in registers."""
     return max(4, BYTES[dtype])
+
+
+def places(thread: str, bits: tuple[int, ...], vector: int) -> str:
+    """The first point of a thread along a dim: these bits of its number, in a row, times the vector."""
+    runs: list[list[int]] = []
+    for b in bits:
+        if runs and runs[-1][-1] == b - 1:
+            runs[-1].append(b)
+        else:
+            runs.append([b])
+    texts, low = [], 0
+    for run in runs:
+        text = f"({thread} >> {run[0]} & {(1 << len(run)) - 1})" if run[0] else f"({thread} & {(1 << len(run)) - 1})"
+        texts.append(f"{text} * {vector << low}" if vector << low > 1 else text)
+        low += len(run)
+    return " + ".join(texts)

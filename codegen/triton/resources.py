@@ -33,11 +33,11 @@ ALIGNED = 1024     # bytes: where a tile begins that tensor cores read themselve
 COPIED = 4         # bytes: the least that a thread can copy ahead
 # registers = first number + the others times what `held` counts, in its order, and the sum from which on kernels
 # spill; `benchmarks/gpu_resources.py --fit`
-FITTED = {"mma": (16.0, 1.83, 2.46, 2.08, 2.09, 1.11, 0.0), "wgmma": (47.4, 0.91, 1.43, 0.0, 3.05, 0.55, 0.0),
-          "tcgen05": (11.2, 1.2, 2.03, 0.0, 3.3, 0.85, 0.51)}
+FITTED = {"mma": (21.8, 1.98, 2.26, 1.56, 0.54, 0.85, 0.0), "wgmma": (41.9, 0.93, 1.56, 0.0, 1.21, 0.37, 0.49),
+          "tcgen05": (19.2, 1.11, 1.87, 0.0, 1.45, 1.27, 0.71)}
 REGISTERS = 65536  # of one processor
 BUSY = 8           # warps on one processor below which too little is under way: half of them compute while half wait
-SPILLED = {"mma": 240.0, "wgmma": 245.0, "tcgen05": 257.5}
+SPILLED = {"mma": 241.0, "wgmma": 260.0, "tcgen05": 258.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +303,10 @@ class _Block:
         base, *weights = FITTED[self.form(body)]
         return base + sum(w * n for w, n in zip(weights, self.held(body).values(), strict=True))
 
+    def masked(self, tile: str) -> int:
+        """2 where each address goes with a mask: an axis is longer than what there is of it."""
+        return 1 + any(a.points < a.size for a in self.loops.layout.of(self.loops.tiles[tile].dims))
+
     def held(self, body: Body) -> dict[str, float]:
         """What a thread holds in 32-bit registers in a loop, by kind.
 
@@ -310,7 +314,7 @@ class _Block:
         values:  at most at once of the tiles that a step computes.
         rows:    of numbers for rows, which several threads hold alike.
         columns: of numbers for columns, which a thread has one of for each fourth.
-        chunks:  addresses, one for each 16 bytes that a thread fetches.
+        chunks:  addresses, one for each 16 bytes that a thread fetches, and masks of rows that are no power of two.
         passing: of operands on their way to tensor cores: parts of f32, and what is not copied ahead.
         """
         threads, own = 32 * self.warps, body.written
@@ -341,7 +345,8 @@ class _Block:
         wide = [t for t in lines if set(self.loops.layout.of(self.loops.tiles[t].dims)) <= across]
         rows = sum(max(2.0, points(t) / (8 * along)) for t in lines if t not in wide)
         columns = sum(points(t) * BYTES[self.loops.tiles[t].dtype] / 16 for t in wide)
-        chunks = sum(points(t) * self.loops.element(t) / 16 / threads for t in straight)
+        chunks = sum(points(t) * self.loops.element(t) / 16 / threads * (1 if self.boxed(body) else self.masked(t))
+                     for t in straight)
         passing = sum(2 * (p.rows + p.columns) * p.depth for p in body.products if p.exact) / threads
         if body.branched or self.stages == 1:
             passing += sum(points(t) * self.loops.element(t) / 4 / threads for t in straight)
