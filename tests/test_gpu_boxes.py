@@ -230,6 +230,7 @@ def test_specialised_warps_are_proved_by_the_machine_code() -> None:
     assert not any(s.specialised for m in ("a100", "b200") for s in options(tp, k, target(m)))
 
 
+@pytest.mark.slow
 def test_instances_that_take_tasks_in_turns_are_compiled_as_well() -> None:
     """The loop over tasks leaves the loop inside it its copies ahead, and takes no more memory."""
     tp = lower(made("where m <= p", e=64))

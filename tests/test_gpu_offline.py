@@ -133,8 +133,8 @@ def test_arguments_are_checked() -> None:
 
 @pytest.mark.parametrize("name, used", [("case onepass_causal_gqa", "HGMMA"), ("case onepass_decode_gqa", "HMMA")])
 def test_programs_compile_for_the_machine_that_they_are_mapped_for(name: str, used: str) -> None:
-    """Two of `make gpu-offline`: warpgroups multiply where a product has 64 rows, warps where it has fewer; what lies in
-    rows is read 16 bytes at a time."""
+    """Two of `make gpu-offline`: warpgroups multiply where a product has 64 rows, warps where it has fewer; what lies
+    in rows is read 16 bytes at a time."""
     from benchmarks.gpu_cases import launches, programs
 
     (program,) = programs(name, "h100")

@@ -228,10 +228,10 @@ TAKEN = set("""\
 alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
 const_cast continue decltype default delete do double dynamic_cast else enum explicit export extern false float for
 friend goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected
-public register
-reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template
+public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template
 this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
 xor_eq threadIdx blockIdx blockDim gridDim warpSize INLINE Block fetch put Sum Prod Max Min And Or combine from_lane
-AT_ONCE SHARED_BYTES copy_later ask asked come take loaded digit
+AT_ONCE SHARED_BYTES ON_HOST INFINITE32 INFINITE64 NOT_A_NUMBER32 NOT_A_NUMBER64 memcpy
+copy_later ask asked come take loaded digit
 from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 highest lowest most least mod floordiv sigmoid
 xlogx abs fabs exp exp2 log log2 sin cos erf tanh expm1 log1p floor rint sqrt pow i main linux unix""".split())

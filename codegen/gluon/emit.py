@@ -44,7 +44,7 @@ from memcomp.ir.tile import Kernel, Load, Loop, Statement, Store, TileKernel, Ti
 WARPS = 4          # of a group
 REGISTERS = 240, 24   # of a thread that computes, at most, and of one that fetches
 PARTS = 3          # of all loops: of more, each loop is one, with masks; the text of a step is long
-ROOM = 80          # registers that a thread that computes has beside what it holds
+ROOM = 88          # registers that a thread that computes has beside what it holds
 BARRIERS = 1024    # bytes at most of barriers, of what groups are handed, and of alignment
 HELD = 176         # registers for sums, scores and weights, beyond which kernels spilled
 
