@@ -37,7 +37,7 @@ FITTED = {"mma": (21.8, 1.98, 2.26, 1.56, 0.54, 0.85, 0.0), "wgmma": (41.9, 0.93
           "tcgen05": (19.2, 1.11, 1.87, 0.0, 1.45, 1.27, 0.71)}
 REGISTERS = 65536  # of one processor
 BUSY = 8           # warps on one processor below which too little is under way: half of them compute while half wait
-SPILLED = {"mma": 241.0, "wgmma": 260.0, "tcgen05": 258.0}
+SPILLED = {"mma": 241.0, "wgmma": 240.0, "tcgen05": 258.0}
 
 
 @dataclass(frozen=True, slots=True)
