@@ -31,7 +31,7 @@ def forms(file: Path) -> tuple[Program, Program]:
         pass
 
     general = rewrite(read, observe=see, names=PIPELINE[:GENERAL])
-    return general, closed_form(general, PIPELINE[GENERAL:], read, {}, config({}), see)
+    return general, closed_form(general, PIPELINE[GENERAL:], read, {}, config({}), see).program
 
 
 def scaled(program: Program) -> Iterator[tuple[str, Program]]:
