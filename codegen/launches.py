@@ -11,6 +11,7 @@ from memcomp.codegen.elf import parameters
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Call, Const, Expr, Size, children
 from memcomp.ir.ops import OPS
+from memcomp.ir.target import Target
 
 BYTES = {"i32": 4, "i64": 8, "map": 128}  # of an argument; a pointer has 8
 MOST = {"i32": 2**31 - 1, "i64": 2**63 - 1}
@@ -94,6 +95,16 @@ class Form:
     def __post_init__(self) -> None:
         for launch, cubin in zip(self.launches, self.cubins, strict=True):
             agree(launch, cubin)
+
+
+def fitting(form: Form, machine: Target) -> Form:
+    """The form; Refusal where a block takes more shared memory than the machine gives one."""
+    there = machine.level("smem").bytes
+    for x in form.launches:
+        if x.shared > there:
+            raise Refusal(f"{x.function} takes {x.shared:,} bytes of shared memory, and a block of {machine.name} has "
+                          f"{there:,}", "the compiler took more than was foretold", "compile it with smaller tiles")
+    return form
 
 
 def agree(launch: Launch, cubin: bytes) -> None:

@@ -170,6 +170,13 @@ def tasks(program: Program, group: Group, sizes: Mapping[str, int]) -> int:
     return _Nest(c, Sizes(c, sizes), group, tuple(e for e in c.einsums if e.names[0] in group.tensors)).tasks
 
 
+def steps(program: Program, group: Group, sizes: Mapping[str, int]) -> int:
+    """How many steps the longest loop of a task of the group has; its ranks may be tiles of a rank."""
+    c = program.cascade
+    nest = _Nest(c, Sizes(c, sizes), group, tuple(e for e in c.einsums if e.names[0] in group.tensors))
+    return max((nest.extent(v) for v in nest.loops if v.upper() not in group.space), default=1)
+
+
 def compulsory(program: Program, sizes: Mapping[str, int]) -> float:
     """Bytes that the arguments must move at least once."""
     c, n = program.cascade, Sizes(program.cascade, sizes)
@@ -255,7 +262,7 @@ class _Nest:
                     self.inner[o.tensor] = self.inner.get(o.tensor, frozenset()) | self._variables(o)
         inside = {v for e in einsums for v in self._split(set(e.space()))}
         self.loops = [v for v in (r.lower() for r in (*g.space, *g.loop_order)) if v in inside]
-        self.tasks = math.prod(self._extent(v) for v in self.loops if v.upper() in g.space)
+        self.tasks = math.prod(self.extent(v) for v in self.loops if v.upper() in g.space)
         self.again = self._again()
         self.flops = self.special = self.once = 0.0  # once: of both, without what is computed again
         # operations, by dtype and rows of the smaller operand's tile, at every point that the loops visit
@@ -263,7 +270,7 @@ class _Nest:
         self.needed: dict[str, float] = {}  # of them at points that own guards leave too, once
         self.special_visited = self.special_needed = self.passed = 0.0
         steps = {v for v in self.loops if v.upper() not in g.space}
-        visits = Visits(n, einsums, self.loops, steps, self.cut, self._extent)
+        visits = Visits(n, einsums, self.loops, steps, self.cut, self.extent)
         self.made = visits.share()  # of the steps
         for e in einsums:
             plain, special = operations(e.body)
@@ -294,7 +301,7 @@ class _Nest:
             if isinstance(x, Call) and reads(x):
                 inner = sum(operations(a)[0] for a in x.args), sum(operations(a)[1] for a in x.args)
                 own = [n - m for n, m in zip(operations(x), inner, strict=True)]
-                times = math.prod(self._extent(v) for v in dims - self._split(set(variables(x))))
+                times = math.prod(self.extent(v) for v in dims - self._split(set(variables(x))))
                 plain, special = plain + own[0] / max(times, 1), special + own[1] / max(times, 1)
         return plain, special
 
@@ -304,7 +311,7 @@ class _Nest:
         if len(operands) != 2:
             return 1 << 30
         a, b = ({v for v in self._variables(x) if v not in self.loops} for x in operands)
-        return max(1, min(math.prod(self._extent(v) for v in own) for own in (a - b, b - a)))
+        return max(1, min(math.prod(self.extent(v) for v in own) for own in (a - b, b - a)))
 
     def _padded(self, e: Einsum) -> float:
         """How many times more points than its rank has the tiles across the lanes hold."""
@@ -316,7 +323,7 @@ class _Nest:
 
     def _loaded(self, steps: set[str]) -> float:
         """Bytes of arguments that all steps of all tasks bring into their tiles."""
-        return sum(self._bytes(name, vs, 0) * math.prod(self._extent(v) for v in self.loops if v not in vs)
+        return sum(self._bytes(name, vs, 0) * math.prod(self.extent(v) for v in self.loops if v not in vs)
                    for name, ways in self.outer.items() for vs in ways if vs & steps)
 
     def _again(self) -> dict[str, int]:
@@ -336,7 +343,7 @@ class _Nest:
                 for name in from_:
                     grew |= not mine <= asked[name]
                     asked[name] |= mine
-        return {name: math.prod(self._extent(v) for v in asked[name] - has) for name, has in own.items()}
+        return {name: math.prod(self.extent(v) for v in asked[name] - has) for name, has in own.items()}
 
     def _tile(self, size: object) -> int:
         if isinstance(size, Knob):
@@ -358,7 +365,7 @@ class _Nest:
             out |= {v + "1", v + "0"} if v in self.cut else {v}
         return out
 
-    def _extent(self, v: str) -> int:
+    def extent(self, v: str) -> int:
         whole = v[:-1]
         if whole in self.cut:
             size = self.cut[whole]
@@ -380,7 +387,7 @@ class _Nest:
             elements, each = self.size[name]
             still = set(self.loops[:fixed])
             places = max(len(self.places.get((name, vs), ())), 1)
-            asked = places * math.prod(self._extent(v) for v in vs if v not in still)
+            asked = places * math.prod(self.extent(v) for v in vs if v not in still)
             self.touched[key] = float(min(asked, elements)) * each
         return self.touched[key]
 
@@ -422,7 +429,7 @@ class _Nest:
             for vs, readers in ways.items():
                 if level.addressed:
                     spilled = list(range(max((k for k, v in enumerate(loops) if v in vs), default=0)))
-                again = math.prod(self._extent(loops[k]) for k in spilled if loops[k] not in vs)
+                again = math.prod(self.extent(loops[k]) for k in spilled if loops[k] not in vs)
                 total += self._bytes(name, vs, 0) * (again + over * (readers - 1))
         for name, vs in self.inner.items():
             if name in self._kept(nearer):

@@ -20,6 +20,7 @@ def alternatives(closed: Program, sizes: Mapping[str, int]) -> tuple[str, dict[s
     tasks than the machine has cores (one query over a long cache) runs as a whole, or in shares whose states are merged
     by a kernel of their own.
     """
+    from memcomp.ir.cost import steps as steps_of
     from memcomp.ir.cost import tasks
     from memcomp.ir.target import target
     from memcomp.passes.reduce_passes import weighted_frames
@@ -28,11 +29,14 @@ def alternatives(closed: Program, sizes: Mapping[str, int]) -> tuple[str, dict[s
     ways: list[dict[str, dict[str, Any]]] = []
     if weighted_frames(closed):
         ways.append({"a weighted frame": {}, "another pass": {"weighted": False}})
-    counts = [tasks(closed, g, sizes) for g in closed.mapping.groups if g.loop_order]
-    if few := [n for n in counts if n and (-n % threads) / (n + -n % threads) > IDLE]:
-        # each task's share of the machine, twice that (they end at different times), or one for every core
-        shares = {ceil(rounds * threads / n) for n in few for rounds in (1, 2)} | {threads}
-        ways.append({"one share": {}, **{f"{n} shares": {"splits": n} for n in sorted(shares) if 1 < n <= threads}})
+    counts = {g: tasks(closed, g, sizes) for g in closed.mapping.groups if g.loop_order}
+    if few := {g: n for g, n in counts.items() if n and (-n % threads) / (n + -n % threads) > IDLE}:
+        # each task's share of the machine, twice that (they end at different times), or one for every core; a share
+        # has a step at least
+        steps = max(steps_of(closed, g, sizes) for g in few)
+        shares = {ceil(rounds * threads / n) for n in few.values() for rounds in (1, 2)} | {min(threads, steps)}
+        most = min(threads, steps)
+        ways.append({"one share": {}, **{f"{n} shares": {"splits": n} for n in sorted(shares) if 1 < n <= most}})
     forms: dict[str, dict[str, Any]] = {
         " in ".join(words): {k: v for way, word in zip(ways, words, strict=True) for k, v in way[word].items()}
         for words in product(*ways)

@@ -63,7 +63,7 @@ class Compiled:
 
 
 _LOCK = threading.RLock()
-_Near: TypeAlias = tuple[tuple[str, int], ...]  # sizes, where what was measured may differ with them
+_Near: TypeAlias = tuple[tuple[str, int], ...]  # sizes, as far as mappings differ with them
 _READ: dict[tuple[Program, tuple[str, ...], Config, _Near], Compiled] = {}  # equal layers take the first exit
 _BUILT: dict[tuple[str, tuple[str, ...], Config, _Near], Compiled] = {}
 
@@ -187,7 +187,7 @@ def _codegen(name: str) -> Any:
 
 def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] | None = None,
                     observe: Observer | None = None) -> Compiled:
-    """From the program as read to a callable; equal general programs share one kernel.
+    """From the program as read to a callable; equal general programs share one kernel where they are mapped alike.
 
     sizes: extents that candidates are ranked with, by rank name of `read`; others come from `read`, from a bound, or
     are `EXAMPLE_EXTENT`.  Raises Refusal where a station cannot go on.
@@ -195,7 +195,9 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
     read = replace(read, target=config.target)
     deciding = Config(target=config.target, backend=config.backend, tune=config.tune, interpret=config.interpret)
     stores = _stores(config)
-    same = (replace(read, name=""), definitions(read), deciding, buckets(read, sizes or {}) if stores else ())
+    if stores:  # what is measured, and where it is looked up, decides too
+        deciding = replace(deciding, cache=config.cache, cache_dir=str(stores.stores[0].root) if stores.stores else "")
+    same = (replace(read, name=""), definitions(read), deciding, buckets(read, sizes or {}))
     with _LOCK:
         if same in _READ and observe is None:
             return _READ[same]
@@ -206,15 +208,20 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
         general = rewrite(before, observe=see, names=PIPELINE[CANONICAL:GENERAL])
         named = _named(general)
         extents = shape_sizes(read, general, sizes or {})
-        key = (general.digest, named, deciding, buckets(general, extents) if stores else ())
+        key = (general.digest, named, deciding, buckets(general, extents))
         if key not in _BUILT or observe is not None:
             made = closed_form(general, PIPELINE[GENERAL:], read, sizes or {}, config, see, named)
             chosen = replace(config, backend=made.choice.backend or config.backend)
-            tiles, kernel = emit(made.program, config=chosen, observe=see)
-            if key not in _BUILT:
-                recheck(general, made.program)
-                _BUILT[key] = Compiled(general.digest, before, made.program, tiles, kernel, build(kernel, chosen),
-                                       problem(general, named, extents, config.backend, made.space), made.choice)
+            mapped = (made.program.digest, named, replace(deciding, backend=chosen.backend), ())
+            if mapped not in _BUILT or observe is not None:
+                tiles, kernel = emit(made.program, config=chosen, observe=see)
+                if mapped not in _BUILT:  # other sizes may be mapped alike
+                    recheck(general, made.program)
+                    _BUILT[mapped] = Compiled(general.digest, before, made.program, tiles, kernel,
+                                              build(kernel, chosen), {}, made.choice)
+            asked = problem(general, named, extents, config.backend, made.space)
+            _BUILT.setdefault(key, replace(_BUILT[mapped], digest=general.digest, before=before, program=made.program,
+                                           problem=asked, choice=made.choice))
         return _READ.setdefault(same, _BUILT[key])
 
 
@@ -385,17 +392,24 @@ def _stores(config: Config) -> Layers | None:
     return stores if present(device_of(config)) else None
 
 
-def tuned(read: Program, config: Config, sizes: Mapping[str, int], stores: Layers, hints: list[Entry]) -> Entry:
-    """Search for the fastest way to map a program, and keep what is found; a warning where it cannot be kept."""
+def tuned(read: Program, config: Config, sizes: Mapping[str, int], stores: Layers,
+          hints: list[Entry]) -> Entry | None:
+    """Search for the fastest way to map a program, and keep what is found; a warning where it cannot be kept, or
+    (None) where no search can begin."""
     from memcomp.tune.progress import bar
-    from memcomp.tune.search import tuner
+    from memcomp.tune.search import Missing, tuner
 
-    with bar(read.name) as watch:
-        entry = tuner().tune(read, config, sizes, mode=config.tune, hints=hints, watch=watch)
+    try:
+        with bar(read.name) as watch:
+            entry = tuner().tune(read, config, sizes, mode=config.tune, hints=hints, watch=watch)
+    except (Missing, OSError) as error:
+        warnings.warn(f"memcomp: {read.name} is not tuned, and mapped as the cost model says: {error}", CacheWarning,
+                      stacklevel=2)
+        return None
     try:
         if stores.writable is None:
             raise PermissionError("it is off or read only")
-        stores.writable.join(entry)
+        stores.writable.put(entry)  # nothing that may be taken was there
     except OSError as error:
         warnings.warn(f"memcomp: what was tuned for {read.name} is not kept in the cache: {error}", CacheWarning,
                       stacklevel=2)
@@ -438,6 +452,8 @@ def _measured(general: Program, named: tuple[str, ...], read: Program, sizes: Ma
         return None
     try:
         closed = space.closed(entry.choice)
+        if config.backend and entry.choice.backend not in ("", config.backend):
+            raise OptionError(f"it is of the backend {entry.choice.backend}, and {config.backend} was asked for")
         if device_of(replace(config, backend=entry.choice.backend or config.backend)) != device_of(config):
             raise OptionError(f"the backend {entry.choice.backend} is for another device")
     except OptionError as error:

@@ -77,6 +77,7 @@ class Does(Protocol):
 
 class Asked(Protocol):
     def ask(self, job: Job, limit: float) -> Answer: ...
+    def stop(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -89,6 +90,9 @@ class Here:
     def ask(self, job: Job, limit: float) -> Answer:
         return self._tasks.answer(job)
 
+    def stop(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -99,13 +103,31 @@ class Worker:
     def __init__(self, make: Callable[[], Does]) -> None:
         """make: called in the process; it must be picklable."""
         self._make = make
+        self._one = threading.Lock()  # what is asked while another job runs waits: answers are never mixed up
+        self._owner = os.getpid()
         self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
         handle, name = tempfile.mkstemp(prefix="memcomp-", suffix=".log")
         os.close(handle)
         self._log = Path(name)
 
     def ask(self, job: Job, limit: float) -> Answer:
-        """limit: seconds; a process that takes longer is ended."""
+        """limit: seconds; a process that takes longer is ended, as is one whose answer nobody waited for."""
+        if self._owner != os.getpid():  # a fork: the process, and who waits for it, are the parent's
+            self._one, self._owner, self._running = threading.Lock(), os.getpid(), None
+        with self._one:
+            try:
+                return self._asked(job, limit)
+            except BaseException:  # Ctrl-C: the answer to come would be taken for that of the next job
+                self._end()
+                raise
+
+    def stop(self) -> None:
+        """End the process, from any thread; who waits for it hears that it ended."""
+        running = self._running
+        if running is not None and self._owner == os.getpid():
+            running[0].kill()
+
+    def _asked(self, job: Job, limit: float) -> Answer:
         begin = time.monotonic()
         fresh = self._running is None
         if self._running is None:
@@ -125,16 +147,24 @@ class Worker:
         return answer
 
     def close(self) -> None:
+        if self._owner != os.getpid():
+            return
+        self.stop()
+        free = self._one.acquire(timeout=10.0)  # who waits for an answer hears that the process ended, and lets go
         self._end()
+        if free:
+            self._one.release()
         self._log.unlink(missing_ok=True)
 
     def _begun(self) -> tuple[subprocess.Popen[bytes], Connection]:
         """No `multiprocessing.Process`: that runs the user's script again."""
         ours, theirs = Pipe()
         paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        code = f"from {__name__} import _serve; _serve({theirs.fileno()}, {str(self._log)!r})"
-        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-                                   env={**os.environ, "PYTHONPATH": paths})
+        # on Ctrl-C the one who asks ends it
+        code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        code += f"from {__name__} import _serve; _serve({theirs.fileno()}, {str(self._log)!r})"
+        process = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=subprocess.DEVNULL,
+                                   pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": paths})
         theirs.close()
         ours.send(self._make)
         return process, ours
@@ -149,7 +179,10 @@ class Worker:
                 process.wait(10.0)
 
     def _last(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines()
+        try:
+            lines = self._log.read_text(errors="replace").strip().splitlines()
+        except FileNotFoundError:  # closed in the meantime
+            return ""
         return f": {lines[-1][:200]}" if lines else ""
 
 
@@ -185,6 +218,7 @@ def spread(workers: Sequence[Asked], jobs: Iterable[Job], limit: Callable[[], fl
     """
     waiting, lock = iter(jobs), threading.Lock()
     faults: list[BaseException] = []
+    stopped: list[bool] = []
 
     def serve(worker: Asked) -> None:
         try:
@@ -195,14 +229,19 @@ def spread(workers: Sequence[Asked], jobs: Iterable[Job], limit: Callable[[], fl
                     return
                 answer = worker.ask(job, limit())
                 with lock:
-                    done(job, answer)
+                    if not stopped:
+                        done(job, answer)
         except BaseException as error:  # raised where somebody waits
             faults.append(error)
 
     try:
         together(serve, [(w,) for w in workers])
-    except BaseException as error:  # Ctrl-C: nothing more begins
-        faults.append(error)
+    except BaseException as error:  # Ctrl-C: nothing more begins, and what runs is told to nobody
+        with lock:
+            stopped.append(True)
+            faults.append(error)
+        for w in workers:
+            w.stop()
     if faults:
         raise faults[0]
     return list(waiting)

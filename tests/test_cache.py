@@ -332,3 +332,49 @@ def test_what_ships_with_the_package_is_valid() -> None:
     from memcomp.cache import shipped
 
     assert all(f.entry is not None for f in shipped().files())
+
+
+def test_a_cache_that_is_not_ours_to_read_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    store.put(entry())
+
+    def denied(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert not list(store.entries()) and not store.hints({"program": "p0"}, {"other": 1})
+    assert Store(tmp_path / "f" / "g").get({"program": "p0"}, HERE) is None
+    (tmp_path / "f").touch()
+    assert Store(tmp_path / "f").get({"program": "p0"}, HERE) is None
+    folder = Store(tmp_path / "folders")
+    folder.path({"program": "p0"}, HERE).mkdir(parents=True)
+    with pytest.warns(CacheWarning, match="no plain file"):
+        assert folder.get({"program": "p0"}, HERE) is None
+
+
+def test_a_user_without_a_home_has_no_layer_of_his_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda p: p)  # as where neither HOME nor the user is known
+    found = layers()
+    assert not found.stores[0].root.parts[0].startswith("~") and found.get({"program": "p0"}, HERE) is None
+    with pytest.raises(OSError):
+        found.stores[0].check()
+
+
+def test_a_folder_of_the_user_may_begin_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert layers("~/tuned").stores[0].root == Path("/home/somebody/tuned")
+
+
+def test_what_cannot_be_deleted_or_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MEMCOMP_CACHE", "on")
+    monkeypatch.setenv("MEMCOMP_CACHE_DIR", str(tmp_path))
+    (tmp_path / "v1" / "x" / "a.json").mkdir(parents=True)
+    assert main(["cache", "verify"]) == 1 and "no plain file" in capsys.readouterr().out
+    assert main(["cache", "gc"]) == 1
+    told = capsys.readouterr()
+    assert "not deleted" in told.err and "0 files deleted" in told.out
+    (tmp_path / "some").write_text("{")
+    assert main(["cache", "import", str(tmp_path / "some")]) == 2
+    assert "is no file of entries" in capsys.readouterr().err

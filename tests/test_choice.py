@@ -123,3 +123,19 @@ def test_a_long_loop_of_few_tasks_runs_in_shares(heads: int, queries: int, keys:
     x = {"Q": rng.standard_normal((2, 3, 16)), "K": rng.standard_normal((301, 16)), "V": rng.standard_normal((301, 16))}
     got = interpret_tile(lower(closed), x, {"H": 2, "P": 3, "M": 301})["O"]
     np.testing.assert_allclose(got, interpret(read, x)["O"], rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_compiled_before_decides_no_mapping() -> None:
+    """Equal programs of other sizes: each is mapped for its own, in either order; those mapped alike share a kernel."""
+    from memcomp.pipeline import forget
+
+    def shares(*extents: tuple[int, int]) -> list[str]:
+        forget()
+        made = [compile_program(variance(64), config=Config(), sizes={"P": p, "M": m}) for p, m in extents]
+        return [str(c.tiles) for c in made]
+
+    few, many = (1, 1 << 20), (1 << 16, 64)
+    assert shares(few, many) == shares(many, few)[::-1] and len(set(shares(few, many))) == 2
+    forget()
+    a, b = (compile_program(variance(64), config=Config(), sizes={"P": n, "M": 64}) for n in (1 << 16, 1 << 17))
+    assert a.entry is b.entry and a.problem != b.problem

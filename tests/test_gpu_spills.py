@@ -6,9 +6,12 @@ does the same for every operator.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks import gpu_offline as bench
+from memcomp.ir.target import target
 
 pytest.importorskip("triton", reason="triton is not installed")
 OPERATORS = {op.name: op for op in bench.operators()}
@@ -31,3 +34,22 @@ def test_nothing_is_spilled(name: str, machine: str) -> None:
         wide = any(n >= 64 for d, n in launch["tiles"].items() if d.startswith("p"))
         if machine == "h100" and wide and launch["instructions"]["HMMA"] + launch["instructions"]["HGMMA"]:
             assert launch["instructions"]["HGMMA"] and not launch["instructions"]["HMMA"], launch
+
+
+def test_recorded_launches_fit_their_machine() -> None:
+    """What `benchmarks/gpu_offline.py` last recorded: shared memory of every block, and registers stored nowhere but
+    where it is stated."""
+    found = json.loads(bench.RESULTS.read_text())
+    assert {m.split()[0] for made in found.values() for m in made} == set(bench.TARGETS)
+    for name, made in found.items():
+        for machine, told in made.items():
+            there = target(machine.split()[0]).level("smem").bytes
+            for launch in told.get("launches", ()):
+                assert launch["shared"] <= there, (name, machine, launch)
+
+
+@pytest.mark.parametrize("machine", ["a100", "h100", "b200"])
+def test_latent_decoding_takes_no_more_shared_memory_than_foretold(machine: str) -> None:
+    """Rows of 576 are longer than a descriptor fetches."""
+    (launch, *_) = bench.compiled(OPERATORS["latent decode 576/512"], machine)["launches"]
+    assert launch["shared"] <= target(machine).level("smem").bytes

@@ -85,6 +85,26 @@ def test_norms_in_front_and_products_behind() -> None:
     near(interpreted(layer, *args), layer, *args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_of_few_rows(dtype: torch.dtype) -> None:
+    """Its one loop is over tiles of a rank, and has fewer tasks than the machine has processors; the root of an f64."""
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        return rms_norm(x, (x.shape[-1],), w, 1e-6)
+
+    args = [t.to(dtype) for t in normal((7, 100), (100,))]
+    got = interpreted(norm, *args, chains="all")
+    torch.testing.assert_close(got, norm(*(t.double() for t in args)).to(dtype))
+
+
+def test_f64_is_f64_throughout() -> None:
+    """A hyperbolic tangent near 0, integers of more than 24 bits."""
+    def total(x: Tensor, t: Tensor) -> Tensor:
+        return (torch.tanh(x) * t.double()).sum(-1)
+
+    args = normal((5, 100))[0].double() * 0.3, torch.arange(500).view(5, 100) * 2**31
+    torch.testing.assert_close(interpreted(total, *args, chains="all"), total(*args), rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("name", ["gated_pick", pytest.param("top_renormalised", marks=pytest.mark.slow),
                                   "group_norm_joined"])
 def test_places_and_norms_over_parts(name: str) -> None:

@@ -307,6 +307,9 @@ def test_a_saved_kernel_is_a_function_of_its_inputs(monkeypatch: pytest.MonkeyPa
             call(q, k)
         with pytest.raises(Refusal, match=r"takes V of shape \(16, 1000, 64\), not \(16, 999, 64\)"):
             call(q, k, v.narrow(1, 0, 999))
+        for other, why in [(q.select(0, 0), "one of rank 1"), (3, "int")]:
+            with pytest.raises(Refusal, match=f"takes Q as a tensor of rank 2, not {why}"):
+                call(other, k, v)
     assert [x[2] for x in driver.launches] == [x.blocks({"H": 16, "M": 1000}) for x in made("cuda").forms[0].launches]
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from memcomp.ir.program import Program
 from memcomp.ir.text import parse
 from memcomp.pipeline import compile_program, forget, tunable
 from memcomp.tune.progress import words
-from memcomp.tune.search import State, Tuner, ranked, winners
+from memcomp.tune.search import INTERRUPTED, State, Tuner, ranked, winners
 from tests.planted import Planted
 
 pytest.importorskip("optuna", reason="Optuna is not installed")
@@ -156,3 +157,105 @@ def test_ctrl_c_before_anything_ran_ends_it(tmp_path: Path) -> None:
 def test_a_wrong_mode_is_an_error() -> None:
     with Tuner(1) as tuner, pytest.raises(OptionError, match="quick"):
         tuner.tune(program(), Config(), SIZES, mode="fast")
+
+
+def test_an_answer_that_nobody_waited_for_is_not_that_of_the_next_job() -> None:
+    """Ctrl-C while a process works: what it says later is about a job that is forgotten."""
+    from memcomp.workers import OK, Job, Worker
+
+    worker = Worker(Slow)
+    try:
+        assert worker.ask(Job("a", (0.0,)), 60.0).why == "a"
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            worker.ask(Job("late", (1.5,)), 60.0)
+        assert worker.ask(Job("b", (0.0,)), 60.0).why == "b"
+        got: list[tuple[str, str]] = []
+        threads = [threading.Thread(target=lambda n=n: got.append((n, worker.ask(Job(n, (0.1,)), 60.0).why)))
+                   for n in "cdef"]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert all(a == b for a, b in got) and len(got) == 4, "several that ask wait for one another"
+        threading.Timer(0.3, worker.stop).start()
+        assert worker.ask(Job("stopped", (60.0,)), 100.0).state != OK
+        if (child := os.fork()) == 0:  # the parent's process is not the child's to talk with, or to end
+            same = worker._running is None
+            try:
+                same = worker.ask(Job("child", (0.0,)), 60.0).why == "child"
+                worker._end()
+            finally:
+                os._exit(0 if same else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert worker.ask(Job("g", (0.0,)), 60.0).why == "g"
+    finally:
+        worker.close()
+
+
+class Slow:
+    """Says the name of a job, after as many seconds as it is given."""
+
+    def answer(self, job: Any) -> Any:
+        from memcomp.workers import OK, Answer
+
+        time.sleep(job.given[0])
+        return Answer(OK, job.do)
+
+
+def test_ctrl_c_with_several_processes_rejects_nothing_that_was_stopped_by_it() -> None:
+    with Tuner(2) as tuner:
+        def watch(state: State) -> None:
+            if state.done == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        entry = tuner.tune(program(), Config(), SIZES, seconds=60.0, watch=watch)
+        assert INTERRUPTED in entry.measured.how and not entry.rejected
+        after = tuner.tune(program(), Config(), SIZES, seconds=0.5)
+        assert not after.rejected and INTERRUPTED not in after.measured.how
+
+
+def test_a_registered_operator_is_known_to_the_processes() -> None:
+    from memcomp.ir.expr import Call, Var
+    from memcomp.ir.ops import PARAMETERS, Op
+    from memcomp.ir.register import register
+
+    x = Var(PARAMETERS[0])
+    register(Op("tuned_twice", 1, float, definition=Call("add", (x, x))))
+    text = FILE.read_text().replace("exp(QK[m, p] - GM[p])", "exp(tuned_twice(QK[m, p]) - tuned_twice(GM[p]))")
+    with Tuner(1) as tuner:
+        entry = tuner.tune(parse(text), Config(), SIZES, seconds=0.5)
+    assert not entry.rejected and entry.measured.median > 0
+
+
+def test_without_optuna_the_cost_model_decides_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memcomp.cache import CacheWarning
+    from memcomp.tune import search
+
+    def missing(self: Tuner, *a: Any, **k: Any) -> Any:
+        raise search.Missing("Optuna is not installed")
+
+    monkeypatch.setattr(Tuner, "tune", missing)
+    forget()
+    with pytest.warns(CacheWarning, match="not tuned.*\n*.*Optuna"):
+        made = compile_program(program(), config=Config(tune="quick", cache_dir=str(tmp_path)), sizes=SIZES)
+    forget()
+    assert made.choice == compile_program(program(), config=Config(tune="off"), sizes=SIZES).choice
+
+
+@pytest.mark.parametrize("wrong, why", [
+    (["--seconds", "inf"], "no time"), (["--seconds", "nan"], "no time"), (["--workers", "9999"], "processes"),
+    (["--target", "h100"], "device")])
+def test_what_cannot_be_measured_is_said_before_anything_is(wrong: list[str], why: str, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MEMCOMP_CACHE", "on")
+    monkeypatch.setenv("MEMCOMP_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("memcomp.tune.command.present", lambda device: device == "cpu")
+    assert main(["tune", str(FILE), *wrong]) == 2
+    assert why in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MEMCOMP_CACHE_DIR", str(tmp_path / "file"))
+    assert main(["tune", str(FILE)]) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -155,3 +155,33 @@ def test_a_compiled_function_takes_it(tmp_path: Path) -> None:
         g = torch.compile(attend, backend="memcomp", options={
             "cache": "on", "cache_dir": str(tmp_path), "strict": True})
         torch.testing.assert_close(g(q, k, v), attend(q, k, v))
+
+
+def test_what_one_cache_says_does_not_decide_for_another(tmp_path: Path) -> None:
+    """Without `forget`: a process that compiles with one cache, then with another, or with none."""
+    from memcomp.ir.text import parse
+
+    text = str(program()).replace("rank P", "rank P = 100").replace("rank M", "rank M = 100")
+    p = parse(text)  # of fixed sizes: no bucket tells them apart
+    forget()
+    plain = compile_program(p, config=Config(tune="off"))
+    seen: dict[str, Any] = {}
+    compile_program(p, config=Config(tune="off"), observe=seen.__setitem__)
+    other = next(c for c in Space({plain.choice.form: seen["partition"]}).choices() if c != plain.choice)
+    Store(tmp_path / "a").put(entry(plain, other))
+    Store(tmp_path / "b").put(replace(entry(plain, plain.choice), measured=Measured(2e-3, 0.1, 9, 0.5, 1.0)))
+    a, b = (Config(cache_dir=str(tmp_path / x)) for x in "ab")
+    for c, choice in ((a, other), (b, plain.choice), (replace(a, cache="off"), plain.choice), (a, other)):
+        assert compile_program(p, config=c).choice == choice
+
+
+def test_a_choice_of_another_backend_than_was_asked_for_is_not_taken(tmp_path: Path) -> None:
+    forget()
+    asked = Config(backend="tvm", tune="off")
+    plain = compile_program(program(), config=asked)
+    e = entry(plain, replace(plain.choice, backend="python"))
+    Store(tmp_path).put(e)
+    forget()
+    with pytest.warns(CacheWarning, match="python"):
+        found = compile_program(program(), config=replace(asked, tune="cached", cache_dir=str(tmp_path)))
+    assert found.kernel.backend == "tvm"

@@ -64,6 +64,10 @@ class Scope:
     def kind(self, e: Expr) -> str:
         return kind(e, self.dtypes)
 
+    def double(self, e: Expr) -> bool:
+        """Does the expression read f64?"""
+        return any(isinstance(n, Access) and self.dtypes.get(n.tensor) == "f64" for n in walk(e))
+
     def scalar(self, e: Expr) -> str:
         return self.text(e, ())
 
@@ -119,6 +123,13 @@ class Scope:
             return f"(-{self.word('floordiv')}(-({args[0]}), {args[1]}))"
         if e.op == "pow":
             return self.power(e, args)
+        if e.op in ("sqrt", "rsqrt") and self.double(e):  # sqrt_rn is of f32 alone
+            root = f"tl.sqrt(tl.cast({args[0]}, tl.float64))"
+            return root if e.op == "sqrt" else f"(1.0 / {root})"
+        if e.op == "tanh" and self.double(e):
+            return f"{self.word('tanh64')}({args[0]})"
+        if e.op == "real" and "f64" in self.dtypes.values():  # an f32 holds no integer of more than 24 bits
+            return f"tl.cast({args[0]}, tl.float64)"
         if e.op in _WORDS:
             return f"{self.word(_WORDS[e.op])}({', '.join(args)})"
         if e.op in _FORMS:

@@ -17,6 +17,7 @@ from itertools import combinations_with_replacement
 
 from memcomp.codegen.order import tasks
 from memcomp.codegen.triton.boxes import FORMATS
+from memcomp.codegen.triton.boxes import MOST as LONGEST
 from memcomp.codegen.triton.loops import Body, Loops, Product
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, variables, walk
@@ -215,7 +216,7 @@ class _Block:
             turn = 0
             for tile, lines in ((p.left, p.rows), (p.right, p.columns)):
                 size = lines * p.depth * p.bytes
-                if tile not in own and body.looped and tile == p.left and not fetched and self.boxed(body):
+                if tile not in own and body.looped and tile == p.left and not fetched and self.boxes(tile):
                     begun = max(begun, parts * size)
                 elif tile not in own and body.looped:
                     kept[tile] = parts * size
@@ -249,11 +250,15 @@ class _Block:
     def boxed(self, body: Body) -> int:
         """Bytes, at most, in which what descriptors bring waits to be whole and aligned, and in which specialised warps
         hand over what is stored."""
-        if self.capability < 90 or not any(t in self.loops.loads and self.loops.stored(t) in FORMATS
-                                           for p in body.products for t in (p.left, p.right)):
+        if not any(self.boxes(t) for p in body.products for t in (p.left, p.right)):
             return 0
         last = body.products[-1]
         return ALIGNED + (last.rows * last.columns * last.bytes if self.specialised else 0)
+
+    def boxes(self, tile: str) -> bool:
+        """May a descriptor bring the tile?"""
+        return self.capability >= 90 and tile in self.loops.loads and self.loops.stored(tile) in FORMATS and all(
+            a.size <= LONGEST for a in self.loops.layout.of(self.loops.tiles[tile].dims))
 
     def copied(self, tile: str) -> bool:
         """Can the tile be copied ahead: has each thread enough of it?"""

@@ -109,6 +109,13 @@ def log1p(x):
     u = 1.0 + x
     return tl.where((u == 1.0) | (u == float("inf")), tl.where(u == 1.0, x, u), tl.log(u) * x / (u - 1.0))
 ''', ()),
+    "tanh64": ('''\
+@triton.jit
+def tanh64(x):
+    """Of f64, as near as expm1 is."""
+    t = expm1(-2.0 * tl.abs(x))
+    return tl.where(x < 0.0, t / (2.0 + t), -t / (2.0 + t))
+''', ("expm1",)),
     "tanh": ('''\
 @triton.jit
 def tanh(x):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from memcomp.artifact.launch import Launched
-from memcomp.codegen.launches import Argument, Form, Launch, Layout, distinct, factor
+from memcomp.codegen.launches import Argument, Form, Launch, Layout, distinct, factor, fitting
 from memcomp.files import put
 from memcomp.ir.errors import InputError, Refusal
 from memcomp.ir.expr import Expr
@@ -71,14 +71,15 @@ def saved(kernel: Kernel, compiled: Callable[[Kernel, Layout], Form] | None = No
         compiled = backend.compiled
     params = kernel.program.params
     units = tuple(len(p.shape) - 1 for p in params)
-    forms, left = [compiled(kernel, Layout(units))], []
+    machine = target(kernel.isa)
+    forms, left = [fitting(compiled(kernel, Layout(units)), machine)], []
     args = [a for x in forms[0].launches for a in x.args if a.multiple > 1]
     shapes = {p.name: p.shape for p in params}
     for loose in (frozenset(a.name for a in args if a.kind == "stride"
                             and factor(shapes[a.of][a.at + 1:]) % a.multiple), frozenset(a.name for a in args)):
         if loose and loose != forms[-1].layout.loose:
             try:
-                forms.append(compiled(kernel, Layout(units, loose)))
+                forms.append(fitting(compiled(kernel, Layout(units, loose)), machine))
             except Refusal as error:
                 left.append(error.what)
     return Saved(kernel.name, kernel.isa, target(kernel.isa).capability, kernel.backend, params, kernel.program.sizes,
@@ -119,6 +120,10 @@ class Loaded:
         ins = [p for p in self.saved.params if p.role in ("in", "state")]
         if len(inputs) != len(ins):
             raise TypeError(f"{self.saved.name} takes {len(ins)} tensors, got {len(inputs)}")
+        for p, t in zip(ins, inputs, strict=True):
+            if len(getattr(t, "shape", ())) != len(p.shape):
+                raise Refusal(f"{self.saved.name} takes {p.name} as a tensor of rank {len(p.shape)}, not "
+                              f"{f'one of rank {len(t.shape)}' if hasattr(t, 'shape') else type(t).__name__}")
         found = {r: inputs[i].shape[d] // divisor for r, (i, d, divisor) in sources([p.shape for p in ins]).items()}
         found |= sizes
         if missing := [r for r in self.saved.sizes if r not in found]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 from memcomp.artifact.driver import Core, Driver
-from memcomp.codegen.launches import MOST, Argument, Form, Launch, Layout, packed, unit
+from memcomp.codegen.launches import MOST, Argument, Form, Launch, Layout, fitting, packed, unit
 from memcomp.ir.errors import Refusal
 from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Kernel, Param
@@ -49,7 +49,7 @@ class Launched:
 
         def form(layout: Layout) -> Form:
             try:
-                return backend.compiled(kernel, layout, kept=True)  # type: ignore[no-any-return]
+                return fitting(backend.compiled(kernel, layout, kept=True), target(kernel.isa))
             except ModuleNotFoundError as error:
                 raise Refusal(f"the backend {kernel.backend} needs {error.name}, which is not installed") from error
 

@@ -21,9 +21,12 @@ def layers(folder: str = "", mode: str = "on") -> Layers:
     """The stores in use.  folder: the user's, "" for the usual one; mode: on, read (nothing is written) or off."""
     if mode == "off":
         return Layers()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memcomp"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "memcomp"
+    if str(home).startswith("~"):  # nobody's: a user that the system does not know
+        home = Path(os.devnull) / "memcomp"
     system = [Path(p) / "memcomp" for p in (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(os.pathsep) if p]
-    return Layers(Store(Path(folder) if folder else home, mode == "on"), *(Store(p, False) for p in system), shipped())
+    own = Path(os.path.expanduser(folder)) if folder else home
+    return Layers(Store(own, mode == "on"), *(Store(p, False) for p in system), shipped())
 
 
 def shipped() -> Store:

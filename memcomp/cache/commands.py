@@ -96,7 +96,13 @@ def _export(args: argparse.Namespace, layers: Layers) -> int:
 
 
 def _import(args: argparse.Namespace, layers: Layers) -> int:
-    made = taken(_writable(layers), _text(args.file))
+    store = _writable(layers)
+    try:
+        made = taken(store, _text(args.file))
+    except ValueError as error:
+        raise InputError(f"{args.file} is no file of entries", str(error)) from None
+    except OSError as error:
+        raise InputError(f"the cache {store.root} cannot be written", str(error)) from None
     for why in made.bad:
         print(f"{args.file}: {why}", file=sys.stderr)
     _told(args, {"new": made.new, "known": made.known, "bad": list(made.bad)},
@@ -134,12 +140,18 @@ def _gc(args: argparse.Namespace, layers: Layers) -> int:
     store = _writable(layers)
     old = [f.path for f in store.files() if f.entry is None or f.entry.environment.get("code") != code()]
     gone = [*old, *store.unfinished()]
+    kept = []
     for path in gone if not args.dry_run else ():
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:  # a folder of an entry's name, or not ours
+            print(f"{path}: not deleted: {error.strerror}", file=sys.stderr)
+            kept.append(path)
+    gone = [p for p in gone if p not in kept]
     what = "would be deleted" if args.dry_run else "deleted"
     _told(args, {"deleted": [str(p) for p in gone], "dry_run": args.dry_run},
           [*(str(p) for p in gone), f"{len(gone)} files {what}"])
-    return 0
+    return 1 if kept else 0
 
 
 def _stats(args: argparse.Namespace, layers: Layers) -> int:

@@ -13,6 +13,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ class Store:
         seen = (look(f / name) for f in folders if f.name != own)
         return [x.entry for x in seen if x is not None and x.entry is not None]
 
+    def check(self) -> None:
+        """Raises OSError where the folder cannot be written."""
+        top = self.root / VERSION
+        top.mkdir(parents=True, exist_ok=True)
+        part = top / f".{secrets.token_hex(8)}"
+        part.touch(exist_ok=False)
+        part.unlink()
+
     def put(self, entry: Entry) -> Path:
         """Keep an entry, in the place of one that is there.  Raises PermissionError where the store is read only, and
         OSError where the folder cannot be written."""
@@ -101,7 +110,12 @@ class Store:
     def files(self) -> Iterator[Found]:
         """Every file, in the order of names, with what is in it."""
         for folder in sorted(self._folders()):
-            for path in sorted(folder.iterdir()):
+            try:
+                paths = sorted(folder.iterdir())
+            except OSError as error:
+                yield Found(folder, None, f"not readable: {error.strerror}")
+                continue
+            for path in paths:
                 if path.suffix == ".json" and not path.name.startswith(".") and (found := look(path)) is not None:
                     yield found
 
@@ -114,25 +128,30 @@ class Store:
 
         for folder in sorted(self._folders()):
             for path in sorted(folder.glob(".*.json.*")):
-                if time.time() - path.lstat().st_mtime > OLD:
-                    yield path
+                with suppress(FileNotFoundError):  # its writer is done
+                    if time.time() - path.lstat().st_mtime > OLD:
+                        yield path
 
     def _folders(self) -> list[Path]:
-        top = self.root / VERSION
-        return [f for f in top.iterdir() if f.is_dir() and not f.is_symlink()] if top.is_dir() else []
+        try:
+            with os.scandir(self.root / VERSION) as found:
+                return [Path(f.path) for f in found if f.is_dir(follow_symlinks=False)]
+        except OSError:  # it is not there, or not ours to read
+            return []
 
 
 def look(path: Path) -> Found | None:
     """The file at a place; None where there is none.  What is no plain file is not opened."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         return Found(path, None, f"not readable: {error.strerror}")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):  # a folder could not even be wrapped
+        os.close(handle)
+        return Found(path, None, "no plain file")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            return Found(path, None, "no plain file")
         try:
             entry = Entry.read(file.read(LONGEST + 1))
         except (ValueError, OSError) as error:
@@ -168,7 +187,7 @@ class Layers:
 
     @property
     def empty(self) -> bool:
-        return not any(s.root.joinpath(VERSION).is_dir() for s in self.stores)
+        return not any(os.path.isdir(s.root / VERSION) for s in self.stores)
 
     @property
     def writable(self) -> Store | None:

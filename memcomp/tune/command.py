@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from memcomp.cache import Entry, environment, layers
+from memcomp.cache import Entry, environment, layers, present
 from memcomp.config import Config
 from memcomp.ir.errors import OptionError
 from memcomp.ir.program import Program
 from memcomp.pipeline import device_of, tunable
 from memcomp.tune.progress import bar
-from memcomp.tune.search import Tuner
+from memcomp.tune.search import INTERRUPTED, Tuner
+
+LONGEST, MOST = 1e6, 1024  # seconds of a program, processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +37,18 @@ def tune(programs: Sequence[tuple[Program, Mapping[str, int]]], config: Config, 
     if stores.writable is None:
         raise OptionError("the cache is read only or off, and nothing would be kept",
                           hint="unset MEMCOMP_CACHE, which says so")
-    if seconds is not None and seconds <= 0:
-        raise OptionError(f"--seconds {seconds} is no time")
-    if workers < 0:
-        raise OptionError(f"--workers {workers} is no number of processes")
+    if seconds is not None and not 0 < seconds <= LONGEST:
+        raise OptionError(f"--seconds {seconds:g} is no time", hint=f"more than 0, at most {LONGEST:g}")
+    if not 0 <= workers <= MOST:
+        raise OptionError(f"--workers {workers} is no number of processes", hint=f"at most {MOST}; 0: one a core")
+    if not present(device_of(config)):
+        raise OptionError(f"there is no {device_of(config)} device here to measure the target {config.target} on",
+                          hint="tune on the machine that the kernels are for, and `memcomp cache export` there")
+    try:
+        stores.writable.check()
+    except OSError as error:
+        raise OptionError(f"the cache {stores.writable.root} cannot be written, and nothing would be kept", str(error),
+                          "set MEMCOMP_CACHE_DIR to a folder that can") from None
     here = environment(device_of(config))
     with Tuner(workers) as tuner:
         for n, (program, sizes) in enumerate(programs):
@@ -48,8 +58,10 @@ def tune(programs: Sequence[tuple[Program, Mapping[str, int]]], config: Config, 
                 with bar(f"{program.name} ({n + 1} of {len(programs)})") as watch:
                     entry = tuner.tune(program, config, sizes, mode=config.tune, seconds=seconds,
                                        hints=stores.hints(opened.problem, here), watch=watch)
-                stores.writable.join(entry)
+                stores.writable.put(entry)  # asked for now: in the place of what was known
             yield Row(program.name, known or entry, known is None)
+            if known is None and INTERRUPTED in entry.measured.how and n + 1 < len(programs):
+                raise KeyboardInterrupt
 
 
 def told(rows: Iterable[Row], as_json: bool) -> str:
@@ -70,5 +82,6 @@ def line(r: Row) -> str:
     ways = ", ".join([*filter(None, (c.backend, c.form)), *(f"{k}={v}" for k, v in sorted(c.knobs.items()))])
     gap = f", the next best {m.runner_up / m.median:.2f}x of it" if m.runner_up else ""
     wrong = f", {len(r.entry.rejected)} rejected" if r.entry.rejected else ""
+    wrong += f", {INTERRUPTED}" if INTERRUPTED in m.how else ""
     return (f"{r.name}: {m.median * 1e3:.3g} ms +- {m.spread:.0%} with {ways or 'its only mapping'}{gap}{wrong}"
             f"{'' if r.fresh else ' (known)'}")

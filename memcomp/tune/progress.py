@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @contextmanager
 def bar(name: str, shown: bool | None = None) -> Iterator[Callable[[State], None]]:
     """A function to tell a search's states to.  shown: or where stderr is a terminal."""
-    if not (sys.stderr.isatty() if shown is None else shown):
+    if not (sys.stderr is not None and sys.stderr.isatty() if shown is None else shown):
         yield lambda state: None
         return
     from rich.console import Console

@@ -10,17 +10,19 @@ from __future__ import annotations
 import atexit
 import datetime
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from memcomp.cache import Choice, Entry, Measured, Rejected, environment
+from memcomp.cache.entry import ITEMS, TEXT
 from memcomp.choice import seconds as modelled_seconds
+from memcomp.ir.detect import cpu
 from memcomp.ir.errors import OptionError, Refusal
-from memcomp.tune.tasks import Given, Tasks
+from memcomp.tune.tasks import Given, Tasks, rows
 from memcomp.workers import OK, REFUSED, Answer, Asked, Does, Job, Worker, spread, together
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from memcomp.pipeline import Tunable
 
 LIMIT = 30.0  # seconds of one candidate
+INTERRUPTED = "interrupted before the race was over"
 LEAST = 2     # candidates that are tried, however long they take
 
 
@@ -44,6 +47,10 @@ class Mode:
 
 
 MODES = {"quick": Mode(20.0, 2.0, 4), "full": Mode(600.0, 16.0, 8, 0.2)}
+
+
+class Missing(Refusal):
+    """What the search needs is not installed."""
 
 
 @cache
@@ -97,7 +104,8 @@ class Search:
     @property
     def rejected(self) -> tuple[Rejected, ...]:
         """Those that may not win.  What memcomp itself refuses, it will refuse again."""
-        return tuple(Rejected(t.choice, t.why) for t in self.trials.values() if t.state not in (OK, REFUSED))
+        bad = [Rejected(t.choice, t.why[:TEXT]) for t in self.trials.values() if t.state not in (OK, REFUSED)]
+        return tuple(bad[:ITEMS // 4])  # an entry has room for so many
 
     def attempt(self, asked: Sequence[Asked]) -> None:
         """Try candidates until the time for it is over."""
@@ -128,7 +136,8 @@ class Search:
         if model is not None and model.state == OK and model.choice not in entered:
             entered.append(model.choice)
         while entered:
-            left = max(1.0, self.begin + self.mode.seconds - time.monotonic())
+            left = self.begin + self.mode.seconds - time.monotonic()
+            left = max(1.0, min(left, self.mode.seconds * self.mode.share * len(entered) / self.mode.finalists))
             answer = worker.ask(Job("race", (self.given, tuple(entered), left)), left + LIMIT)
             if answer.state == OK:
                 return {c: (m, s, answer.told["rounds"])
@@ -143,7 +152,7 @@ class Tuner:
 
     def __init__(self, workers: int = 0, make: Callable[[], Does] = Tasks) -> None:
         """workers: how many; 0: one for each core.  make: what they do, picklable."""
-        self._asked: list[Asked] = [Worker(make) for _ in range(workers or len(os.sched_getaffinity(0)))]
+        self._asked: list[Asked] = [Worker(make) for _ in range(workers or cpu().cores)]
 
     def __enter__(self) -> Tuner:
         return self
@@ -174,13 +183,15 @@ class Tuner:
         from memcomp.pipeline import device_of, tunable
 
         how = MODES[mode] if seconds is None else replace(MODES[mode], seconds=seconds)
-        plain = {"target": config.target, "backend": config.backend, "tune": "off", "cache": "off"}
-        given = Given(str(read), tuple(plain.items()), tuple(sizes.items()))
+        plain = {"target": config.target, "backend": config.backend, "tune": "off", "cache": "off",
+                 "interpret": False}
+        given = Given(str(read), tuple(plain.items()), tuple(sizes.items()), rows(read))
         search = Search(tunable(read, config=config, sizes=sizes), how, given, watch,
                         tuple(e.choice for e in hints))
         timed: dict[Choice, tuple[float, float, int]] = {}
+        stopped = False
         try:
-            together(lambda w: w.ask(Job("begin", (given,)), LIMIT), [(w,) for w in self._asked])
+            together(lambda w: _begin(w, given), [(w,) for w in self._asked])
             search.begin = time.monotonic()
             search.attempt(self._asked)
             if not search.ran:
@@ -188,15 +199,24 @@ class Tuner:
                               next((t.why for t in search.trials.values() if t.why), ""))
             timed = search.race(self._asked[0])
         except KeyboardInterrupt:
+            for w in self._asked:  # nobody waits for what they do
+                w.stop()
             if not search.ran:
                 raise
-            timed = {t.choice: (t.seconds, 0.0, 1) for t in search.ran}
+            stopped, timed = True, {t.choice: (t.seconds, 0.0, 1) for t in search.ran}
         order = winners(timed, search.tunable.modelled)
         best, (median, spread, rounds) = search.trials[order[0]], timed[order[0]]
-        words = f"{mode}: {len(search.trials)} of {len(search.tunable.space)} ways tried, {len(order)} raced; warm"
+        raced = INTERRUPTED if stopped else f"{len(order)} raced"
+        words = f"{mode}: {len(search.trials)} of {len(search.tunable.space)} ways tried, {raced}; warm"
         return Entry(search.tunable.problem, environment(device_of(config)), best.choice, Measured(
             median, spread, rounds, best.error, best.bound, timed[order[1]][0] if len(order) > 1 else 0.0, words,
             datetime.date.today().isoformat()), search.rejected)
+
+
+def _begin(worker: Asked, given: Given) -> None:
+    """What goes wrong here, goes wrong again where it is heard of."""
+    with suppress(OSError):
+        worker.ask(Job("begin", (given,)), LIMIT)
 
 
 def winners(timed: Mapping[Choice, tuple[float, float, int]], model: Choice) -> list[Choice]:
@@ -267,7 +287,7 @@ def _study(domain: Mapping[str, list[Any]]) -> tuple[Any, dict[str, Any]]:
     try:
         import optuna
     except ModuleNotFoundError as error:
-        raise Refusal("tuning searches with Optuna, which is not installed",
+        raise Missing("tuning searches with Optuna, which is not installed",
                       hint="pip install memcomp[tune]") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, multivariate=True), direction="minimize")

@@ -11,13 +11,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from memcomp.cache.entry import Choice
 
 if TYPE_CHECKING:
+    from memcomp.ir.ops import Op
     from memcomp.ir.program import Program
     from memcomp.oracle import Reference
     from memcomp.pipeline import Compiled, Tunable
@@ -32,11 +33,22 @@ SHORT = 2e-3          # seconds that one measurement lasts at least
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What is tuned: a program's text, options, and extents of its symbolic ranks."""
+    """What is tuned: a program's text, options, extents of its symbolic ranks, and the registered operators that it
+    uses, which another process does not know."""
 
     text: str
     options: tuple[tuple[str, Any], ...]
     sizes: tuple[tuple[str, int], ...]
+    rows: tuple[Op, ...] = ()
+
+
+def rows(program: Program) -> tuple[Op, ...]:
+    """The registered operators of a program, those that others are made of first."""
+    from memcomp.ir.ops import OPS
+    from memcomp.ir.register import definitions
+
+    names = {text.split()[1] for text in definitions(program)}
+    return tuple(replace(row, numpy=float) for n, row in OPS.items() if n in names)  # made anew of the definition
 
 
 class Tasks:
@@ -66,9 +78,12 @@ class _Work:
     @cached_property
     def tunable(self) -> Tunable:
         from memcomp.config import config
+        from memcomp.ir.register import register
         from memcomp.ir.text import parse
         from memcomp.pipeline import tunable
 
+        for row in self.given.rows:
+            register(row)
         return tunable(parse(self.given.text), config=config(dict(self.given.options)), sizes=dict(self.given.sizes))
 
     def begin(self) -> Answer:
@@ -171,4 +186,6 @@ def _limit() -> None:
     pages = int(open("/proc/self/statm").read().split()[5]) if os.path.exists("/proc/self/statm") else 0
     now = pages * os.sysconf("SC_PAGE_SIZE")
     if now:
-        resource.setrlimit(resource.RLIMIT_DATA, (now + GROWTH, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        least = now + GROWTH if most == resource.RLIM_INFINITY else min(now + GROWTH, most)
+        resource.setrlimit(resource.RLIMIT_DATA, (least, most))
