@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
 from memcomp.ir.simplify import POINTS, linear, simplify
 
 _FLIP = {"gt": "lt", "ge": "le"}
@@ -108,3 +108,14 @@ def start_of(cond: Expr, name: str) -> Expr:
     assert isinstance(cond, Call)
     side = next(a for a in cond.args if name in variables(a))
     return simplify(call("sub", side, Var(name)), index=True)
+
+
+def natural(e: Expr) -> bool:
+    """Is an integer of sizes, indices and counts surely not negative?"""
+    if isinstance(e, Const):
+        return e.value >= 0
+    if isinstance(e, (Var, Size)):
+        return True
+    if isinstance(e, Call) and e.op in ("add", "mul", "floordiv", "mod", "max", "min", "ceildiv"):
+        return all(natural(a) for a in e.args)
+    return False

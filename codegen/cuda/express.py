@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from memcomp.codegen.bounds import natural
 from memcomp.codegen.cuda.spread import Spread
 from memcomp.codegen.names import Names
 from memcomp.ir.errors import Refusal
@@ -246,14 +247,3 @@ def _number(x: bool | int | float, kind: str) -> str:
         return ("-" if x < 0 else "") + ("NOT_A_NUMBER" if math.isnan(x) else "INFINITE") + ("32" if kind == "f32" else
                                                                                             "64")
     return repr(x) + ("f" if kind == "f32" else "")
-
-
-def natural(e: Expr) -> bool:
-    """Is an integer of sizes, indices and counts surely not negative?"""
-    if isinstance(e, Const):
-        return e.value >= 0
-    if isinstance(e, (Var, Size)):
-        return True
-    if isinstance(e, Call) and e.op in ("add", "mul", "floordiv", "mod", "max", "min", "ceildiv"):
-        return all(natural(a) for a in e.args)
-    return False

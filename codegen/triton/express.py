@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from memcomp.codegen.bounds import scaled, total
+from memcomp.codegen.bounds import natural, scaled, total
 from memcomp.codegen.lower_fuse import kind
 from memcomp.codegen.names import Names
 from memcomp.codegen.triton.layout import Axis, Layout
@@ -155,17 +155,6 @@ def number(x: bool | int | float) -> str:
     if isinstance(x, float) and not math.isfinite(x):
         return 'float("nan")' if math.isnan(x) else 'float("inf")' if x > 0 else 'float("-inf")'
     return repr(x) if x >= 0 else f"({x!r})"
-
-
-def natural(e: Expr) -> bool:
-    """Is an integer of sizes, indices and counts surely not negative?"""
-    if isinstance(e, Const):
-        return e.value >= 0
-    if isinstance(e, (Var, Size)):
-        return True
-    if isinstance(e, Call) and e.op in ("add", "mul", "floordiv", "mod", "max", "min", "ceildiv"):
-        return all(natural(a) for a in e.args)
-    return False
 
 
 def dims_of(e: Expr, dims: dict[str, int]) -> frozenset[str]:
