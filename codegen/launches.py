@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from types import MappingProxyType
 
 from memcomp.codegen.elf import parameters
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Call, Const, Expr, Size, children
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var
 from memcomp.ir.ops import OPS
 from memcomp.ir.target import Target
 
@@ -152,13 +153,17 @@ def loosened(args: Sequence[Argument], layout: Layout) -> tuple[Argument, ...]:
                          type="i64" if a.name in layout.wide else a.type) for a in args)
 
 
-def value(e: Expr, sizes: Mapping[str, int]) -> int:
-    """An extent in numbers."""
+def value(e: Expr, sizes: Mapping[str, int], at: Mapping[str, int] = MappingProxyType({})) -> int:
+    """An extent in numbers, where variables have the values `at`.  Raises LookupError where it reads a tensor."""
     if isinstance(e, Const):
         return int(e.value)
     if isinstance(e, Size):
         return sizes[e.rank]
-    return int(OPS[e.op].numpy(*(value(x, sizes) for x in children(e))))  # type: ignore[union-attr]
+    if isinstance(e, Var):
+        return at[e.name]
+    if isinstance(e, Access):
+        raise LookupError(e.tensor)
+    return int(OPS[e.op].numpy(*(value(x, sizes, at) for x in e.args)))
 
 
 def factor(extents: Sequence[Expr]) -> int:

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 
+from memcomp.codegen.launches import value
 from memcomp.ir.expr import Access, Const, Expr, Size, Var, call, children, symbols, variables, walk
-from memcomp.ir.ops import OPS
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.tile import Loop, Param, Statement, Store, TileKernel, TileProgram, When, expressions, statements
 
@@ -233,16 +233,3 @@ def _steps(body: tuple[Statement, ...], sizes: Mapping[str, int], at: Mapping[st
         elif isinstance(s, When):
             total += max(_steps(s.body, sizes, at), _steps(s.orelse, sizes, at))
     return total
-
-
-def value(e: Expr, sizes: Mapping[str, int], at: Mapping[str, int]) -> int:
-    """An integer expression in numbers.  Raises LookupError where it reads a tensor."""
-    if isinstance(e, Const):
-        return int(e.value)
-    if isinstance(e, Size):
-        return sizes[e.rank]
-    if isinstance(e, Var):
-        return at[e.name]
-    if isinstance(e, Access):
-        raise LookupError(e.tensor)
-    return int(OPS[e.op].numpy(*(value(x, sizes, at) for x in e.args)))

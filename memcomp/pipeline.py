@@ -213,10 +213,11 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
             made = closed_form(general, PIPELINE[GENERAL:], read, sizes or {}, config, see, named)
             chosen = replace(config, backend=made.choice.backend or config.backend)
             mapped = (made.program.digest, named, replace(deciding, backend=chosen.backend), ())
+            if key not in _BUILT:
+                recheck(general, made.program)
             if mapped not in _BUILT or observe is not None:
                 tiles, kernel = emit(made.program, config=chosen, observe=see)
                 if mapped not in _BUILT:  # other sizes may be mapped alike
-                    recheck(general, made.program)
                     _BUILT[mapped] = Compiled(general.digest, before, made.program, tiles, kernel,
                                               build(kernel, chosen), {}, made.choice)
             asked = problem(general, named, extents, config.backend, made.space)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_resources as bench
+from memcomp.codegen.launches import value
 from memcomp.codegen.lower import lower
-from memcomp.codegen.order import value
 from memcomp.codegen.triton.emit import emit
 from memcomp.codegen.triton.parts import edge, parts, product
 from memcomp.codegen.triton.straight import straight

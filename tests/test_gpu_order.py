@@ -9,8 +9,9 @@ from functools import lru_cache
 
 import pytest
 
+from memcomp.codegen.launches import value
 from memcomp.codegen.lower import lower
-from memcomp.codegen.order import TASK, Order, numbered, order, value
+from memcomp.codegen.order import TASK, Order, numbered, order
 from memcomp.config import Config
 from memcomp.ir.expr import Access, Const, Expr, Size, call, walk
 from memcomp.ir.target import target
