@@ -22,7 +22,7 @@ from memcomp.ir.program import Program
 from memcomp.ir.text import parse
 from memcomp.ir.traversal import traversals
 from memcomp.ir.verify import verify
-from memcomp.pipeline import rewrite
+from memcomp.stations import rewrite
 
 BARS = {"cascade": 0.5, "layers": 2.0}  # seconds
 ROUNDS = 5

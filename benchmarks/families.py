@@ -28,8 +28,8 @@ from memcomp.backend import install
 from memcomp.config import config
 from memcomp.models.families import Family, families
 from memcomp.models.families._refused import REFUSED, Refused
-from memcomp.pipeline import fixed
 from memcomp.report import describe
+from memcomp.sizes import fixed
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
 SAVED = RESULTS / "families.json"

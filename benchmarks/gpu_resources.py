@@ -26,7 +26,7 @@ from memcomp.ir.parse import parse
 from memcomp.ir.program import Program, close, knobs
 from memcomp.ir.target import target
 from memcomp.ir.tile import TileProgram
-from memcomp.pipeline import rewrite
+from memcomp.stations import rewrite
 
 RECORD = Path(__file__).parent / "results" / "gpu_resources.json"
 TEXT = """program attention

@@ -123,7 +123,8 @@ def _machine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _opt(args: argparse.Namespace) -> int:
     from memcomp.config import config
-    from memcomp.pipeline import STATIONS, compile_program, text_of
+    from memcomp.pipeline import compile_program
+    from memcomp.stations import STATIONS, text_of
 
     wanted = set(args.dump_after)
     if unknown := wanted - {*STATIONS, "all"}:
@@ -167,7 +168,8 @@ def _cost(args: argparse.Namespace) -> int:
     from memcomp.config import config
     from memcomp.ir.cost import cost
     from memcomp.ir.target import target
-    from memcomp.pipeline import map_program, shape_sizes
+    from memcomp.pipeline import map_program
+    from memcomp.sizes import shape_sizes
 
     settings = config({"target": args.target})
     known = dict(_assignment(s) for s in args.size)
@@ -189,8 +191,9 @@ def _cost(args: argparse.Namespace) -> int:
 
 
 def _emit(args: argparse.Namespace) -> int:
+    from memcomp.backends import device_of
     from memcomp.config import config
-    from memcomp.pipeline import compile_program, device_of
+    from memcomp.pipeline import compile_program
 
     settings = config(_machine_options(args))
     if args.cubin is not None and device_of(settings) != "cuda":
@@ -238,8 +241,8 @@ def _check(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.device == "cuda":
         return _bench_cuda(args)
+    from memcomp.backends import device_of
     from memcomp.config import Config
-    from memcomp.pipeline import device_of
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of itself on stderr
     if device_of(Config(args.target)) != "cpu":

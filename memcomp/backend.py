@@ -18,11 +18,12 @@ import torch
 from torch import fx
 
 from memcomp import runtime
+from memcomp.backends import build, device_of, overwritable, overwriting
 from memcomp.binding import function, make_entry
 from memcomp.config import Config, config
 from memcomp.ir.errors import MemcompError, OptionError, Refusal, nearest
 from memcomp.passes.generalize import numbers
-from memcomp.pipeline import ABI, Compiled, build, compile_program, device_of, overwritable, overwriting
+from memcomp.pipeline import ABI, Compiled, compile_program
 from memcomp.reuse import dies, overwrite, tensors_of
 from memcomp.sizes import input_shapes, solve, sources
 from memcomp.surgery import autocast_at, checks, computes, example, hint, original, replace_region

@@ -12,9 +12,8 @@ from memcomp.dtypes import DTYPES
 from memcomp.ir.errors import Refusal
 from memcomp.ir.program import Program
 from memcomp.ir.tile import TileProgram
-from memcomp.pipeline import fixed
 from memcomp.runtime import Entry, Extents, Prepare, Recompute
-from memcomp.sizes import extent, input_shapes, sources, spell
+from memcomp.sizes import extent, fixed, input_shapes, sources, spell
 
 Fresh: TypeAlias = tuple[Sequence[str], torch.dtype, tuple[int, ...]]  # extents, dtype, order of a tensor
 

@@ -76,7 +76,7 @@ def config(options: Mapping[str, Any] | None = None) -> Config:
 
         target(given["target"])  # raises OptionError listing what is known
     if given.get("backend"):
-        from memcomp.pipeline import backends
+        from memcomp.backends import backends
 
         _choice(given, "backend", tuple(backends()))
     given["dump"] = _stations(given.get("dump", ()))
@@ -90,7 +90,8 @@ def _stations(dump: Any) -> tuple[str, ...]:
         raise OptionError(f"option dump={dump!r} does not name stations", hint='e.g. ("capture", "reduce_passes")')
     found = tuple(n.strip() for n in names if n.strip())
     if found:
-        from memcomp.pipeline import STATIONS, backends
+        from memcomp.backends import backends
+        from memcomp.stations import STATIONS
 
         known = (*STATIONS, *backends())
         for name in found:

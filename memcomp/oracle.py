@@ -194,12 +194,13 @@ def check(fn: Callable[..., Any], *example_inputs: Any, **options: Any) -> Repor
 def check_program(program: Program, **options: Any) -> Report:
     """Run the kernel of a program on random inputs and compare with its meaning in float64.
 
-    Symbolic ranks have their bound, or `pipeline.EXAMPLE_EXTENT`.  Real inputs are standard normal; integers lie below
+    Symbolic ranks have their bound, or `sizes.EXAMPLE_EXTENT`.  Real inputs are standard normal; integers lie below
     the smallest extent, so that they may index any rank.  Errors are relative to the sum of absolute terms.
     Raises InputError where the tensors do not fit this machine's memory.
     """
     from memcomp.config import config
-    from memcomp.pipeline import compile_program, fixed, shape_sizes
+    from memcomp.pipeline import compile_program
+    from memcomp.sizes import fixed, shape_sizes
 
     known = {**fixed(program), **shape_sizes(program, program, {})}
     settings = config(options)
@@ -304,7 +305,7 @@ def _row(name: str, actual: Any, eager: Any, exact: Any) -> Row:
 
 def _place(settings: Config) -> str:
     """Where the tensors are that a check runs on."""
-    from memcomp.pipeline import device_of
+    from memcomp.backends import device_of
 
     return "cpu" if settings.interpret else device_of(settings)
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from memcomp.analysis import Analysis, analyse
 from memcomp.config import config
 from memcomp.ir.program import Program
-from memcomp.pipeline import Compiled, compile_program, shape_sizes
+from memcomp.pipeline import Compiled, compile_program
 from memcomp.rounds import Rounds, rounds
+from memcomp.sizes import shape_sizes
 from memcomp.waits import waits
 from memcomp.wide import Wide, wide
 
@@ -149,7 +150,7 @@ def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: A
     from torch import fx
 
     from memcomp.backend import install, region_sizes, uncompiled
-    from memcomp.pipeline import device_of
+    from memcomp.backends import device_of
     from memcomp.runtime import Fallback
 
     regions: list[RegionReport] = []

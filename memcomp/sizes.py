@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from memcomp.ir.cascade import Cascade, Knob
+from memcomp.ir.cascade import Cascade, Knob, extent_of
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Call, Const, Expr, Size
+from memcomp.ir.program import Program
 from memcomp.ir.show import show_expr
 
+EXAMPLE_EXTENT = 1024  # stands for a symbolic extent without a bound where candidates are only ranked
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
 
 
@@ -72,3 +74,21 @@ def spell(x: Expr, found: Mapping[str, str]) -> str:
 def evaluate(x: Expr, sizes: Mapping[str, int]) -> int:
     """The value of an extent."""
     return int(eval(spell(x, {n: str(v) for n, v in sizes.items()})))
+
+
+def fixed(program: Program) -> dict[str, int]:
+    """Ranks whose extent is a number."""
+    extents = ((r.name, extent_of(program.cascade, r.name)) for r in program.cascade.ranks)
+    return {name: x for name, x in extents if x is not None}
+
+
+def shape_sizes(read: Program, program: Program, known: Mapping[str, int]) -> dict[str, int]:
+    """An extent for every symbolic rank of `program`, a rewritten form of `read`, which stands for the same tensors.
+
+    known: extents of symbolic ranks of `read`; one that is not known is its bound or `EXAMPLE_EXTENT`.
+    """
+    given = fixed(read) | {r.name: known.get(r.name, r.bound or EXAMPLE_EXTENT)
+                           for r in read.cascade.ranks if r.extent is None}
+    shapes = [[evaluate(x, given) for x in shape] for shape in input_shapes(read.cascade)]
+    found = given | solve(program.cascade, shapes)
+    return {r.name: found.get(r.name, r.bound or EXAMPLE_EXTENT) for r in program.cascade.ranks if r.extent is None}

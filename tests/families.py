@@ -8,8 +8,8 @@ import torch
 
 import memcomp
 from memcomp.models.families import Family
-from memcomp.pipeline import fixed
 from memcomp.report import RegionReport
+from memcomp.sizes import fixed
 from tests.hostile import COPIES, wrong
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

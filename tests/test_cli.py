@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from memcomp.__main__ import main
+from memcomp.backends import backends
 from memcomp.ir.target import target as machine
 from memcomp.ir.target import targets
-from memcomp.pipeline import backends
 
 PROGRAM = """program weigh on cpu
 rank P <= 64

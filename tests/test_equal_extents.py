@@ -28,7 +28,7 @@ from memcomp.models.families.reductions import FAMILIES as REDUCTIONS
 from memcomp.models.families.reductions import HEADS, MODEL
 from memcomp.passes import PIPELINE
 from memcomp.passes.canonicalize import canonicalize
-from memcomp.pipeline import rewrite
+from memcomp.stations import rewrite
 from tests.families import LENGTH, ROWS, right
 
 OPTIONS: dict[str, Any] = {"rest": "eager", "strict": True, "chains": "all"}

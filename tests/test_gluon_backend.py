@@ -19,7 +19,7 @@ from memcomp.ir.interpret import interpret
 from memcomp.ir.program import Program, close, knobs
 from memcomp.ir.text import parse
 from memcomp.ir.tile import Kernel
-from memcomp.pipeline import rewrite
+from memcomp.stations import rewrite
 from tests.mapped import arguments
 
 MASS = """GM[h, p] = max{{m}} W[h, p, m]{where}

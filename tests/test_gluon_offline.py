@@ -24,7 +24,7 @@ from memcomp.ir.target import target
 from memcomp.ir.text import parse
 from memcomp.ir.tile import Kernel, TileProgram
 from memcomp.ir.tile_text import parse_tile
-from memcomp.pipeline import rewrite
+from memcomp.stations import rewrite
 from tests.test_gluon_backend import CAUSAL, VARIANTS, text
 
 H100 = target("h100")

@@ -28,7 +28,7 @@ from memcomp.ir.text import parse
 from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, TileKernel, TileProgram, When
 from memcomp.ir.tile_interpret import solve_sizes
 from memcomp.oracle import Error, Tolerance, measure, tolerance
-from memcomp.pipeline import rewrite
+from memcomp.stations import rewrite
 from tests.mapped import extent
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}

@@ -11,14 +11,16 @@ import torch
 
 import memcomp
 from memcomp.config import config
+from memcomp.forms import closed_form
 from memcomp.ir.errors import MemcompError, Refusal
 from memcomp.ir.expr import Call, Const
 from memcomp.ir.program import Program
 from memcomp.ir.text import parse
 from memcomp.passes import PIPELINE
 from memcomp.passes.reduce_passes import reduce_passes
-from memcomp.pipeline import GENERAL, closed_form, compile_program, rewrite
+from memcomp.pipeline import compile_program
 from memcomp.recheck import recheck
+from memcomp.stations import GENERAL, rewrite
 
 CASES = sorted(f for f in (Path(__file__).parent / "cases").rglob("*.mc") if f.parent.name != "bad")
 

@@ -15,7 +15,7 @@ from memcomp.ir.expr import Call, walk
 from memcomp.ir.program import close, knobs
 from memcomp.ir.text import parse
 from memcomp.ir.tile import Map, TileProgram, statements
-from memcomp.pipeline import rewrite
+from memcomp.stations import rewrite
 from tests.mapped import mapped
 
 ATTENTION = """

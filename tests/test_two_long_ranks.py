@@ -73,7 +73,7 @@ def rows_and_columns(x: Tensor, y: Tensor) -> Tensor:
 ])
 def test_layers(fn: Any, shape: tuple[int, ...], count: int, regions: int, launches: int,
                 monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memcomp.pipeline.alternatives", lambda *_: ("", {}))  # shares depend on the cores
+    monkeypatch.setattr("memcomp.forms.alternatives", lambda *_: ("", {}))  # shares depend on the cores
     torch.manual_seed(0)
     args = [torch.randn(shape) for _ in range(count)]
     fast = torch.compile(fn, backend="memcomp", options=OPTIONS, fullgraph=True, dynamic=False)

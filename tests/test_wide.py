@@ -112,7 +112,7 @@ def test_short_rows_have_no_choice() -> None:
 @pytest.mark.parametrize("f0", [1024, 4096])
 def test_kernels_of_either_way(f0: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, launched once, right; and explain says what it costs."""
-    monkeypatch.setattr("memcomp.pipeline.modelled", lambda program, sizes, strain=None: {
+    monkeypatch.setattr("memcomp.forms.modelled", lambda program, sizes, strain=None: {
         "f0": f0, **modelled(close(program, {"f0": f0}), sizes)})
     for kept in ("_READ", "_BUILT"):  # what another size was chosen for
         monkeypatch.setattr(f"memcomp.pipeline.{kept}", {})

@@ -82,9 +82,9 @@ class Tasks:
 
     def facts(self) -> Answer:
         """The device, what is compiled for, which backends write for it, versions, and what the cache calls it all."""
+        from memcomp.backends import backends_for
         from memcomp.bench.measure import versions
         from memcomp.cache import environment
-        from memcomp.pipeline import backends_for
 
         return Answer(OK, told={"device": self.machine.facts(), "target": self.target,
                                 "backends": backends_for("cuda"), "versions": versions("torch", "triton", "cuda-core"),
@@ -98,7 +98,8 @@ class Tasks:
         from memcomp.config import config
         from memcomp.ir.text import parse
         from memcomp.oracle import Reference
-        from memcomp.pipeline import compile_program, fixed, shape_sizes
+        from memcomp.pipeline import compile_program
+        from memcomp.sizes import fixed, shape_sizes
 
         program, settings = parse(Path(file).read_text()), config(self._options(backend))
         symbols = {r.name: min(SOME + n, r.bound or SOME + n) for n, r in enumerate(program.cascade.ranks)

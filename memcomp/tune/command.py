@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from memcomp.backends import device_of
 from memcomp.cache import Entry, environment, layers, present
 from memcomp.config import Config
 from memcomp.ir.errors import OptionError
 from memcomp.ir.program import Program
-from memcomp.pipeline import device_of, tunable
+from memcomp.pipeline import tunable
 from memcomp.tune.progress import bar
 from memcomp.tune.search import INTERRUPTED, Tuner
 

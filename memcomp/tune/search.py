@@ -180,7 +180,8 @@ class Tuner:
         """
         if mode not in MODES:
             raise OptionError(f"tune={mode!r} is not known", hint=f"known: {', '.join(MODES)}")
-        from memcomp.pipeline import device_of, tunable
+        from memcomp.backends import device_of
+        from memcomp.pipeline import tunable
 
         how = MODES[mode] if seconds is None else replace(MODES[mode], seconds=seconds)
         plain = {"target": config.target, "backend": config.backend, "tune": "off", "cache": "off",

@@ -167,7 +167,7 @@ class _Work:
 
 def _all(program: Program, symbols: Mapping[str, int]) -> dict[str, int]:
     """Extents of all ranks that have one of their own."""
-    from memcomp.pipeline import fixed
+    from memcomp.sizes import fixed
 
     return {**fixed(program), **symbols}
 
