@@ -42,6 +42,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_cases.json"
 TARGETS = ("a100", "rtx4090", "h100", "b200")
 USED = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "LDGSTS", "STL")
+TASKS = 60  # of a process: what compilers keep in memory goes with it
 ROWS, LENGTH = 512, 1024  # of a family: enough for tiles of any size
 Found = dict[str, dict[str, Any]]
 
@@ -175,12 +176,15 @@ def main() -> None:
     found = recorded()
     tasks = [(n, m) for kinds in (("case", "model"), ("family",)) for m in chosen.target for n in names()
              if n.startswith(kinds) and chosen.only in n and (chosen.again or m not in found.get(n, {}))]
-    with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=60) as pool:
-        for done, made in enumerate(as_completed([pool.submit(compiled, t) for t in tasks]), 1):
-            name, machine, told = made.result()
-            found.setdefault(name, {})[machine] = told
-            record(found)
-            print(f"[{done}/{len(tasks)}] {line(name, machine, told)}", flush=True)
+    done, batch = 0, TASKS * chosen.jobs
+    for begun in range(0, len(tasks), batch):  # a pool whose workers end by themselves waits for them for ever (3.11)
+        with ProcessPoolExecutor(chosen.jobs, multiprocessing.get_context("spawn")) as pool:
+            for made in as_completed([pool.submit(compiled, t) for t in tasks[begun:begun + batch]]):
+                name, machine, told = made.result()
+                done += 1
+                found.setdefault(name, {})[machine] = told
+                record(found)
+                print(f"[{done}/{len(tasks)}] {line(name, machine, told)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "documents": {"inputs": "in Z[P]: i32\n", "keys": " = P", "where": " where Z[p] == Z[m]"},
     "f32": {"dtype": "f32"},
 }
+# (variant, head size, how many settings): what takes most registers
+MORE = (("f32", 16, 3), ("f32", 32, 3), ("f32", 128, 3), ("causal", 128, 1), ("tanh", 128, 1), ("slope", 128, 1))
 TARGETS = ("a100", "rtx4090", "h100", "b200")
 DIMS = (64, 96, 128, 192, 256)
 # by capability below 90 or not: query rows, keys of a step, warps, stages
@@ -118,6 +120,10 @@ def cases() -> Iterator[Case]:
         for variant in VARIANTS:
             for rows, keys, warps, stages in settings[1:3]:
                 yield Case(f"{variant} 64, {rows} x {keys}", name, attention(64, variant=variant),
+                           (("p0", rows), ("m0", keys)), Setting(warps, stages))
+        for variant, dim, few in MORE:
+            for rows, keys, warps, stages in settings[:few]:
+                yield Case(f"{variant} {dim}, {rows} x {keys}", name, attention(dim, variant=variant),
                            (("p0", rows), ("m0", keys)), Setting(warps, stages))
 
 

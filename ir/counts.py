@@ -16,7 +16,7 @@ from memcomp.ir.target import BYTES
 
 ARITHMETIC = frozenset({"add", "sub", "mul", "max", "min", "square", "relu", "floor", "round"})
 FREE = frozenset({"neg", "abs", "where", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "real", "int",
-                  "floordiv", "mod", "ceildiv", "shr", "shl", "bitand", "bitor"})
+                  "floordiv", "mod", "ceildiv", "shr", "shl", "bitand", "bitor", "at", "onto"})
 SAMPLES = 1 << 15  # points at which a guard is asked
 
 

@@ -145,6 +145,9 @@ _ROWS = (
     Op("shl", 2, np.left_shift, "<<", "int"),
     Op("bitand", 2, np.bitwise_and, "&", "int"),
     Op("bitor", 2, np.bitwise_or, "|", "int"),
+    # what a top-k reduces (`ir.places`): a value and its place; both, and the list that they are joined to
+    Op("at", 2, lambda x, place: x, "", "same"),
+    Op("onto", 3, lambda x, values, places: x, "", "same"),
     # conversions: to a stored format and back (the rounding is the meaning)
     Op("int", 1, lambda x: np.trunc(np.asarray(x, np.float64)).astype(np.int64), "", "int", monotone=("inc",)),
     Op("real", 1, lambda x: np.asarray(x).astype(np.float64), "", "real", monotone=("inc",), strict=True),

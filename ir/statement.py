@@ -16,6 +16,7 @@ from memcomp.ir.evaluate import Array, Block, OutOfRange
 from memcomp.ir.expr import Access, Call, Expr, Var, reads, variables
 from memcomp.ir.extents import Extents
 from memcomp.ir.ops import MONOIDS
+from memcomp.ir.places import ordered, placed
 
 Store: TypeAlias = Callable[[str, tuple[Any, ...], Array, Array | None], None]
 POINTS = 1 << 21  # points of a statement evaluated at once
@@ -173,7 +174,7 @@ def _select(e: Einsum, block: Block, ragged: tuple[Expr, ...], extents: Extents,
     assert e.reduce is not None
     if len(e.outs) != 2:
         raise VerifyError(f"{e.reduce.monoid} writes two outputs (value, index), found {len(e.outs)}")
-    over = e.reduce.over
+    over, given = e.reduce.over, placed(e.body)
     order = e.out.index[-1] if e.reduce.monoid == "topk" else None
     if order is not None and not isinstance(order, Var):
         raise VerifyError("the last index of a top-k output is the variable of its order rank")
@@ -184,26 +185,30 @@ def _select(e: Einsum, block: Block, ragged: tuple[Expr, ...], extents: Extents,
     body = block.only(outer + over)
     for part in _pieces(body, outer, POINTS):
         live = _mask(part, (*ragged, *e.guards()))
-        value = part.evaluate(e.body, live)
+        value = part.evaluate(given.value, live)
         value = value.astype(np.int64) if value.dtype == bool else value
         full = np.broadcast_to(value, part.shape)
         if live is not None:
             full = np.where(live, full.astype(np.float64), MONOIDS[e.reduce.monoid].identity)
-        flat = full.reshape(*part.shape[:len(outer)], math.prod(part.shape[len(outer):]))
-        rising = flat if e.reduce.monoid == "argmin" else -flat
-        first = np.argsort(rising, axis=-1, kind="stable")
-        nan = np.isnan(np.take_along_axis(flat, first, -1)) if flat.dtype.kind == "f" else np.zeros(first.shape, bool)
-        first = np.take_along_axis(first, np.argsort(~nan, axis=-1, kind="stable"), -1)[..., :count]
-        best = np.take_along_axis(flat, first, -1)
-        coords = np.unravel_index(first, part.shape[len(outer):]) if first.size else [first] * len(over)
-        index = sum((c * s for c, s in zip(coords, strides, strict=True)), np.zeros_like(first))
+        row = (*part.shape[:len(outer)], math.prod(part.shape[len(outer):]))
+        flat = full.reshape(row)
+        if given.place is not None:
+            places = part.evaluate(given.place, live)
+        else:
+            places = sum((part.evaluate(Var(v)) * s for v, s in zip(over, strides, strict=True)), np.int64(0))
+        places = np.broadcast_to(places, part.shape).reshape(row)
+        if given.old is not None:
+            lists = Block({**part.only(outer).axes, rank or "": (0, count)}, block.fixed, block.tensor, block.size)
+            flat, places = (np.concatenate([np.broadcast_to(lists.evaluate(x), lists.shape), y], -1)
+                            for x, y in zip(given.old, (flat, places), strict=True))
+        best, index = (x[..., :count] for x in ordered(flat, places, rising=e.reduce.monoid == "argmin"))
         if rank is None:
             if best.shape[-1] == 0:
                 best = np.full((*best.shape[:-1], 1), MONOIDS[e.reduce.monoid].identity)
                 index = np.zeros(best.shape, np.int64)
             target, best, index = part.only(outer), best[..., 0], index[..., 0]
         else:
-            target = Block({**part.only(outer).axes, rank: (0, first.shape[-1])}, block.fixed, block.tensor, block.size)
+            target = Block({**part.only(outer).axes, rank: (0, best.shape[-1])}, block.fixed, block.tensor, block.size)
         mine = target.axes.keys() | block.fixed.keys()
         exists = _mask(target, tuple(c for c in ragged if variables(c) <= mine))
         for out, x in zip(e.outs, (best, index), strict=True):

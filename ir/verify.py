@@ -20,6 +20,8 @@ from memcomp.ir.program import Program
 from memcomp.ir.show import show_einsum, show_expr, show_rank, show_tensor
 from memcomp.ir.verify_declared import MOST_RANKS, check_declared, check_indices, check_names, fail
 from memcomp.ir.verify_mapping import check_mapping
+from memcomp.ir.verify_places import check_kinds as kinds_of_places
+from memcomp.ir.verify_places import check_places
 
 
 def verify(program: Program, since: Program | None = None) -> None:
@@ -96,6 +98,7 @@ class _Statements:
             self.fail("value and index are written at different places", s.outs[1], f"write {s.outs[1].tensor}"
                       f"[{', '.join(map(show_expr, s.out.index))}]")
         if s.reduce is None:
+            check_places(s, self.fail)
             return
         if not s.reduce.over or len(set(s.reduce.over)) < len(s.reduce.over):
             self.fail(f"{s.reduce.monoid} needs at least one variable, each once", s.reduce.monoid,
@@ -103,14 +106,7 @@ class _Statements:
         for v in s.reduce.over:
             if any(v in variables(i) for o in s.outs for i in o.index):
                 self.fail(f"{v!r} is reduced, and indexes the result", v, f"drop {v} on one side")
-        if s.reduce.monoid == "topk":
-            k = s.out.index[-1] if s.out.index else None
-            if not isinstance(k, Var):
-                self.fail("the last index of a topk result is the variable of its order rank", s.out,
-                          f"write {s.out.tensor}[.., k], with rank K the number of results")
-            elif any(k.name in variables(e) for e in (s.body, *s.guards(), *s.out.index[:-1])):
-                self.fail(f"{k.name!r} orders the results of topk and has no value in its body", s.body,
-                          "use another variable in the body")
+        check_places(s, self.fail)
 
     def check_written(self, o: Access) -> None:
         """May this statement write that tensor, and with these indices?"""
@@ -229,6 +225,7 @@ class _Statements:
                     self.fail(f"a guard is a condition, and {show_expr(c)!r} is none", c,
                               self.declare(c, "bool") or "compare it: x != 0")
             body = kind_of(s.body, dtype)
+            kinds_of_places(s, dtype, self.fail)
         except KindError as fault:
             self.fail(fault.what, fault.where, fault.hint)
         if s.reduce and s.reduce.monoid in ("and", "or") and body != "bool":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pkgutil import iter_modules
@@ -16,6 +16,7 @@ from memcomp.ir.tile import Kernel, TileProgram
 from memcomp.stations import Observer
 
 if TYPE_CHECKING:
+    from memcomp.ir.target import Target
     from memcomp.pipeline import Compiled
 
 
@@ -48,16 +49,61 @@ def device_of(config: Config) -> str:
     return str(codegen(backend_of(config)).DEVICE)
 
 
-def emit(program: Program, *, config: Config, observe: Observer) -> tuple[TileProgram, Kernel]:
-    """Tiles and kernel text of a closed program."""
+def emit(program: Program, *, config: Config, observe: Observer, setting: str = "") -> tuple[TileProgram, Kernel]:
+    """Tiles and kernel text of a closed program.  setting: of `ways`.  Raises OptionError where it is none."""
     from memcomp.codegen.lower import lower
-    from memcomp.ir.target import target
 
     tiles = lower(program)
     observe("lower", tiles)
-    kernel: Kernel = codegen(backend_of(config)).emit(tiles, target(config.target))
+    kernel = _emitted(tiles, backend_of(config), config, setting)
     observe("emit", kernel)
     return tiles, kernel
+
+
+def _emitted(tiles: TileProgram, backend: str, config: Config, setting: str) -> Kernel:
+    from memcomp.ir.target import target
+
+    module, machine = codegen(backend), target(config.target)
+    if not setting:
+        return module.emit(tiles, machine)  # type: ignore[no-any-return]
+    known = _settings(module, tiles, machine)
+    if setting not in known:
+        raise OptionError(f"the backend {backend} has no setting {setting!r}", tiles.name, nearest(setting, known))
+    return module.emit(tiles, machine, settings=known[setting])  # type: ignore[no-any-return]
+
+
+def _settings(module: Any, tiles: TileProgram, machine: Target) -> dict[str, Any]:
+    """What a backend can be told of how to write a kernel, by words; "" is its own choice."""
+    return dict(module.options(tiles, machine)) if hasattr(module, "options") else {"": {}}
+
+
+def writers(config: Config) -> tuple[str, ...]:
+    """The backends that may write a kernel: the one that is asked for, else the target's own, then those of the same
+    device that can tell before anything is compiled whether a program is for them (`admits`)."""
+    own = backend_of(config)
+    if config.backend:
+        return (own,)
+    return own, *(b for b in backends_for(device_of(config)) if b != own and hasattr(codegen(b), "admits"))
+
+
+def ways(closed: Program, config: Config) -> Iterator[tuple[str, str]]:
+    """The backends that can write a closed program, with the settings that each can be told: "" and "" first, for the
+    target's own (or the one asked for) as it thinks best; nothing where that cannot."""
+    from memcomp.codegen.lower import lower
+    from memcomp.ir.target import target
+
+    own, *others = writers(config)
+    if not others and not hasattr(codegen(own), "options"):
+        yield "", ""
+        return
+    with suppress(Refusal):
+        tiles, machine = lower(closed), target(config.target)
+        for b in (own, *others):
+            module = codegen(b)
+            with suppress(Refusal):
+                if hasattr(module, "admits"):
+                    module.admits(tiles, machine)
+                yield from (("" if b == own else b, words) for words in _settings(module, tiles, machine))
 
 
 def build(kernel: Kernel, config: Config) -> Callable[..., Any]:
@@ -86,11 +132,9 @@ def overwritable(compiled: Compiled) -> list[int]:
 def overwriting(compiled: Compiled, at: int, config: Config) -> tuple[TileProgram, Kernel]:
     """The same kernel with its output over the memory of the input at position `at`."""
     from memcomp.codegen.overwrite import overwrite
-    from memcomp.ir.target import target
 
     tiles = overwrite(compiled.tiles, compiled.tiles.params[at].name)
-    kernel: Kernel = codegen(compiled.kernel.backend).emit(tiles, target(config.target))
-    return tiles, kernel
+    return tiles, _emitted(tiles, compiled.kernel.backend, config, compiled.choice.setting)
 
 
 def strain(config: Config) -> Callable[[Program], float] | None:

@@ -53,34 +53,43 @@ def config(options: Mapping[str, Any] | None = None) -> Config:
     Variables: MEMCOMP_ and the name in capitals, for DUMP, TARGET, BACKEND, REST, STRICT and INTERPRET (1 or 0), TUNE,
     CHAINS, CACHE, CACHE_DIR; an explicit option wins.  Raises OptionError for an unknown name or an illegal value.
     """
+    if not isinstance(options, Mapping | None):
+        raise OptionError(f"options={options!r} are not names and values", hint='e.g. {"target": "cpu"}')
     given = {**_environment(), **dict(options or {})}
     known = {f.name for f in fields(Config)}
     for name in given:
         if name not in known:
-            raise OptionError(f"unknown option {name!r}", f"options = {dict(options or {})!r}", nearest(name, known))
-    _choice(given, "rest", RESTS)
-    _choice(given, "tune", TUNES)
-    _choice(given, "chains", CHAINS)
-    _choice(given, "cache", CACHES)
+            raise OptionError(f"unknown option {name!r}", f"options = {dict(options or {})!r}",
+                              nearest(str(name), known))
+    for name, legal in (("rest", RESTS), ("tune", TUNES), ("chains", CHAINS), ("cache", CACHES)):
+        _choice(given, name, legal)
     for name in ("strict", "interpret"):
         if not isinstance(given.get(name, False), bool):
             raise OptionError(f"option {name}={given[name]!r} is not a truth value", hint="use True or False")
     rest = given.get("rest_options", {})
-    if not isinstance(rest, Mapping):
-        raise OptionError(f"option rest_options={rest!r} is not a mapping", hint='e.g. {"max_autotune": True}')
-    given["rest_options"] = tuple(sorted(rest.items()))
+    if not isinstance(rest, Mapping) or not all(isinstance(name, str) for name in rest):
+        raise OptionError(f"option rest_options={rest!r} is not a mapping of names", hint='e.g. {"max_autotune": True}')
+    given["rest_options"] = tuple(sorted(rest.items(), key=lambda item: item[0]))
+    given["cache_dir"] = _folder(given.get("cache_dir", ""))
     if "target" in given:
         if not isinstance(given["target"], str):
             raise OptionError(f"option target={given['target']!r} is not a name", hint="see `memcomp targets`")
         from memcomp.ir.target import target
 
         target(given["target"])  # raises OptionError listing what is known
-    if given.get("backend"):
+    if given.get("backend", "") != "":
         from memcomp.backends import backends
 
         _choice(given, "backend", tuple(backends()))
     given["dump"] = _stations(given.get("dump", ()))
     return Config(**given)
+
+
+def _folder(place: Any) -> str:
+    text = place if isinstance(place, str) else place.__fspath__() if isinstance(place, os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise OptionError(f"option cache_dir={place!r} is not a folder's name", hint='e.g. "~/tuned"; "" is the usual one')
+    return text
 
 
 def _stations(dump: Any) -> tuple[str, ...]:
@@ -101,7 +110,7 @@ def _stations(dump: Any) -> tuple[str, ...]:
 
 
 def _choice(given: Mapping[str, Any], name: str, legal: tuple[str, ...]) -> None:
-    if name in given and given[name] not in legal:
+    if name in given and not (isinstance(given[name], str) and given[name] in legal):
         raise OptionError(f"option {name}={given[name]!r} is not legal", hint=nearest(str(given[name]), legal))
 
 

@@ -6,10 +6,10 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from memcomp.backends import device_of, lowers, strain
+from memcomp.backends import device_of, lowers, strain, ways
 from memcomp.cache import CacheWarning, Choice, Entry, Layers, environment, layers, present
 from memcomp.choice import TIE, alternatives, seconds
 from memcomp.config import Config
@@ -59,7 +59,7 @@ def opened(program: Program, names: tuple[str, ...], read: Program, sizes: Mappi
             forms[what] = form(options, [])
         except Refusal:  # the first one serves
             continue
-    return forms, words, Space({what: f.mapped for what, f in forms.items()})
+    return forms, words, Space({what: f.mapped for what, f in forms.items()}, partial(ways, config=config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +118,12 @@ def by_measurement(general: Program, named: tuple[str, ...], read: Program, size
         return None
     asked = problem(general, named, shape_sizes(read, general, sizes), config.backend, space)
     entry = kept.get(asked, environment(device_of(config)))
-    if entry is None and config.tune != "cached" and len(space) > 1:
+    if entry is None and config.tune != "cached" and space.open:
         entry = tuned(read, config, sizes, kept, kept.hints(asked, environment(device_of(config))))
     if entry is None:
         return None
     try:
         closed = space.closed(entry.choice)
-        if config.backend and entry.choice.backend not in ("", config.backend):
-            raise OptionError(f"it is of the backend {entry.choice.backend}, and {config.backend} was asked for")
-        if device_of(replace(config, backend=entry.choice.backend or config.backend)) != device_of(config):
-            raise OptionError(f"the backend {entry.choice.backend} is for another device")
     except OptionError as error:
         warnings.warn(f"memcomp: the cache's entry {entry.key} is not used: {error}", CacheWarning, stacklevel=2)
         return None

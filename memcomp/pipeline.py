@@ -28,7 +28,7 @@ ABI = 1  # of a built kernel's call: tensors in the order of its params, then si
 _LOCK = threading.RLock()
 _Near: TypeAlias = tuple[tuple[str, int], ...]  # sizes, as far as mappings differ with them
 _READ: dict[tuple[Program, tuple[str, ...], Config, _Near], Compiled] = {}  # equal layers take the first exit
-_BUILT: dict[tuple[str, tuple[str, ...], Config, _Near], Compiled] = {}
+_BUILT: dict[tuple[str, tuple[str, ...], Config, _Near, str], Compiled] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +74,15 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
         general = rewrite(before, observe=see, names=PIPELINE[CANONICAL:GENERAL])
         named = _named(general)
         extents = shape_sizes(read, general, sizes or {})
-        key = (general.digest, named, deciding, buckets(general, extents))
+        key = (general.digest, named, deciding, buckets(general, extents), "")
         if key not in _BUILT or observe is not None:
             made = closed_form(general, PIPELINE[GENERAL:], read, sizes or {}, config, see, named)
             chosen = replace(config, backend=made.choice.backend or config.backend)
-            mapped = (made.program.digest, named, replace(deciding, backend=chosen.backend), ())
+            mapped = (made.program.digest, named, replace(deciding, backend=chosen.backend), (), made.choice.setting)
             if key not in _BUILT:
                 recheck(general, made.program)
             if mapped not in _BUILT or observe is not None:
-                tiles, kernel = emit(made.program, config=chosen, observe=see)
+                tiles, kernel = emit(made.program, config=chosen, observe=see, setting=made.choice.setting)
                 if mapped not in _BUILT:  # other sizes may be mapped alike
                     _BUILT[mapped] = Compiled(general.digest, before, made.program, tiles, kernel,
                                               build(kernel, chosen), {}, made.choice)
@@ -119,7 +119,7 @@ class Tunable:
     def compiled(self, choice: Choice) -> Compiled:
         """The kernel of a member of the space, built.  Raises Refusal where it has none, OptionError for no member."""
         config, closed = replace(self.config, backend=choice.backend or self.config.backend), self.space.closed(choice)
-        tiles, kernel = emit(closed, config=config, observe=observers(Config()))
+        tiles, kernel = emit(closed, config=config, observe=observers(Config()), setting=choice.setting)
         recheck(self.general, closed)
         return Compiled(self.general.digest, self.before, closed, tiles, kernel, build(kernel, config), self.problem,
                         choice)

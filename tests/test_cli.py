@@ -165,7 +165,7 @@ def test_a_machine_that_is_too_small_is_an_error(capsys: pytest.CaptureFixture[s
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("memcomp.__main__.read", fail)
+    monkeypatch.setattr("memcomp.cli.given.read", fail)
     code, out, err = run(capsys, "show", program)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 3
 
@@ -191,7 +191,7 @@ def test_an_interrupted_command_is_one_line(capsys: pytest.CaptureFixture[str], 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("memcomp.__main__.read", interrupted)
+    monkeypatch.setattr("memcomp.cli.given.read", interrupted)
     code, out, err = run(capsys, "show", program, "-o", str(tmp_path / "out.mc"))
     assert (code, out) == (130, "") and err.startswith("interrupted") and err.count("\n") == 1
     assert not (tmp_path / "out.mc").exists()
@@ -239,7 +239,7 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     monkeypatch.setattr("memcomp.bench.measure", lambda *a, **k: pytest.fail("it was measured"))
-    monkeypatch.setattr("memcomp.__main__.read", lambda *a: pytest.fail("it was read"))
+    monkeypatch.setattr("memcomp.cli.given.read", lambda *a: pytest.fail("it was read"))
     for argv in (["bench", "-o", place], ["explain", "x.mc", "--html", place]):
         code, out, err = run(capsys, *argv)
         assert (code, out) == (2, "") and err.startswith(f"error: cannot write {place}")

@@ -375,7 +375,7 @@ SCRIPT = """
 import os, sys, torch
 from memcomp.codegen.lower import lower
 from memcomp.codegen.tvm import build, emit
-from memcomp.codegen.tvm import launcher
+from memcomp.codegen import threads
 from tests.mapped import load, mapped
 {patch}
 torch.set_num_threads(2)
@@ -399,7 +399,7 @@ f(q, k, v, o, 2, 2, 33, 50)
 
 
 @pytest.mark.parametrize(("patch", "then"), [("os.environ['PATH'] = ''", FORK),
-                                             ("launcher._loaded = lambda stem: None", "")],
+                                             ("threads._loaded = lambda stem: None", "")],
                          ids=["after fork and without a compiler", "without OpenMP"])
 def test_in_a_process_of_its_own(patch: str, then: str) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(patch=patch, then=then)], cwd=Path(__file__).parents[1],

@@ -2,88 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memcomp.codegen.cuda.express import CTYPES, Point
-from memcomp.codegen.launches import Layout
-from memcomp.codegen.triton.arguments import arguments
-from memcomp.ir.expr import Access, Const, Var, variables, walk
-from memcomp.ir.simplify import linear
+from memcomp.codegen.cuda.rows import WIDEST, Row
+from memcomp.ir.expr import Access, Const, variables, walk
 from memcomp.ir.target import BYTES
-from memcomp.ir.tile import Load, Store, TileKernel, TileProgram, expressions, statements
+from memcomp.ir.tile import Load, Store, expressions, statements
 
 if TYPE_CHECKING:
     from memcomp.codegen.cuda.emit import Writer
 
 STORED = {"f64": "double", "f32": "float", "f16": "unsigned short", "bf16": "unsigned short", "i64": "long long",
           "i32": "int", "i16": "short", "i8": "signed char", "u8": "unsigned char", "bool": "unsigned char"}
-PACKED = ("bf16", "f16", "i8", "u8")   # formats that several of lie in one register
-WIDEST = 16                            # bytes that a thread reads at once, and points of 1 byte that it holds together
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Where params may be read by vectors.  units: by param the position of stride 1, -1 for none; even: params whose
-    rows begin at multiples of 16 bytes.  The last vector of a row may reach beyond it, never beyond these 16 bytes."""
-
-    units: Mapping[str, int]
-    even: frozenset[str]
-
-    @staticmethod
-    def of(tp: TileProgram, layout: Layout) -> Rows:
-        loose = {a.of for k in tp.kernels for a in arguments(tp, k, layout.units).args if a.name in layout.loose}
-        return Rows({p.name: u for p, u in zip(tp.params, layout.units, strict=True)},
-                    frozenset(p.name for p in tp.params) - loose)
-
-    def along(self, a: Access, k: TileKernel) -> tuple[str, int] | None:
-        """The dim whose neighbours are neighbours in memory, and how many of them begin at even places: any where 0.
-        None where there is none."""
-        unit = self.units[a.tensor]
-        if a.tensor not in self.even or unit < 0:
-            return None
-        data = {n.tensor for n in walk(a) if isinstance(n, Access)}
-        terms = linear(a.index[unit], integers=data)
-        names = {d.name for d in k.dims}
-        found = [t.name for t, c in (terms or {}).items() if isinstance(t, Var) and t.name in names and c == 1]
-        if terms is None or len(found) != 1:
-            return None
-        dim, rest = found[0], {t: c for t, c in terms.items() if t != Var(found[0])}
-        elsewhere = [*(i for n, i in enumerate(a.index) if n != unit), *(t for t in rest if t is not None)]
-        if any(dim in variables(i) for i in elsewhere):
-            return None
-        even = 0
-        for c in rest.values():
-            even = _divisor(even, abs(c))
-        return dim, even
-
-
-def _divisor(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
-
-
-def vectors(tp: TileProgram, k: TileKernel, rows: Rows) -> dict[str, int]:
-    """How many neighbours along each dim a thread holds together: 16 bytes of the narrowest tensor."""
-    found: dict[str, int] = {}
-    for a, dims in moved(k):
-        if (x := rows.along(a, k)) is None or x[0] not in dims:
-            continue
-        dim, even = x
-        n = WIDEST // BYTES[tp.param(a.tensor).dtype]
-        while n > 1 and (k.dim(dim).capacity % n or even % n):
-            n //= 2
-        found[dim] = max(found.get(dim, 1), n)
-    return found
-
-
-def moved(k: TileKernel) -> Iterator[tuple[Access, tuple[str, ...]]]:
-    """What tiles are loaded from and stored to, with the tile's dims."""
-    for s in statements(k.body):
-        if isinstance(s, (Load, Store)):
-            yield s.source if isinstance(s, Load) else s.target, k.tile(s.tile).dims
+SMALL = 8   # registers of a tile whose numbers are asked for one by one
 
 
 class Memory:
@@ -133,85 +65,100 @@ class Memory:
             return f"from_{dtype}({text})"
         return f"({text} != 0)" if dtype == "bool" else text
 
-    def wide(self, a: Access, dims: tuple[str, ...]) -> str | None:
-        """The dim along which a tile's numbers are read or written by vectors."""
-        if (x := self.w.rows.along(a, self.w.k)) is None or x[0] not in dims:
-            return None
-        dim, even = x
-        s = self.w.block.dims[dim]
-        return dim if s.vector > 1 and even % s.vector == 0 and s.capacity % s.vector == 0 else None
+    def row(self, a: Access, dims: tuple[str, ...]) -> Row | None:
+        """How a thread reads or writes a tile's numbers by vectors; None where it does not."""
+        x = self.w.rows.along(a, self.w.k)
+        return Row.of(x, self.w.block.dims[x.dim]) if x is not None and x.dim in dims else None
+
+    def size(self, s: Load, row: Row | None) -> int:
+        """Bytes of the neighbours that are read at once, or of an element."""
+        return BYTES[self.w.params[s.source.tensor].dtype] * (row.elements if row else 1)
 
     def ask(self, s: Load, room: str) -> None:
         """Bring what a load reads to the thread's places in `room`, without waiting for it."""
         w, t = self.w, self.w.k.tile(s.tile)
-        dim = self.wide(s.source, t.dims)
-        assert dim is not None
-        size = w.block.dims[dim].vector * BYTES[w.params[s.source.tensor].dtype]
-        with w.points(t.dims, dim) as at:
-            live = self.live(s, dim, at, BYTES[w.params[s.source.tensor].dtype])
-            w.line(f"ask<{size}, {w.threads}>({room} + {self.spot(s, dim, at)}, {self.address(s.source, at)}{live});")
+        row = self.row(s.source, t.dims)
+        size = self.size(s, row)
+        with w.points(t.dims, row) as at:
+            live = self.live(s, row, at, size / row.vector if row else size)
+            word = f"ask<{size}, {w.threads}>" if size >= 4 else "ask_around"
+            w.line(f"{word}({room} + {self.spot(s, row, at)}, {self.address(s.source, at)}{live});")
 
-    def live(self, s: Load, dim: str, at: Point, unit: float) -> str:
-        """Arguments that say whether neighbours count, and of more than 16 bytes how many are left, in units."""
+    def live(self, s: Load, row: Row | None, at: Point, unit: float) -> str:
+        """Arguments that say whether neighbours count, and of more than 16 bytes how many are left, in units a point."""
         w = self.w
         tests = w.live(tuple(d for d in w.k.tile(s.tile).dims if d in variables(s.source)), at)
         live = f", {' && '.join(tests)}" if tests else ""
-        if dim in w.full or w.block.dims[dim].vector * BYTES[w.params[s.source.tensor].dtype] <= WIDEST:
+        if row is None or row.dim in w.full or self.size(s, row) <= WIDEST:
             return live
-        return f"{live}, {_times(w.left(dim, at), unit)}"
+        return f"{live}, {_times(w.left(row.dim, at), unit)}"
 
-    def spot(self, s: Load, dim: str, at: Point) -> str:
+    def spot(self, s: Load, row: Row | None, at: Point) -> str:
         """Where a thread's neighbours lie in a room, by bytes."""
         w, text = self.w, "0"
-        for d in (*(d for d in w.k.tile(s.tile).dims if d != dim), dim):
-            x = w.block.dims[d]
-            n, i = (x.registers // x.vector, f"{at[d]} / {x.vector}") if d == dim else (x.registers, at[d])
+        dims = w.k.tile(s.tile).dims
+        for d in (*(d for d in dims if row is None or d != row.dim), *((row.dim,) if row else ())):
+            n, i = w.block.dims[d].registers, at[d]
+            if row is not None and d == row.dim:
+                n, i = row.groups, f"{at[d]} / {row.vector}"
             if n > 1:
                 text = i if text == "0" else f"({text}) * {n} + {i}"
-        size = w.block.dims[dim].vector * BYTES[w.params[s.source.tensor].dtype]
+        size = max(self.size(s, row), 4)
         unit = min(size, WIDEST)
         return f"(({text}) * {size // unit * w.threads} + {w.thread}) * {unit}"
 
     def room(self, s: Load) -> int:
-        """Bytes that a block needs for what a load reads; 0 where it cannot be asked for ahead."""
+        """Bytes that a block needs for what a load reads; 0 where it cannot be asked for ahead, or is not."""
         w, t = self.w, self.w.k.tile(s.tile)
-        dim = self.wide(s.source, t.dims)
-        size = BYTES[w.params[s.source.tensor].dtype]
-        if dim is None or w.block.dims[dim].vector * size < 4:
-            return 0
-        return w.block.registers(t.dims) * size * w.threads
+        row = self.row(s.source, t.dims)
+        if row is None:
+            n = w.block.registers(t.dims)
+            return n * max(self.size(s, row), 4) * w.threads if n <= SMALL else 0
+        others = w.block.registers(tuple(d for d in t.dims if d != row.dim))
+        return others * row.groups * max(self.size(s, row), 4) * w.threads
 
     def load(self, s: Load, room: str = "") -> None:
         """room: where the numbers have come to; "" where they must be read from the param."""
         w, t = self.w, self.w.k.tile(s.tile)
-        dtype, dim = w.params[s.source.tensor].dtype, self.wide(s.source, t.dims)
-        if dim is None:
+        dtype, row, kind = w.params[s.source.tensor].dtype, self.row(s.source, t.dims), w.scope.tiles[s.tile]
+        if row is None and not room:
             with w.points(t.dims) as at:
                 got = self.element(s.source, at)
-                kind = w.scope.tiles[s.tile]
                 if w.scope.type(s.source) != kind:
                     got = f"({got}) != 0" if kind == "bool" else f"({CTYPES[kind]})({got})"
                 w.line(f"{w.place(s.tile, at)} = {got};")
             return
-        vector = w.block.dims[dim].vector
-        with w.points(t.dims, dim, names=dim is not None) as at:
-            live, start = self.live(s, dim, at, w.held_as(s.tile)), w.flat(s.tile, at)
-            more = f", {w.threads}>(" if room else ">("
-            word, origin = ("take<", f"{room} + {self.spot(s, dim, at)}") if room else (
-                "fetch<", f"{self.address(s.source, at)}{live}")
+        n = row.elements if row else 1
+        size = n * BYTES[dtype]
+        with w.points(t.dims, row, names=True) as at:
+            start = w.flat(s.tile, at)
+            if room and size < 4:
+                word, more, origin = f"take_around<{n}", ">(", f"{room} + {self.spot(s, row, at)}, " \
+                    f"{self.address(s.source, at)}"
+            elif room:
+                word, more, origin = "take<", f", {w.threads}>(", f"{room} + {self.spot(s, row, at)}"
+            else:
+                live = self.live(s, row, at, w.held_as(s.tile) / (row.share if row else 1))
+                word, more, origin = "fetch<", ">(", f"{self.address(s.source, at)}{live}"
             if s.tile in w.packed:
                 words = 4 // BYTES[dtype]
-                w.line(f"{word}{vector // words}{more}{w.scope.names[s.tile]} + {_over(start, words)}, {origin});")
+                w.line(f"{word}{n // words}{more}{w.scope.names[s.tile]} + {_over(start, words)}, {origin});")
                 return
-            if STORED[dtype] == CTYPES[w.scope.tiles[s.tile]] and w.fastest(s.tile) == dim:
-                w.line(f"{word}{vector}{more}{w.scope.names[s.tile]} + {start}, {origin});")
+            if word.endswith("<"):
+                word += str(n)
+            if row and STORED[dtype] == CTYPES[kind] and w.fastest(s.tile) == row.dim:
+                w.line(f"{word}{more}{w.scope.names[s.tile]} + {start}, {origin});")
                 return
             raw = w.scope.names["raw"]
-            w.line(f"{STORED[dtype]} {raw}[{vector}];")
-            w.line(f"{word}{vector}{more}{raw}, {origin});")
-            inner = {**at, dim: f"({at[dim]} + i)" if at[dim] != "0" else "i"}
-            w.unrolled("i", vector, f"{w.place(s.tile, inner)} = "
-                                    f"{w.converted(self.number(f'{raw}[i]', dtype), s.source, s.tile)};")
+            w.line(f"{STORED[dtype]} {raw}[{n}];")
+            w.line(f"{word}{more}{raw}, {origin});")
+            if row is None:
+                w.line(f"{w.place(s.tile, at)} = {w.converted(self.number(f'{raw}[0]', dtype), s.source, s.tile)};")
+                return
+            step = "i" if row.share == 1 else f"i * {row.share}"
+            inner = {**at, row.dim: f"({at[row.dim]} + {step})" if at[row.dim] != "0" else step}
+            w.unrolled("i", n, f"{w.place(s.tile, inner)} = "
+                               f"{w.converted(self.number(f'{raw}[i]', dtype), s.source, s.tile)};")
 
     # -- stores ------------------------------------------------------------------------------------------------------
 
@@ -220,11 +167,12 @@ class Memory:
         dtype = w.params[s.target.tensor].dtype
         if s.target.tensor in self.shared:
             w.line("__syncthreads();")
-        dim = self.wide(s.target, t.dims)
-        if dim is not None and s.mask is not None and dim in variables(s.mask):
-            dim = None
+        row = self.row(s.target, t.dims)
+        if row is not None and (row.share > 1 or s.mask is not None and row.dim in variables(s.mask)):
+            row = None
+        dim = row.dim if row else None
         others = 0 if w.lone else (w.threads - 1) & ~w.block.mask(t.dims)
-        with w.points(t.dims, dim, names=dim is not None) as at:
+        with w.points(t.dims, row, names=row is not None) as at:
             tests = [f"({w.thread} & {others}) == 0"] * bool(others)
             tests += w.live(tuple(d for d in t.dims if d != dim), at)
             if s.mask is not None:

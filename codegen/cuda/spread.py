@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from memcomp.ir.expr import Access, Expr, variables, walk
-from memcomp.ir.target import BYTES
 from memcomp.ir.tile import Dot, Fold, Loop, Statement, Store, TileKernel, When, expressions, statements
+
+if TYPE_CHECKING:
+    from memcomp.codegen.cuda.rows import Held
 
 LANE_BITS = 5
 MOST, FEW = 255, 128   # registers of a thread: that there are, and that leave room for a second block
@@ -79,33 +82,42 @@ class Block:
         return math.prod(self.dims[d].registers for d in dims)
 
 
-def blocks(k: TileKernel, vectors: Mapping[str, int], held: Mapping[str, float]) -> Block:
-    """The spread of a kernel: the least warps, and threads along a row, with which registers suffice.
+def blocks(k: TileKernel, vectors: Mapping[str, int], held: Mapping[str, Held]) -> Block:
+    """The spread of a kernel: the widest loads, then the least warps, and threads along a row, with which registers
+    suffice.
 
-    vectors: by dim how many neighbours are read at once; held: bytes of a point of each tile.
+    vectors: by dim how many neighbours are read at once; held: how each tile lies in registers.  What reads neighbours
+    needs registers for every row that they are multiplied with; where these do not suffice, such rows are divided among
+    neighbouring lanes, which then read the same; after that, less is read at once.
     """
     meeting = list(_spaces(k))
     streamed = _streamed(k)
     inner = _rows(k)
     found: list[tuple[float, Block]] = []
-    for warps in (0, 1, 2, 3, 4):
-        for lanes in (3, 4, 5):
-            b = _spread(k, vectors, meeting, streamed, inner, warps, lanes)
-            found.append((pressure(k, b, held), b))
-    for most in (FEW, MOST):
-        for p, b in found:
-            if p <= min(most, b.safe) and _largest(k, b, held) <= LARGE:
-                return b
+    for part in (1, 2, 4):
+        less = {d: max(n // part, 1) for d, n in vectors.items()}
+        for own in (0, 1, 2):
+            tried = []
+            for warps in (0, 1, 2, 3, 4):
+                for lanes in (3, 4, 5):
+                    b = _spread(k, less, meeting, streamed, inner, warps, lanes, own)
+                    tried.append((pressure(k, b, held), b))
+            for most in (FEW, MOST):
+                for p, b in tried:
+                    if p <= min(most, b.safe) and _largest(k, b, held) <= LARGE:
+                        return b
+            found += tried
     return min(found, key=lambda x: x[0] - x[1].most)[1]
 
 
-def _largest(k: TileKernel, b: Block, held: Mapping[str, float]) -> float:
+def _largest(k: TileKernel, b: Block, held: Mapping[str, Held]) -> float:
     """Registers of the largest tile."""
-    return max((b.registers(t.dims) * held[t.name] / 4 for t in k.tiles), default=0)
+    return max((held[t.name].words(b, t.dims) for t in k.tiles), default=0)
 
 
 def _spread(k: TileKernel, vectors: Mapping[str, int], meeting: list[frozenset[str]], streamed: set[str],
-            inner: list[str], warps: int, lanes: int) -> Block:
+            inner: list[str], warps: int, lanes: int, own: int) -> Block:
+    """lanes, own: bits at most for each dim of rows, and of all that are neither such nor streamed, before others."""
     dims = {d.name: Spread(d.capacity, vectors.get(d.name, 1)) for d in k.dims}
 
     def give(d: str, most: int) -> None:
@@ -121,6 +133,9 @@ def _spread(k: TileKernel, vectors: Mapping[str, int], meeting: list[frozenset[s
     every = [d.name for d in sorted(k.dims, key=lambda d: (d.name not in streamed, -d.capacity))]
     for d in inner:
         give(d, lanes)
+    for d in every:
+        if d not in inner and d not in streamed and own:
+            give(d, own)
     for d in every:
         if d not in inner:
             give(d, LANE_BITS + warps)
@@ -161,7 +176,7 @@ def _rows(k: TileKernel) -> list[str]:
     return sorted(weight, key=lambda d: -weight[d])
 
 
-def pressure(k: TileKernel, b: Block, held: Mapping[str, float]) -> float:
+def pressure(k: TileKernel, b: Block, held: Mapping[str, Held]) -> float:
     """Registers of a thread at the statement that needs most: of tiles that are written before it and read after."""
     order: list[Statement] = []
     spans: list[tuple[int, int]] = []
@@ -202,15 +217,10 @@ def pressure(k: TileKernel, b: Block, held: Mapping[str, float]) -> float:
             inside = [n for n in at if lo <= n <= hi]
             if inside and not (first >= lo and last <= hi and min(inside) in fresh[t]):
                 first, last = min(first, lo), max(last, hi)
-        size = b.registers(k.tile(t).dims) * held[t] / 4
+        size = held[t].words(b, k.tile(t).dims)
         for n in range(first, last + 1):
             load[n] += size
     return OTHER + max(load, default=0.0)
-
-
-def bytes_held(dtype: str) -> int:
-    """Of one point in registers."""
-    return max(4, BYTES[dtype])
 
 
 def places(thread: str, bits: tuple[int, ...], vector: int) -> str:

@@ -23,6 +23,7 @@ from memcomp.codegen.triton.layout import Axis, layout
 from memcomp.codegen.triton.memory import Memory
 from memcomp.codegen.triton.parts import Part, parts
 from memcomp.codegen.triton.resources import Setting, chosen, need
+from memcomp.codegen.triton.resources import options as settings_to_measure
 from memcomp.codegen.triton.straight import straight
 from memcomp.codegen.triton.words import FUNCTIONS, HEAD, used
 from memcomp.ir.errors import Refusal
@@ -92,6 +93,15 @@ def admits(tp: TileProgram, target: Target) -> int:
     does not fit or has no text."""
     emit(tp, target)
     return max((need(tp, k, target, chosen(tp, k, target)).strain for k in tp.kernels), default=0)
+
+
+def options(tp: TileProgram, target: Target) -> dict[str, dict[str, Setting]]:
+    """What `emit` may be given as `settings` to be chosen from by measuring, by words that name no function: "" as the
+    resource model says, then one launch at a time with another setting."""
+    found: dict[str, dict[str, Setting]] = {"": {}}
+    for n, (k, name) in enumerate(zip(tp.kernels, function_names(tp), strict=True)):
+        found |= {f"launch {n}: {s}": {name: s} for s in settings_to_measure(tp, k, target)[1:]}
+    return found
 
 
 def function_names(tp: TileProgram) -> list[str]:

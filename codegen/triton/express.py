@@ -104,8 +104,23 @@ class Scope:
             rest = t if rest == Const(0) else call("add", rest, t)
         return Call(e.op if sign > 0 else _COMPARED[e.op], (own, rest))
 
+    def parted(self, e: Call) -> Call:
+        """A linear index over several axes as what the last axis gives, added to the rest: LLVM would keep a number for
+        each point, made of those parts of rows and columns that do not change from step to step."""
+        if e.op not in ("add", "sub") or self.kind(e) != "int" or any(isinstance(n, Access) for n in walk(e)):
+            return e
+        terms, axes = linear(e), self.layout.of(dims_of(e, self.dims))
+        if terms is None or len(axes) < 2:
+            return e
+        last = {t: c for t, c in terms.items() if t is not None and dims_of(t, self.dims) & set(axes[-1].dims)}
+        if any(len(self.layout.of(dims_of(t, self.dims))) > 1 for t in last):
+            return e
+        rest = total([scaled(t, c) for t, c in terms.items() if t not in last])
+        sign = -1 if all(c < 0 for c in last.values()) else 1
+        return Call("sub" if sign < 0 else "add", (rest, total([scaled(t, sign * c) for t, c in last.items()])))
+
     def call(self, e: Call, axes: tuple[Axis, ...]) -> str:
-        e = self.sided(e)
+        e = self.parted(self.sided(e))
         args = [self.text(a, axes) for a in e.args]
         real = any(self.kind(a) == "real" for a in e.args)
         if e.op in ("max", "min"):

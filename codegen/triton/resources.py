@@ -18,7 +18,7 @@ from itertools import combinations_with_replacement
 from memcomp.codegen.order import tasks
 from memcomp.codegen.triton.boxes import FORMATS
 from memcomp.codegen.triton.boxes import MOST as LONGEST
-from memcomp.codegen.triton.loops import Body, Loops, Product
+from memcomp.codegen.triton.loops import Body, Loops, Product, Step
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, variables, walk
 from memcomp.ir.target import BYTES, Target
@@ -53,6 +53,10 @@ class Setting:
     stages: int
     programs: int = 0
     specialised: bool = False
+
+    def __str__(self) -> str:
+        return (f"{self.warps} warps, {self.stages} stages{f', {self.programs} programs' if self.programs else ''}"
+                f"{', specialised' if self.specialised else ''}")
 
 
 SETTINGS = tuple(Setting(w, s) for w in (4, 8, 1, 2) for s in (3, 2, 1))
@@ -111,12 +115,14 @@ def chosen(tp: TileProgram, k: TileKernel, target: Target) -> Setting:
 
 
 def options(tp: TileProgram, k: TileKernel, target: Target) -> tuple[Setting, ...]:
-    """Settings to be chosen from by measuring, the model's own first: with as many program instances as the machine
-    holds at once; on sm_90 with specialised warps, where Triton is known to make them (two groups of 64 rows, one
-    loop)."""
+    """Settings to be chosen from by measuring, the model's own first: with other warps or other stages, where they fit
+    as well; with as many program instances as the machine holds at once; on sm_90 with specialised warps, where Triton
+    is known to make them (two groups of 64 rows, one loop)."""
     loops, first = Loops(tp, k), chosen(tp, k, target)
-    out, block = [first], _Block(loops, target, first)
+    block = _Block(loops, target, first)
     n = block.need()
+    out = [first, *(s for s, x in _fitting(loops, target) if x.strain <= n.strain
+                    and (s.warps == first.warps) != (s.stages == first.stages))]
     places = target.threads * max(1, block.blocks(n.shared, n.tensor_memory, n.registers))
     if k.grid and not (isinstance(many := tasks(k), Const) and many.value <= places):
         out.append(replace(first, programs=places))
@@ -223,7 +229,7 @@ class _Block:
                 elif body.loaded(tile) and not p.exact:
                     streamed[tile] = max(streamed.get(tile, 0), size * (ahead if fetched else ahead - 1))
                     turn += size
-                elif tile == p.right if fetched else tile == p.left and (p.exact or self.spread(body, p)):
+                elif tile == p.right if fetched else tile == p.left and self.spread(body, p):
                     passing.append(parts * size)
                     turn += parts * size
             turns.append(turn)
@@ -312,15 +318,23 @@ class _Block:
         """2 where each address goes with a mask: an axis is longer than what there is of it."""
         return 1 + any(a.points < a.size for a in self.loops.layout.of(self.loops.tiles[tile].dims))
 
+    def spanned(self, body: Body, s: Step) -> int:
+        """Points at which a reduction multiplies tiles that each lack some of its dims: all of them are there at once."""
+        if not isinstance(s, (Fold, Dot)) or any(p.tile == s.tile for p in body.products):
+            return 0
+        read = {n.tensor for e in expressions(s) for n in walk(e) if isinstance(n, Access)} & set(self.loops.tiles)
+        points = math.prod(a.size for a in self.loops.layout.of((*self.loops.tiles[s.tile].dims, *s.over)))
+        return 0 if any(self.loops.points(t) == points for t in read) else points
+
     def held(self, body: Body) -> dict[str, float]:
         """What a thread holds in 32-bit registers in a loop, by kind.
 
         sums:    of tiles that one step hands to the next.
-        values:  at most at once of the tiles that a step computes.
+        values:  at most at once of the tiles that a step computes, and of what it multiplies without tensor cores.
         rows:    of numbers for rows, which several threads hold alike.
         columns: of numbers for columns, which a thread has one of for each fourth.
         chunks:  addresses, one for each 16 bytes that a thread fetches, and masks of rows that are no power of two.
-        passing: of operands on their way to tensor cores: parts of f32, and what is not copied ahead.
+        passing: of operands on their way to tensor cores: parts of f32, of one product, and what is not copied ahead.
         """
         threads, own = 32 * self.warps, body.written
         first: dict[str, int] = {}
@@ -342,7 +356,7 @@ class _Block:
 
         sums = sum(points(t) for t in carried if self.loops.dims(t) > 1) / threads
         values = max((sum(points(t) for t in local if self.loops.dims(t) > 1 and first[t] <= n <= last.get(t, first[t]))
-                      for n in range(len(body.steps))), default=0) / threads
+                      + self.spanned(body, s) for n, s in enumerate(body.steps)), default=0) / threads
         fed = [p for p in body.products if not self.asynchronous(p)]
         along = 1 if any(self.spread(body, p) for p in fed) else self.warps
         across = {a for p in body.products for a in self.loops.layout.of(self.loops.tiles[p.tile].dims)[-1:]}
@@ -352,7 +366,7 @@ class _Block:
         columns = sum(points(t) * BYTES[self.loops.tiles[t].dtype] / 16 for t in wide)
         chunks = sum(points(t) * self.loops.element(t) / 16 / threads * (1 if self.boxed(body) else self.masked(t))
                      for t in straight)
-        passing = sum(2 * (p.rows + p.columns) * p.depth for p in body.products if p.exact) / threads
+        passing = max((2 * (p.rows + p.columns) * p.depth for p in body.products if p.exact), default=0) / threads
         if body.branched or self.stages == 1:
             passing += sum(points(t) * self.loops.element(t) / 4 / threads for t in straight)
         return {"sums": sums, "values": values, "rows": rows, "columns": columns, "chunks": chunks, "passing": passing}

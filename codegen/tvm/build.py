@@ -76,10 +76,11 @@ def _unit(t: Any) -> int:
 
 def compiled(kernel: Kernel) -> Callable[..., Any]:
     """Compile the text and load it; parallel loops run on torch's threads where it has loaded its OpenMP."""
+    from memcomp.codegen import threads
     from memcomp.codegen.tvm import launcher
 
     if any(m.tiles for m in named_isa(kernel.isa).instructions):
-        launcher.allow_tiles()
+        threads.allow_tiles()
     loaded = machine_code(kernel)
     launcher.install(loaded)
     return loaded[kernel.entry]  # type: ignore[no-any-return]

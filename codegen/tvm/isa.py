@@ -113,6 +113,12 @@ def named_isa(name: str) -> Isa:
     return having(_BASES[base], features) if features else _BASES[base]
 
 
+def required(form: Isa) -> tuple[str, ...]:
+    """The features that a processor must have to run it, as `ir.detect` names them."""
+    base = {AVX512.cpu: _V4 | _V3, AVX2.cpu: _V3, NEON.cpu: {"neon"}}.get(form.cpu, set())
+    return tuple(sorted(base.union(*(m.features for m in form.instructions))))
+
+
 def isa(target: Target | str) -> Isa:
     """The widest form that the target's features allow."""
     features = set((named(target) if isinstance(target, str) else target).features)

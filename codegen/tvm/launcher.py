@@ -12,16 +12,12 @@ Where no libgomp is loaded, TVM's own pool stays in charge.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from memcomp.codegen import threads
 from memcomp.ir.detect import cpu
-from memcomp.ir.errors import Refusal
 
 CHUNKS = 128  # most tasks of a launch
 
@@ -128,7 +124,6 @@ def memcomp_install(runtime: T.handle):
 '''
 
 _lock = threading.Lock()
-_runtime: Any = None
 _functions: dict[str, Any] = {}
 
 
@@ -151,62 +146,10 @@ def with_launcher(functions: Mapping[str, Any]) -> Any:
 
 def install(module: Any) -> bool:
     """Send the parallel loops of a loaded kernel module to torch's threads; False where there is no libgomp."""
-    runtime = _shared()
-    if runtime is None:
-        import tvm
+    if threads.install(module, load=False):
+        return True
+    import tvm
 
-        # TVM's own default is half of the logical cores of an x86 machine
-        tvm.get_global_func("runtime.config_threadpool")(1, cpu().cores)
-        return False
-    module["memcomp_install"](ctypes.c_void_p(ctypes.addressof(runtime)))
-    return True
-
-
-def allow_tiles() -> None:
-    """Ask Linux to let this process, its threads and children use AMX tile registers; Refusal if it does not."""
-    arch_prctl, request, tile_data = 158, 0x1023, 18  # the x86-64 system call; ARCH_REQ_XCOMP_PERM; XFEATURE_XTILEDATA
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(ctypes.c_long(arch_prctl), ctypes.c_long(request), ctypes.c_long(tile_data)) != 0:
-        raise Refusal("the system does not let this process use AMX tile registers", os.strerror(ctypes.get_errno()))
-
-
-def _shared() -> Any:
-    """The one record that every launcher reads; it lives as long as the process."""
-    global _runtime
-    with _lock:
-        if _runtime is None:
-            gomp, torch = _loaded("libgomp"), _loaded("libtorch_cpu")
-            if gomp is None:
-                return None
-            count = None
-            if torch is not None:  # at::get_num_threads: what torch.set_num_threads and the calling thread ask for
-                count = getattr(torch, "_ZN2at15get_num_threadsEv", None)
-            count = count or gomp.omp_get_max_threads
-            address = ctypes.cast(gomp.GOMP_parallel, ctypes.c_void_p), ctypes.cast(count, ctypes.c_void_p)
-            _runtime = (ctypes.c_void_p * 3)(*address, 0)
-            if hasattr(os, "register_at_fork"):
-                os.register_at_fork(after_in_child=_alone)
-        return _runtime
-
-
-def _alone() -> None:
-    _runtime[2] = 1
-
-
-def _loaded(stem: str) -> Any:
-    """A library that this process has loaded already, by the start of its file name."""
-    paths: list[str] = []
-    try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-        paths = [line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count("/") and stem in line]
-    except OSError:
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.__file__:
-            paths = [str(p) for p in (Path(torch.__file__).parent / "lib").glob(f"{stem}*")]
-    for path in dict.fromkeys(paths):
-        if Path(path).name.startswith(stem):
-            try:
-                return ctypes.CDLL(path)
-            except OSError:
-                continue
-    return None
+    # TVM's own default is half of the logical cores of an x86 machine
+    tvm.get_global_func("runtime.config_threadpool")(1, cpu().cores)
+    return False

@@ -331,6 +331,7 @@ def _tuned(plan: Plan, found: Found) -> None:
 def entries(kept: dict[str, Any], environment: dict[str, Any]) -> Iterator[Entry]:
     """A case's entry of the cache, where it has one region: the fastest form of all backends."""
     from memcomp.cache import Choice, Entry, Measured
+    from memcomp.ir.target import target
 
     seen = times(kept)
     own = sorted((f for f in seen if f.startswith(OWN)), key=lambda f: seen[f].median)
@@ -338,11 +339,14 @@ def entries(kept: dict[str, Any], environment: dict[str, Any]) -> Iterator[Entry
         return
     told, best = kept["forms"][own[0]], seen[own[0]]
     (region,), unit = told["own"], told["eager"] or 1.0
+    backend = own[0].removeprefix(OWN)
+    if backend == target(region["problem"]["target"]).backend:
+        backend = ""  # the target's own
     how = "launch by launch" if told["time"]["without_graph"] else "CUDA graph"
     measured = Measured(best.median, best.spread, told["time"]["rounds"], told["max"] / unit, told["bound"] / unit,
                         seen[own[1]].median if own[1:] else 0.0, how)
     yield Entry({**region["problem"], "backend": ""}, environment,
-                Choice(**region["choice"], backend=own[0].removeprefix(OWN)), measured)
+                Choice(**region["choice"], backend=backend), measured)
 
 
 def summary(data: dict[str, Any]) -> Iterator[str]:

@@ -14,20 +14,19 @@ from memcomp.cache.entry import Entry
 from memcomp.cache.environment import code
 from memcomp.cache.store import Layers, Store
 from memcomp.cache.transfer import difference, entries, exported, taken
+from memcomp.cli.options import as_json
+from memcomp.cli.parser import Commands
 from memcomp.files import put
 from memcomp.ir.errors import InputError, OptionError
 
 
-def add(commands: Any, run: Callable[[argparse.Namespace], int]) -> None:
+def add(commands: Commands) -> None:
     """Add the parser of `cache` and its own commands to those of `memcomp`."""
-    text = "Look at tuning results, move them between machines, check them, throw them away."
-    top = commands.add_parser("cache", help=text, description=text)
-    own = top.add_subparsers(required=True, metavar="command")
+    own = commands.family("cache", "Look at tuning results, move them between machines, check them, throw them away.")
 
     def command(name: str, do: Callable[[argparse.Namespace, Layers], int], text: str) -> argparse.ArgumentParser:
-        p: argparse.ArgumentParser = own.add_parser(name, help=text, description=text)
-        p.set_defaults(run=run, do=do)
-        p.add_argument("--json", action="store_true", help="print JSON")
+        p = own.add(name, lambda args: do(args, _layers()), text)
+        as_json(p)
         return p
 
     command("ls", _ls, "List the entries of all layers, one a line.")
@@ -49,6 +48,14 @@ def add(commands: Any, run: Callable[[argparse.Namespace], int]) -> None:
     command("stats", _stats, "Entries and bytes by layer and device.")
 
 
+def _layers() -> Layers:
+    from memcomp.cache import layers
+    from memcomp.config import config
+
+    settings = config()
+    return layers(settings.cache_dir, settings.cache)
+
+
 def _told(args: argparse.Namespace, rows: Any, lines: Iterable[str]) -> None:
     text = json.dumps(rows, indent=2) if args.json else "\n".join(lines)
     if text:
@@ -64,12 +71,10 @@ def device(e: Entry) -> str:
 
 
 def _line(e: Entry) -> str:
-    knobs = ", ".join(f"{k}={v}" for k, v in sorted(e.choice.knobs.items()))
     extents = e.problem.get("extents")
     at = ", ".join(f"{k}={v}" for k, v in sorted(extents.items())) if isinstance(extents, dict) else ""
     return (f"{e.key[:12]}  {e.measured.median:.3e} s +- {e.measured.spread:.0%}  {device(e)}  "
-            f"{e.problem.get('target', '?')} {e.choice.backend}  at {at or 'fixed sizes'}: "
-            + "; ".join(x for x in (e.choice.form, knobs) if x))
+            f"{e.problem.get('target', '?')}  at {at or 'fixed sizes'}: {e.choice}")
 
 
 def _ls(args: argparse.Namespace, layers: Layers) -> int:

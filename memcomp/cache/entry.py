@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 LONGEST = 1 << 18   # bytes of a file
 WHOLE = 2**53       # integers that JSON readers agree on
 TEXT, ITEMS, DEPTH = 2048, 512, 6  # of a string, of a list or mapping, of nested ones
@@ -22,14 +22,20 @@ TEXT, ITEMS, DEPTH = 2048, 512, 6  # of a string, of a list or mapping, of neste
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One point of a problem's space.  form: of the program, in the words of `memcomp.choice`; knobs: of its mapping;
-    backend: the folder of codegen that writes the kernels, "" for the target's own."""
+    backend: the folder of codegen that writes the kernels, "" for the target's own; setting: how, in the words of the
+    backend's `options`, "" for what the backend itself thinks best."""
 
     form: str = ""
     knobs: Mapping[str, int] = field(default_factory=dict)
     backend: str = ""
+    setting: str = ""
 
     def __hash__(self) -> int:
-        return hash((self.form, self.backend, *sorted(self.knobs.items())))
+        return hash((self.form, self.backend, self.setting, *sorted(self.knobs.items())))
+
+    def __str__(self) -> str:
+        knobs = ", ".join(f"{k}={v}" for k, v in sorted(self.knobs.items()))
+        return "; ".join(filter(None, (self.backend, self.form, knobs, self.setting))) or "its only mapping"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +206,13 @@ def _number(x: Any, at: str) -> float:
 
 
 def _choice(x: Any, at: str) -> Choice:
-    parts = _mapping(x, at, {"form", "knobs", "backend"})
+    parts = _mapping(x, at, {"form", "knobs", "backend", "setting"})
     held = parts["knobs"]
     if not isinstance(held, dict) or len(held) > ITEMS:
         raise ValueError(f"{at}.knobs is no mapping of at most {ITEMS}")
     numbers = {_text(k, f"{at}.knobs"): _integer(v, f"{at}.knobs.{k[:40]}") for k, v in held.items()}
-    return Choice(_text(parts["form"], f"{at}.form"), numbers, _text(parts["backend"], f"{at}.backend"))
+    form, backend, setting = (_text(parts[n], f"{at}.{n}") for n in ("form", "backend", "setting"))
+    return Choice(form, numbers, backend, setting)
 
 
 def _free(x: Any, at: str, depth: int = 0) -> None:

@@ -34,14 +34,17 @@ def lookups(nodes: Collection[fx.Node]) -> tuple[Lookup, ...]:
 
 def _of(node: fx.Node) -> Iterator[Lookup]:
     rule, name = table.rule(node), table.base_name(node)
-    if rule is None or name not in ("gather", "index_select", "index", "getitem", "nll_loss", "cross_entropy",
-                                    "cross_entropy_loss"):
+    if rule is None or name not in ("gather", "index_select", "index", "getitem", "embedding", "nll_loss",
+                                    "cross_entropy", "cross_entropy_loss"):
         return
     given = table.named(rule, node)
     x = given["x"]
     if not isinstance(x, fx.Node) or not isinstance(t := meta(x), torch.Tensor):
         return
-    if name in ("gather", "index_select"):
+    if name == "embedding":
+        places, read = (given["weight"], x) if t.is_floating_point() else (x, given["weight"])
+        yield Lookup(places, read, 0)
+    elif name in ("gather", "index_select"):
         yield Lookup(given["index"], x, given["dim"] % max(t.ndim, 1))
     elif name in ("index", "getitem"):
         for dim, i in _indexed(given, t.ndim):

@@ -163,6 +163,15 @@ def _index_select(r: Reader, node: fx.Node, x: Value, dim: int, index: Value) ->
     return gather(r, x, [None] * d + [index])
 
 
+def _embedding(r: Reader, node: fx.Node, x: Value, weight: Value, padding_idx: Any = None, max_norm: Any = None,
+               *_: Any, **__: Any) -> Value:
+    """torch.nn.functional takes the places first, the operator that it becomes the table."""
+    table, index = (weight, x) if weight.is_real else (x, weight)
+    if max_norm is not None and not isinstance(max_norm, bool):  # scale_grad_by_freq stands there in the operator
+        raise Refusal("a table whose rows are scaled when they are read")
+    return gather(r, table, [index])
+
+
 def _gather(r: Reader, node: fx.Node, x: Value, dim: int, index: Value, **_: Any) -> Value:
     d = wrap(dim, len(x.dims))
     w = x
@@ -234,6 +243,7 @@ RULES: dict[str, Rule] = {
     **{n: Rule("source", _fill(0)) for n in ("zeros", "zeros_like", "new_zeros")},
     "full": Rule("source", _full), "full_like": Rule("source", _full), "new_full": Rule("source", _new_full),
     "scalar_tensor": Rule("source", _tensor), "tensor": Rule("source", _tensor), "eye": Rule("source", _eye),
-    "getitem": Rule("view", _getitem), "index": Rule("index", _index), "index_select": Rule("index", _index_select),
+    "getitem": Rule("view", _getitem), "index": Rule("index", _index),
+    "embedding": Rule("index", _embedding), "index_select": Rule("index", _index_select),
     "gather": Rule("index", _gather), "cumsum": Rule("scan", _cumsum), "diff": Rule("scan", _diff),
 }

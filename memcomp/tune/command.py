@@ -80,9 +80,8 @@ def told(rows: Iterable[Row], as_json: bool) -> str:
 def line(r: Row) -> str:
     """A result in a line: time, choice, how far the next best is."""
     m, c = r.entry.measured, r.entry.choice
-    ways = ", ".join([*filter(None, (c.backend, c.form)), *(f"{k}={v}" for k, v in sorted(c.knobs.items()))])
     gap = f", the next best {m.runner_up / m.median:.2f}x of it" if m.runner_up else ""
     wrong = f", {len(r.entry.rejected)} rejected" if r.entry.rejected else ""
     wrong += f", {INTERRUPTED}" if INTERRUPTED in m.how else ""
-    return (f"{r.name}: {m.median * 1e3:.3g} ms +- {m.spread:.0%} with {ways or 'its only mapping'}{gap}{wrong}"
+    return (f"{r.name}: {m.median * 1e3:.3g} ms +- {m.spread:.0%} with {c}{gap}{wrong}"
             f"{'' if r.fresh else ' (known)'}")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 LIMIT = 30.0  # seconds of one candidate
 INTERRUPTED = "interrupted before the race was over"
 LEAST = 2     # candidates that are tried, however long they take
+MAPPINGS = 32  # the likeliest, whose kernels are tried by every backend and with every setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,15 +233,21 @@ def winners(timed: Mapping[Choice, tuple[float, float, int]], model: Choice) -> 
 
 def ranked(t: Tunable, slower: float, hints: Sequence[Choice] = ()) -> list[Choice]:
     """Members of the space that the cost model does not think far slower than its best: its own choice first, then
-    those of `hints` that are members."""
+    those of `hints` that are members.  Backends and settings, of which it knows nothing, come in turn: all mappings'
+    first way, beside the second one of those that it likes best, and so on."""
     first = t.modelled
-    spent: list[tuple[float, int, Choice]] = []
-    for n, c in enumerate(t.space.choices()):
-        if c != first:
-            spent.append((modelled_seconds(t.space.closed(c), t.forms[c.form].extents), n, c))
-    limit = slower * modelled_seconds(t.space.closed(first), t.forms[first.form].extents)
-    found = [c for s, _, c in sorted(spent, key=lambda x: x[:2]) if s <= limit or c in hints]
-    return [first, *sorted(found, key=lambda c: c not in hints)]
+    hinted = {replace(h, backend="", setting="") for h in hints}
+
+    def spent(c: Choice) -> float:
+        return modelled_seconds(t.space.closed(c), t.forms[c.form].extents)
+
+    limit = slower * spent(first)
+    timed = [(s, n, c) for n, c in enumerate(t.space.mappings()) if (s := spent(c)) <= limit or c in hinted]
+    likely = [first, *(c for *_, c in sorted(timed, key=lambda x: x[:2]) if c != first)]
+    found = [(n + m, n, c) for n, mapping in enumerate(likely)
+             for m, c in enumerate(t.space.written(mapping) if n < MAPPINGS else (mapping,))]
+    order = [c for *_, c in sorted(found, key=lambda x: x[:2]) if c != first]
+    return [first, *sorted(order, key=lambda c: c not in hints)]
 
 
 def _trial(choice: Choice, answer: Answer) -> Trial:
@@ -296,4 +303,4 @@ def _study(domain: Mapping[str, list[Any]]) -> tuple[Any, dict[str, Any]]:
 
 
 def _point(choice: Choice) -> dict[str, Any]:
-    return {"form": choice.form, "backend": choice.backend, **choice.knobs}
+    return {"form": choice.form, "backend": choice.backend, "setting": choice.setting, **choice.knobs}

@@ -1,4 +1,5 @@
-"""The ways a general program can be mapped: its forms, each with knobs.  What is tuned is a member of this space.
+"""The ways a general program can be mapped: its forms, each with knobs, and for each mapping who writes the kernels
+and how.  What is tuned is a member of this space.
 
 Knobs are named by their order here (k0, k1, ...), and so are sizes (r0, r1, ...): two models whose programs differ in
 names only share what was measured.
@@ -6,9 +7,9 @@ names only share what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice, product
 from math import prod
 from typing import Any
 
@@ -17,20 +18,41 @@ from memcomp.ir.errors import OptionError, nearest
 from memcomp.ir.program import Program, close, knobs
 
 
+def _own(closed: Program) -> Iterable[tuple[str, str]]:
+    return (("", ""),)
+
+
 @dataclass(frozen=True, slots=True)
 class Space:
-    """forms: words of `memcomp.choice` -> mapped program with open knobs."""
+    """forms: words of `memcomp.choice` -> mapped program with open knobs.  ways: of a closed program, backends that can
+    write it with settings that each can be told (`memcomp.backends.ways`)."""
 
     forms: Mapping[str, Program]
+    ways: Callable[[Program], Iterable[tuple[str, str]]] = _own
 
     def __len__(self) -> int:
+        """How many mappings there are."""
         return sum(prod(len(k.choices) for k in knobs(p)) for p in self.forms.values())
 
-    def choices(self) -> Iterator[Choice]:
-        """Every member."""
+    def mappings(self) -> Iterator[Choice]:
+        """Every form with every value of its knobs, for the target's own backend as it thinks best."""
         for words, p in self.forms.items():
             for values in product(*(k.choices for k in knobs(p))):
                 yield Choice(words, {f"k{n}": v for n, v in enumerate(values)})
+
+    def written(self, mapping: Choice) -> Iterator[Choice]:
+        """The members of a mapping, its own backend's first."""
+        for backend, setting in self.ways(self._mapped(mapping)):
+            yield replace(mapping, backend=backend, setting=setting)
+
+    def choices(self) -> Iterator[Choice]:
+        """Every member."""
+        return (c for mapping in self.mappings() for c in self.written(mapping))
+
+    @property
+    def open(self) -> bool:
+        """Is there more than one member?"""
+        return len(list(islice(self.choices(), 2))) > 1
 
     def choice(self, form: str, values: Mapping[str, int]) -> Choice:
         """The member with these values, by the knobs' own names."""
@@ -38,6 +60,12 @@ class Space:
 
     def closed(self, choice: Choice) -> Program:
         """The program of a member.  Raises OptionError where the choice is none."""
+        closed = self._mapped(choice)
+        if (choice.backend or choice.setting) and (choice.backend, choice.setting) not in self.ways(closed):
+            raise OptionError(f"no kernel of {choice} can be asked for here")
+        return closed
+
+    def _mapped(self, choice: Choice) -> Program:
         if choice.form not in self.forms:
             raise OptionError(f"the program has no form {choice.form!r}", hint=nearest(choice.form, self.forms))
         form = self.forms[choice.form]

@@ -1,7 +1,7 @@
 """Reductions that return places: argmax, argmin and top-k as states of (value, place).
 
-They move through strictly monotone maps.  A tie goes to the state, whose places are lower than the tile's, so the
-lowest place wins as in the form that was written (docs/derivation.md, "Places").
+They move through strictly monotone maps.  A tie goes to the lower place, as in the form that was written
+(docs/derivation.md, "Places").
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from memcomp.ir.cascade import Cascade, Einsum, Rank, Reduce, extent_of
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call
 from memcomp.ir.ops import MONOIDS
+from memcomp.ir.places import Placed, order_of, placed, row_major
 from memcomp.ir.simplify import simplify
 from memcomp.passes._ranks import fresh_rank
 from memcomp.passes.derive.closing import Closing
@@ -38,7 +39,9 @@ def accept(stage: Stage, s: Einsum, body: Expr, guard: tuple[Expr, ...]) -> Plac
     sides = stage.sides(over)
     if over[0] != stage.carried:
         raise NoLaw(monoid, body, f"places over {', '.join(over)} do not grow with {stage.carried}")
-    k = _order(s)
+    k = order_of(s)
+    if placed(body).value is not body:
+        raise NoLaw(monoid, body, "its places are given")
     if k is not None and extent_of(stage.facts.cascade, k.upper()) is None:
         raise NoLaw(monoid, body, f"a state of {k.upper()} values needs a fixed {k.upper()}")
     if sides.free(body):
@@ -54,64 +57,44 @@ def accept(stage: Stage, s: Einsum, body: Expr, guard: tuple[Expr, ...]) -> Plac
     return Places(state, rebuild, lifted.laws)
 
 
-def _order(s: Einsum) -> str | None:
-    assert s.reduce is not None
-    last = s.out.index[-1] if s.out.index else None
-    return last.name if s.reduce.monoid == "topk" and isinstance(last, Var) else None
-
-
 def write(w: Writer, state: PlaceState, space: tuple[str, ...], c: Cascade) -> None:
-    """Best of the tile, then the better of both."""
+    """The better of the state and the tile's best; a list is joined with the tile's points at once."""
     stem, place = state.name[1:], state.place[1:]
     value, where = w.stage.final(state), w.stage.final(replace(state, name=state.place))
     w.dtypes |= dict.fromkeys((state.place, where.tensor), "i64")
     w.start(state.name, state.vars, Const(MONOIDS[state.monoid].identity))
-    w.start(state.place, state.vars, Const(0) if state.order is None else Var(state.order))
+    index, total = row_major(state.over)
+    w.start(state.place, state.vars, Const(0) if state.order is None else total)
     y = w.operand(state.body, "Y" + stem, space, state.guard)
-    best, at = (Access(w.fresh("L" + n), w.step(state.vars)) for n in (stem, place))
-    w.body.append(Einsum((best, at), y, Reduce(state.monoid, w.inside(state.over)), w.guarded(state.guard)))
+    over, guard = w.inside(state.over), w.guarded(state.guard)
     old, kept = (w.at(n, w.now, state.vars) for n in (state.name, state.place))
     new, moved = (w.at(n, w.then, state.vars) for n in (state.name, state.place))
+    ends = [w.at(n, Size(w.cut.step.upper()), state.vars) for n in (state.name, state.place)]
+    if state.order is not None:
+        body = Placed(y, w.tile(index), (old, kept)).body()
+        w.body.append(Einsum((new, moved), body, Reduce(state.monoid, over), guard))
+        if w.cut.outer is not None:
+            again = Rank(fresh_rank(c, state.order.upper() + "2", {r.name for r in w.more}),
+                         c.rank(state.order.upper()).extent)
+            w.more.append(again)
+            shares = (Access(a.tensor, (*a.index[:-1], Var(again.var))) for a in ends)
+            w.merge.append(Einsum((value, where), Placed(*shares).body(), Reduce("topk", (w.cut.outer, again.var))))
+        return
+    best, at = (Access(w.fresh("L" + n), w.step(state.vars)) for n in (stem, place))
+    w.body.append(Einsum((best, at), y, Reduce(state.monoid, over), guard))
     shift: Expr = call("mul", _outer_step(w), Size(w.cut.inner.upper()))
     for v in state.over[1:]:
         shift = call("mul", shift, Size(v.upper()))
     here = call("add", at, shift)
-    if state.order is None:
-        up = "gt" if state.monoid == "argmax" else "lt"
-        first_nan = call("and", call("ne", best, best), call("eq", old, old))
-        w.body.append(Einsum((moved,), call("where", call("or", call(up, best, old), first_nan), here, kept)))
-        w.body.append(Einsum((new,), call("max" if state.monoid == "argmax" else "min", old, best)))
-        if w.cut.outer is not None:
-            end = [w.at(n, Size(w.cut.step.upper()), state.vars) for n in (state.name, state.place)]
-            share = Access(w.fresh("W" + stem), value.index)
-            w.merge.append(Einsum((value, share), end[0], Reduce(state.monoid, (w.cut.outer,))))
-            w.merge.append(_picked(where, (w.cut.outer,), Var(w.cut.outer), share, end[1]))
-        return
-    two = Rank(fresh_rank(c, "T2", {r.name for r in w.more}), Const(2))
-    again = Rank(fresh_rank(c, state.order.upper() + "2", {r.name for r in w.more}), c.rank(state.order.upper()).extent)
-    w.more += [two, again]
-    both = (*w.step(state.vars[:-1]), Var(two.var), Var(state.order))
-    values, places = Access(w.fresh("C" + stem), both), Access(w.fresh("C" + place), both)
-    w.dtypes[places.tensor] = "i64"
-    first = call("eq", Var(two.var), Const(0))
-    w.body.append(Einsum((values,), call("where", first, old, best)))
-    w.body.append(Einsum((places,), call("where", first, kept, here)))
-    index = (*w.step(state.vars[:-1]), Var(again.var))
-    best, at = Access(w.fresh("B" + stem), index), Access(w.fresh("W" + stem), index)
-    pair = (two.var, state.order)
-    slot = call("add", call("mul", Var(two.var), Size(state.order.upper())), Var(state.order))
-    w.body.append(Einsum((best, at), values, Reduce("topk", pair)))
-    new, moved = (Access(n.tensor, (*n.index[:-1], Var(again.var))) for n in (new, moved))
-    w.body.append(_picked(moved, pair, slot, at, places))
-    w.body.append(Einsum((new,), best))
+    up = "gt" if state.monoid == "argmax" else "lt"
+    first_nan = call("and", call("ne", best, best), call("eq", old, old))
+    w.body.append(Einsum((moved,), call("where", call("or", call(up, best, old), first_nan), here, kept)))
+    w.body.append(Einsum((new,), call("max" if state.monoid == "argmax" else "min", old, best)))
     if w.cut.outer is not None:
-        end = [w.at(n, Size(w.cut.step.upper()), state.vars) for n in (state.name, state.place)]
-        index = (*value.index[:-1], Var(again.var))
-        share = Access(w.fresh("W" + stem), index)
-        pair = (w.cut.outer, state.order)
-        slot = call("add", call("mul", Var(w.cut.outer), Size(state.order.upper())), Var(state.order))
-        w.merge.append(Einsum((Access(value.tensor, index), share), end[0], Reduce("topk", pair)))
-        w.merge.append(_picked(Access(where.tensor, index), pair, slot, share, end[1]))
+        share = Access(w.fresh("W" + stem), value.index)
+        w.merge.append(Einsum((value, share), ends[0], Reduce(state.monoid, (w.cut.outer,))))
+        picked = call("where", call("eq", Var(w.cut.outer), share), ends[1], Const(0))
+        w.merge.append(Einsum((where,), picked, Reduce("sum", (w.cut.outer,))))  # a gather, as a sum with one term
 
 
 def _outer_step(w: Writer) -> Expr:
@@ -120,17 +103,13 @@ def _outer_step(w: Writer) -> Expr:
     return call("add", call("mul", Var(w.cut.outer), Size(w.cut.step.upper())), Var(w.cut.step))
 
 
-def _picked(out: Access, over: tuple[str, ...], slot: Expr, at: Expr, x: Expr) -> Einsum:
-    """x at the slot `at`: a gather inside a state, as a sum with one term."""
-    return Einsum((out,), call("where", call("eq", slot, at), x, Const(0)), Reduce("sum", over))
-
-
 def close(close: Closing, s: Einsum, found: Places, guard: tuple[Expr, ...]) -> list[Einsum]:
     """Value and place from the finished state; top-k over fewer than k points leaves the rest empty."""
     assert s.reduce is not None
     stage, state = close.stage, found.state
     c, facts = stage.facts.cascade, stage.facts
-    value, place = stage.final(state), stage.final(replace(state, name=state.place))
+    value = stage.final(state)
+    place: Expr = stage.final(replace(state, name=state.place))
     body = close.finals.expr(found.rebuild(value))
     live: Expr | None = None  # where a point was kept out the value is the identity, not its image
     if found.laws and state.order is None:
@@ -147,6 +126,8 @@ def close(close: Closing, s: Einsum, found: Places, guard: tuple[Expr, ...]) -> 
             total = call("mul", total, facts.extent(v.upper()))
         filled = simplify(call("lt", Var(state.order), total), facts.ranges())
         filled = None if filled == Const(True) else filled
+        if guard:  # where no point took part a list may still hold what it began with
+            place = call("min", place, simplify(call("sub", total, 1), facts.ranges(), index=True))
     out = []
     empty, nowhere = (0.0 if (d := c.declared(n)) is None else d.empty for n in s.names)
     for o, x, none in ((s.outs[0], body, Const(empty)), (s.outs[1], place, Const(int(nowhere)))):
@@ -155,14 +136,3 @@ def close(close: Closing, s: Einsum, found: Places, guard: tuple[Expr, ...]) -> 
     if filled is None or empty == 0 and any(x == value and k > 0 for x, k in t.ec):  # exp(-inf) is what empty is
         close.finals.learn(replace(out[0], body=body), body, t)
     return out
-
-
-def least_tile(stage: Stage) -> int:
-    """Points that a tile must hold: as many as any state keeps."""
-    sizes = [extent_of(stage.facts.cascade, p.order.upper()) for p in stage.places if p.order is not None]
-    return max((n for n in sizes if n is not None), default=1)
-
-
-def tile_choices(sizes: tuple[int, ...], least: int) -> tuple[int, ...]:
-    """The choices of a tile size that hold `least` points; the next power of two where none does."""
-    return tuple(n for n in sizes if n >= least) or (1 << (least - 1).bit_length(),)

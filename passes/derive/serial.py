@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, walk
+from memcomp.ir.places import MARKS
 from memcomp.passes.derive.sides import NoLaw
 
 _KINDS = {"max": "extremes", "min": "extremes", "topk": "extremes", "argmax": "extremes", "argmin": "extremes",
@@ -75,7 +76,7 @@ class _Step:
         if not mine:
             return None
         joined = frozenset().union(*mine)
-        if e.op in ("add", "sub", "neg", "where", "real"):
+        if e.op in ("add", "sub", "neg", "where", "real", *MARKS):
             return self.with_("", e, joined)
         if len(mine) == 1 or e.op in ("max", "min", "and", "or"):
             if not (e.op == "div" and kinds[0] is None):

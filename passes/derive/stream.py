@@ -162,7 +162,6 @@ class _Stream:
         carried: dict[str, Einsum] = {}
         refused: dict[str, str] = {}
         extremes: list[tuple[Gauge, Access]] = []
-        least = 1
         while True:
             look = view(c, rest, v)
             look = View(v, {**{t: "carried" for t in carried}, **look.sides}, {**carried, **look.writer})
@@ -191,7 +190,6 @@ class _Stream:
             moving = scanned(stage, extent, self._fresh, _ranks.fresh_rank(c, "T", {r.name for r in self.ranks}))
             if moving is None or cut.outer is not None:
                 prefix += self._write(inline, stage, cut)
-                least = max(least, places.least_tile(stage))
                 continue
             prefix += moving.statements
             rest = [moving.read(s) for s in rest]
@@ -205,7 +203,7 @@ class _Stream:
         if stages == 0 or after > before or (after == before and after > 1):
             return self._refuse(lines)
         new = assembled(c, prefix + rest, self.wanted, self.dtypes)
-        cuts = cut_ranks(c, self.rank, cut, places.tile_choices(self.tile, least), self.splits)
+        cuts = cut_ranks(c, self.rank, cut, self.tile, self.splits)
         if not any(cut.step in s.space() for s in new.einsums):  # scans alone
             cuts = ()
         new = replace(new, ranks=(*c.ranks, *cuts, *self.ranks))

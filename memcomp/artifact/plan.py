@@ -1,0 +1,166 @@
+"""What a whole model is at run time: tensors, and the steps that make them one from another.
+
+Extents, strides and numbers are texts: expressions over the plan's sizes (`S*4`), in the language of programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from memcomp.ir.errors import InputError
+
+KINDS = ("input", "weight", "buffer", "output", "alias")
+STEPS = ("kernel", "check", "copy", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A number that the inputs' shapes show: dimension `dim` of input `of`, divided by `divisor`; from `least` to
+    `most` (None: no limit)."""
+
+    name: str
+    of: str
+    dim: int
+    divisor: int
+    least: int
+    most: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the plan.
+
+    kind: "input" and "output" are the caller's; "weight" is read from weights.safetensors by its name; a "buffer" lies
+    in the arena while somebody needs it; an "alias" shows the memory of the tensor `of` with strides and an offset, in
+    elements.  All but aliases are row-major.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[str, ...]
+    of: str = ""
+    strides: tuple[str, ...] = ()
+    offset: str = "0"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing that is done.
+
+    kernel: `what` reads tensors in the order of its inputs and writes those of its outputs; sizes: those that it takes,
+            by name; work: its own scratch buffers.
+    check:  the elements of the tensor read name places of a dimension of `sizes["size"]` elements, from its end too
+            with `what` "wraps"; `sizes["ignored"]`, where there is one, names none.
+    copy:   the library's: elements from one tensor to another of the same shape and dtype.
+    torch:  an operator of torch, by its name with overload.  args: its arguments as JSON, tensors as {"tensor": i}, the
+            i-th read, sizes as {"size": text}.
+    """
+
+    kind: str
+    what: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    sizes: tuple[tuple[str, str], ...] = ()
+    work: tuple[str, ...] = ()
+    args: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """A buffer of the arena: needed from the step `first` to the step `last`, both included.  at, bytes: where it lies
+    and how long it is at the sizes the model was compiled with (`Plan.example`)."""
+
+    name: str
+    first: int
+    last: int
+    at: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """outputs: names of tensors, one may come twice.  arena: bytes at the example sizes.  torch: names of the operators
+    that need torch at run time."""
+
+    sizes: tuple[Size, ...]
+    tensors: tuple[Tensor, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+    lives: tuple[Life, ...]
+    example: tuple[tuple[str, int], ...]
+    arena: int
+    torch: tuple[str, ...] = ()
+
+    def tensor(self, name: str) -> Tensor:
+        return next(t for t in self.tensors if t.name == name)
+
+
+def lives(tensors: Collection[Tensor], steps: Collection[Step]) -> dict[str, tuple[int, int]]:
+    """First and last step of every buffer, through all its aliases."""
+    of = {t.name: t for t in tensors}
+    found: dict[str, tuple[int, int]] = {}
+    for at, step in enumerate(steps):
+        for name in (*step.writes, *step.work, *step.reads):
+            base = root(of, name)
+            if base.kind == "buffer":
+                found[base.name] = (found.get(base.name, (at, at))[0], at)
+    return found
+
+
+def root(of: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor whose memory `name` shows."""
+    t = of[name]
+    while t.kind == "alias":
+        t = of[t.of]
+    return t
+
+
+def check(plan: Plan, kernels: Collection[str]) -> None:
+    """What a plan must be to be run.  Raises InputError with the first thing that is not so."""
+    for why in _faults(plan, kernels):
+        raise InputError(f"the plan cannot be run: {why}", hint="compile the model again")
+
+
+def _faults(plan: Plan, kernels: Collection[str]) -> Iterator[str]:
+    of = {t.name: t for t in plan.tensors}
+    if len(of) != len(plan.tensors):
+        yield "two tensors have one name"
+    for t in plan.tensors:
+        if t.kind not in KINDS:
+            yield f"{t.name} is a {t.kind!r}"
+        seen = {t.name}
+        while t.kind == "alias":
+            if t.of not in of or t.of in seen:
+                yield f"{t.name} is an alias of {t.of!r}"
+                return
+            seen.add(t.of)
+            t = of[t.of]
+    for name in (*plan.inputs, *plan.outputs, *(s.of for s in plan.sizes)):
+        if name not in of:
+            yield f"there is no tensor {name!r}"
+    made = {t.name for t in plan.tensors if t.kind in ("input", "weight")}
+    for k, step in enumerate(plan.steps):
+        if step.kind not in STEPS:
+            yield f"step {k} is a {step.kind!r}"
+        if step.kind == "kernel" and step.what not in kernels:
+            yield f"step {k} calls {step.what!r}, and there is no such kernel"
+        for name in (*step.reads, *step.writes, *step.work):
+            if name not in of:
+                yield f"step {k} names {name!r}, and there is no such tensor"
+                return
+        for name in step.reads:
+            if root(of, name).name not in made:
+                yield f"step {k} reads {name} before it is made"
+        for name in (*step.writes, *step.work):
+            if of[name].kind not in ("buffer", "output"):
+                yield f"step {k} writes {name}, which is no tensor of its own"
+            made.add(name)
+    for name in plan.outputs:
+        if root(of, name).name not in made:
+            yield f"the output {name} is never made"
+    found = lives(plan.tensors, plan.steps)
+    if {x.name: (x.first, x.last) for x in plan.lives} != found:
+        yield "the lives of its buffers are others than its steps say"

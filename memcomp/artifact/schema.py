@@ -1,0 +1,83 @@
+"""Frozen dataclasses as JSON and back.  What is read is not trusted: every field is there, has its type, and no other is.
+
+Types: bool, int, float, str, `X | None`, tuple[X, ...], dict[str, X], and dataclasses of these.  No type is named in the
+text, so the text decides on nothing but values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from memcomp.ir.errors import InputError
+
+T = TypeVar("T")
+WHOLE = 2**63  # integers stay below
+_PLAIN = {str: "a text", int: "an integer below 2**63", float: "a finite number", bool: "true or false"}
+
+
+def canonical(value: Any) -> str:
+    """The one text of a value: sorted names, one space of indent, ASCII, a line end at the end."""
+    return json.dumps(plain(value), sort_keys=True, indent=1, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as mappings, tuples as lists."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def parsed(text: bytes, where: str) -> Any:
+    """JSON as plain values.  InputError where it is none, or nested beyond reason."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is no JSON", str(error).splitlines()[0]) from None
+
+
+def read(kind: type[T], value: Any, where: str) -> T:
+    """A value of that type.  InputError names the place of the first fault."""
+    return _read(kind, value, where)  # type: ignore[no-any-return]
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _read(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise InputError(f"{where} is no list")
+        return tuple(_read(args[0], v, f"{where}[{n}]") for n, v in enumerate(value))
+    if origin is dict:
+        return {k: _read(args[1], v, f"{where}.{k}") for k, v in _mapping(value, where).items()}
+    if is_dataclass(kind):
+        known, given = _hints(kind), _mapping(value, where)
+        for name in sorted(given.keys() ^ known.keys()):
+            raise InputError(f"{where} {'lacks' if name in known else 'has an unknown field'} {name}")
+        return kind(**{n: _read(t, given[n], f"{where}.{n}") for n, t in known.items()})  # type: ignore[operator]
+    right = {str: isinstance(value, str), bool: isinstance(value, bool),
+             int: isinstance(value, int) and not isinstance(value, bool) and -WHOLE < value < WHOLE,
+             float: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < WHOLE
+             and math.isfinite(value)}
+    if not right[kind]:
+        raise InputError(f"{where} is not {_PLAIN[kind]}")
+    return kind(value)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is no mapping")
+    return value
+
+
+@lru_cache(maxsize=None)
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)

@@ -1,0 +1,57 @@
+"""`memcomp cost`: what a program takes on a machine, by the cost model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from memcomp.cli import given, options, out
+from memcomp.cli.parser import Commands
+from memcomp.ir.errors import OptionError, nearest
+
+
+def add(commands: Commands) -> None:
+    p = commands.add("cost", run, "Operations, traffic and time by the cost model.")
+    options.given(p)
+    options.output(p)
+    options.as_json(p)
+    options.target(p)
+    options.sizes(p)
+    p.add_argument("--traffic", metavar="BYTES",
+                   help="bytes to and from memory, where they are known, instead of the model's")
+
+
+def run(args: argparse.Namespace) -> int:
+    from memcomp.config import config
+    from memcomp.ir.cost import cost
+    from memcomp.ir.target import target
+    from memcomp.pipeline import map_program
+    from memcomp.sizes import shape_sizes
+
+    settings = config(options.machine(args))
+    known = options.extents(args)
+    moved = None if args.traffic is None else _count(args.traffic)
+    rows = []
+    for p in given.programs(args):
+        if unknown := known.keys() - {r.name for r in p.cascade.ranks}:
+            raise OptionError(f"{p.name} has no rank {min(unknown)!r}",
+                              hint=nearest(min(unknown), [r.name for r in p.cascade.ranks]))
+        program = map_program(p, config=settings, sizes=known)
+        sizes = shape_sizes(p, program, known)
+        rows.append((program, sizes, cost(program, sizes, target(settings.target), moved)))
+    if args.json:
+        from dataclasses import asdict
+
+        return out.write(args, json.dumps([{"name": p.name, "sizes": s, **asdict(c)} for p, s, c in rows], indent=2))
+    return out.write(args, "\n\n".join(
+        f"{p.name} at {', '.join(f'{n}={x}' for n, x in sorted(s.items())) or 'fixed sizes'}\n{c}" for p, s, c in rows))
+
+
+def _count(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise OptionError(f"--traffic {text!r} is not a number of bytes", hint="e.g. 1.5e9")
+    return value

@@ -1,0 +1,59 @@
+"""`memcomp emit`: the kernels' source, and their machine code for a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memcomp.cli import given, options, out
+from memcomp.cli.parser import Commands
+from memcomp.ir.errors import OptionError
+
+if TYPE_CHECKING:
+    from memcomp.ir.tile import Kernel
+
+
+def add(commands: Commands) -> None:
+    p = commands.add("emit", run, "Print the kernels' source.")
+    options.given(p)
+    options.output(p)
+    options.as_json(p)
+    options.target(p)
+    options.backend(p)
+    p.add_argument("--cubin", metavar="FOLDER", type=Path,
+                   help="also write machine code for the target's GPU there, to be launched without a compiler")
+
+
+def run(args: argparse.Namespace) -> int:
+    from memcomp.backends import device_of
+    from memcomp.config import config
+    from memcomp.pipeline import compile_program
+
+    settings = config(options.machine(args))
+    if args.cubin is not None and device_of(settings) != "cuda":
+        raise OptionError(f"--cubin writes code for GPUs, and {settings.target} is none", hint="e.g. --target h100")
+    kernels = [compile_program(p, config=settings).kernel for p in given.programs(args)]
+    distinct = {k.source: k for k in kernels}.values()
+    if args.cubin is not None:
+        _save(args.cubin, distinct)
+    if args.json:
+        return out.write(args, json.dumps(
+            [{"name": k.name, "backend": k.backend, "entry": k.entry, "source": k.source} for k in distinct], indent=2))
+    return out.write(args, "\n".join(k.source.rstrip() + "\n" for k in distinct).rstrip())
+
+
+def _save(folder: Path, kernels: Iterable[Kernel]) -> None:
+    """A file for each kernel, of its name; numbered where several have the same."""
+    from memcomp.artifact.files import ENDING, save, saved
+
+    names: list[str] = []
+    for k in kernels:
+        names.append(k.name)
+        number = f"_{names.count(k.name)}" if names.count(k.name) > 1 else ""
+        place = folder / f"{k.name}{number}{ENDING}"
+        save(saved(k), place)
+        print(f"wrote {place}", file=sys.stderr)

@@ -1,0 +1,43 @@
+"""`memcomp explain`: passes, kernels and traffic, as a table, JSON or a page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from memcomp.cli import given, options, out
+from memcomp.cli.parser import Commands
+from memcomp.files import put
+from memcomp.inputs import used
+from memcomp.ir.errors import OptionError
+from memcomp.ir.program import Program
+
+
+def add(commands: Commands) -> None:
+    p = commands.add("explain", run, "Passes, kernels and traffic of each region, before and after.")
+    options.given(p)
+    options.output(p)
+    options.as_json(p)
+    options.target(p)
+    options.backend(p)
+    p.add_argument("--html", metavar="FILE", type=Path,
+                   help="write one page that shows it all, instead (as does -o FILE.html)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from memcomp.report import explain
+
+    html = args.html or (args.output if args.output and args.output.suffix in (".html", ".htm") else None)
+    if html and args.json:
+        raise OptionError("the explanation cannot be JSON and a page of HTML at once", hint="run it twice")
+    if args.html and args.output:
+        raise OptionError("--html and -o both name the file to write", hint="use one of them")
+    found = given.whole(args)
+    with used(found):
+        explained = (explain(found, **options.machine(args)) if isinstance(found, Program)
+                     else explain(found.fn, *found.inputs, **options.machine(args)))
+    if html:
+        put(html, explained.html())
+        return 0
+    return out.write(args, json.dumps(explained.json(), indent=2) if args.json else str(explained))
