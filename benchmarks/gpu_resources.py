@@ -52,6 +52,9 @@ MOST = 330.0   # registers: how far beyond what there is a kernel is does not ma
 USUAL = {"keys": "", "dtype": "bf16", "inputs": "", "where": "", "score": "S[h, p, m] * 0.125"}
 VARIANTS: dict[str, dict[str, str]] = {
     "causal": {"where": " where m <= p + M - P"},
+    "window": {"where": " where m <= p + M - P and p + M - P < m + 256"},
+    "causal slope": {"where": " where m <= p + M - P", "inputs": "in Z[H]: f32\n",
+                     "score": "S[h, p, m] * 0.125 + Z[h] * (m - p)"},
     "tanh": {"score": "tanh(S[h, p, m] * 0.0125) * 30.0"},
     "slope": {"inputs": "in Z[H]: f32\n", "score": "S[h, p, m] * 0.125 + Z[h] * (m - p)"},
     "bias": {"inputs": "in Z[H, P, M]: bf16\n", "score": "S[h, p, m] * 0.125 + Z[h, p, m]"},
@@ -60,7 +63,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "f32": {"dtype": "f32"},
 }
 # (variant, head size, how many settings): what takes most registers
-MORE = (("f32", 16, 3), ("f32", 32, 3), ("f32", 128, 3), ("causal", 128, 1), ("tanh", 128, 1), ("slope", 128, 1))
+MORE = (("f32", 16, 3), ("f32", 32, 3), ("f32", 128, 3),
+        *((variant, 128, 1) for variant in ("causal", "tanh", "slope", "window", "causal slope")))
 TARGETS = ("a100", "rtx4090", "h100", "b200")
 DIMS = (64, 96, 128, 192, 256)
 # by capability below 90 or not: query rows, keys of a step, warps, stages

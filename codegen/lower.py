@@ -188,7 +188,7 @@ def _dtypes(c: Cascade, g: GroupOps, params: dict[str, Param]) -> dict[str, str]
             if c.declared(o.target.removesuffix("'")) is None:
                 found = kinds.setdefault(o.target, set())
                 whole = isinstance(o.body, Const) and isinstance(o.body.value, float) and o.body.value.is_integer()
-                found.add("whole" if whole else kind(o.body, {**stored, **out}))
+                found.add("int" if o.twin else "whole" if whole else kind(o.body, {**stored, **out}))
                 chosen = (("real", real), ("int", "i64"), ("whole", start), ("bool", "bool"))
                 out[o.target] = next((d for k, d in chosen if k in found), real)
     return out

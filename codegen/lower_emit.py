@@ -23,8 +23,9 @@ from memcomp.codegen.lower_tiles import param_name
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, Var, call, conjunction, reads, variables, walk
 from memcomp.ir.ops import MONOIDS
+from memcomp.ir.places import placed
 from memcomp.ir.simplify import linear, simplify
-from memcomp.ir.tile import Dot, Fold, Loop, Map, Statement, Store, TileKernel, When, expressions, statements
+from memcomp.ir.tile import Best, Dot, Fold, Loop, Map, Statement, Store, TileKernel, When, expressions, statements
 
 
 class Emitter(Starts):
@@ -40,6 +41,9 @@ class Emitter(Starts):
         o = self.g.ops[k]
         guards = self.effective(o)
         out = self.body[o.phase]
+        if o.twin:  # written with the values
+            self._stored(k, o)
+            return
         if o.when is not None:
             self._sometimes(o, o.when, out)
             if o.phase == POST and o.target in self.g.stores and not any(
@@ -47,7 +51,7 @@ class Emitter(Starts):
             ):
                 self._store(o)  # what the tile holds either way
             return
-        reduced = tuple(g for g in guards if o.monoid and (o.accumulate or self._mentions(g, o.over)))
+        reduced = tuple(g for g in guards if o.monoid and (o.accumulate or o.place or self._mentions(g, o.over)))
         exact = tuple(g for g in guards if g not in reduced)
         again = any(u.target == o.target and not u.accumulate for u in self.g.ops[k + 1 :])
         if (
@@ -66,6 +70,10 @@ class Emitter(Starts):
             self._map(o, exact, guards, body, out)
         if o.monoid and exact and not o.accumulate:
             self._select(o, exact, o.empty, out)
+        self._stored(k, o)
+
+    def _stored(self, k: int, o: Op) -> None:
+        """Store what no later operation of the phase writes again."""
         if o.target in self.g.stores and not any(
             u.target == o.target and u.phase == o.phase for u in self.g.ops[k + 1 :]
         ):
@@ -112,12 +120,23 @@ class Emitter(Starts):
             select = not self._mask_operand(k, o, guards, masks, identity, out)
         plain = self.read(body, o.phase)
         name = self.tile(o.target, o.dims)
+        if o.place:
+            mine = self._best(o, name, plain)
+            mask = self._typed(o.empty, o)
+            out.extend([mine] if not select else self.guarded(masks, mine, lambda test: replace(
+                mine, body=call("where", test, mine.body, mask))))
+            return
         whole = self._number(o, name, plain) or Fold(name, o.monoid, o.over, plain, o.accumulate)
         if select:
             out.extend(self.guarded(masks, whole, lambda test: Fold(
                 name, o.monoid, o.over, call("where", test, plain, identity), o.accumulate)))
         else:
             out.extend(self._product(o, name, plain) or [whole])
+
+    def _best(self, o: Op, name: str, body: Expr) -> Best:
+        given = placed(body)
+        assert given.place is not None
+        return Best(name, self.tile(o.place, o.dims), o.order, o.over, given.value, given.place, o.accumulate)
 
     def _number(self, o: Op, name: str, body: Expr) -> Map | None:
         """The sum of a constant: so many times the number of points."""

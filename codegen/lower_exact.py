@@ -124,7 +124,7 @@ def _fine(g: GroupOps, o: Op, dtype: dict[str, str]) -> bool:
 
 
 def _dims(o: Op) -> tuple[str, ...]:
-    return (*o.dims, *o.over)
+    return o.points
 
 
 def _rounded(g: GroupOps, o: Op, e: Expr, dtype: dict[str, str], made: list[Op]) -> Expr:
@@ -132,7 +132,7 @@ def _rounded(g: GroupOps, o: Op, e: Expr, dtype: dict[str, str], made: list[Op])
     if not any(dtype.get(t) == "f64" for t in reads(e)):
         return e
     names = variables(e) & set(g.dims)
-    if names < set(_dims(o)):
+    if names < set(_dims(o)) and not (isinstance(e, Call) and e.op == "at"):
         own = lane_last(g.group, [d for d in _dims(o) if d in names])
         known = next((m for m in made if m.body == e), None)
         if known is None:

@@ -66,8 +66,8 @@ def _inline(g: GroupOps, k: int) -> bool:
         if (
             user.phase != o.phase
             or not set(o.guards) <= set(user.guards)
-            or user.accumulate
-            or set(o.dims) != set(user.dims) | set(user.over)
+            or (user.accumulate and not user.place)
+            or set(o.dims) != set(user.points)
             or (is_product(user) and not copy)
             or depth(o.body) + depth(user.body) > DEEPEST
         ):
@@ -174,7 +174,7 @@ def split_costly(g: GroupOps) -> None:
             beside = is_product(o) and not names & set(o.over)
             if not isinstance(e, Call) or not operations(e)[1]:
                 return e
-            if not names < ({*o.dims} if beside else {*o.dims, *o.over}):
+            if e.op == "at" or not names < ({*o.dims} if beside else {*o.points}):
                 return rebuild(e, tuple(part(a) for a in e.args))
             if e not in made:
                 name = next(n for n in (f"{o.target}_once{k}" for k in count()) if n not in known)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from memcomp.ir.expr import call, reads
-from memcomp.ir.tile import Dot, Fold, Loop, Statement, Store, When, expressions, statements
+from memcomp.ir.tile import Fold, Statement, Store, When, expressions, joins, made, statements
 
 Body = tuple[Statement, ...]
 
@@ -16,14 +16,12 @@ def read(s: Statement) -> set[str]:
     out = set[str]()
     for x in statements((s,)):
         out = out.union(*map(reads, expressions(x)))
-        if isinstance(x, Store) or (isinstance(x, (Fold, Dot)) and x.accumulate):
-            out.add(x.tile)
+        out |= {x.tile} if isinstance(x, Store) else {*made(x)} if joins(x) else set()
     return out
 
 
 def written(s: Statement) -> set[str]:
-    return {x.target.tensor if isinstance(x, Store) else x.tile
-            for x in statements((s,)) if not isinstance(x, (Loop, When))}
+    return {n for x in statements((s,)) for n in ((x.target.tensor,) if isinstance(x, Store) else made(x))}
 
 
 def touched(s: Statement) -> set[str]:

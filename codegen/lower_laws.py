@@ -32,6 +32,8 @@ class Fills:
             return held[1] if held is not None and held[0] == guards else None
         if not isinstance(e, Call):
             return None
+        if e.op == "at":
+            return self.at(e.args[0], guards)
         v = [self.at(a, guards) for a in e.args]
         numbers = [x for x in v if x is not None]
         if len(numbers) == len(v):
@@ -89,7 +91,12 @@ def idle(g: GroupOps, joins: list[Op]) -> bool:
         env = {n: choose() if trial or not isinstance(x := start.get(n), Const) else float(x.value) for n in g.carried}
         before = dict(env)
         for o in (o for o in g.ops if o.phase == LOOP and o.when is None):  # the others move what was summed elsewhere
-            if id(o) in joined:
+            if o.twin:
+                if o.target not in g.carried:
+                    env[o.target] = choose()
+            elif id(o) in joined:
+                if o.place and not o.accumulate:
+                    return False  # its places are those of points
                 if not o.accumulate:
                     env[o.target] = MONOIDS[o.monoid].identity
             elif o.monoid:

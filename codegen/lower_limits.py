@@ -161,6 +161,8 @@ class Limits(Tiles):
         for d in list(self.g.dims.values()):
             needing = [o for o in self.g.ops if d.name in o.over or (o.target in self.g.stores and d.name in o.dims)]
             common = set.intersection(*(set(o.guards) for o in needing)) if needing else set()
+            if any(o.place and not o.accumulate and d.name in o.over for o in needing):
+                common = set()  # points that are kept out have places, after all others
             for guard in sorted(common, key=repr):
                 if any(
                     d.name in o.dims and o.target in self.g.stores and not self._keeps_inside(guard, o) for o in needing

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from memcomp.codegen.lower_pieces import Sizes, normal, ragged_guards, stream
+from memcomp.codegen.lower_places import LEAST, filled
 from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, rebuild, variables, walk
 from memcomp.ir.ops import MONOIDS
+from memcomp.ir.places import Placed, explicit, order_of, placed, row_major
 from memcomp.ir.program import Group
 from memcomp.ir.simplify import simplify
 from memcomp.ir.tile import Dim
@@ -30,6 +32,10 @@ class Op:
     body: group tensors as `Access(name, (Var(dim), ...))`, params with their full index.  empty: what points that the
     guards exclude hold: the identity of a reduction, the old value of a state, what an earlier statement wrote there.
     when: the steps of the loop in which a map runs; None = all.  held: as of a `cascade.Reduce`.
+
+    The best values of a row and their places are one operation that writes two tiles: its body is `at(value, place)`,
+    `place` the second tile, `order` the dim that counts them.  One more follows, which stands for the writer of the
+    second tile and does nothing (`twin`: the first tile).
     """
 
     target: str
@@ -43,6 +49,14 @@ class Op:
     empty: Expr = Const(0.0)
     when: Expr | None = None
     held: str = ""
+    place: str = ""
+    order: str = ""
+    twin: str = ""
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Dims over which the body is computed."""
+        return tuple(d for d in (*self.dims, *self.over) if d != self.order)
 
     def accesses(self) -> list[Access]:
         return [a for e in (self.body, *self.guards) for a in _accesses(e)]
@@ -85,9 +99,9 @@ def group_ops(c: Cascade, group: Group, members: list[Einsum], outside: Callable
     outside: accesses to a tensor in statements of other groups (they decide what is stored).
     Raises Refusal with the reason where the tile form cannot say it.
     """
-    einsums = [ragged_guards(c, normal(e)) for e in members]
+    einsums = [explicit(ragged_guards(c, normal(e))) for e in members]
     for e in einsums:
-        if len(e.outs) > 1:
+        if len(e.outs) > 1 and order_of(e) is None:
             raise Refusal(
                 f"{e.reduce.monoid if e.reduce else 'tuple'} has no tile form",
                 e.out.tensor,
@@ -100,9 +114,11 @@ def group_ops(c: Cascade, group: Group, members: list[Einsum], outside: Callable
             done: list[Einsum] = []  # the last of each four holds the identity where its guard is false
             for e in einsums:
                 if e.reduce is not None and base.lower() in e.reduce.over:
-                    four, r1, r0 = stream(e, base.lower(), cut[base])
+                    least = Const(LEAST if _whole(c, e) else MONOIDS[e.reduce.monoid].identity)
+                    four, r1, r0 = stream(e, base.lower(), cut[base], _empty(c, e), least)
                     done += four
-                    streamed[four[-1]] = Const(MONOIDS[e.reduce.monoid].identity)
+                    for x, o in zip(four[-len(e.outs):], e.outs, strict=True):
+                        streamed[x] = least if o is e.out else Const(0)
                     ranks += [x for x in (r1, r0) if x.name not in {y.name for y in ranks}]
                 else:
                     done.append(e)
@@ -142,19 +158,19 @@ class _Grouping:
     def run(self) -> GroupOps:
         self._space()
         for e in self.c.einsums:
-            name = e.out.tensor
             for k, i in enumerate(e.out.index):
                 if self.loop and i == call("add", Var(self.loop), 1):
-                    self.carried[name] = k
-                    self.writers[name] = e.out
-            self.writers.setdefault(name, e.out)
+                    self.carried |= dict.fromkeys(e.names, k)
+            for o in e.outs:
+                self.writers.setdefault(o.tensor, o)
         for name, k in self.carried.items():  # the initialisation may come first
             self.writers[name] = next(
-                e.out
+                o
                 for e in self.c.einsums
-                if e.out.tensor == name and e.out.index[k] == call("add", Var(self.loop), 1)
+                for o in e.outs
+                if o.tensor == name and o.index[k] == call("add", Var(self.loop), 1)
             )
-        ops = [self._op(e) for e in self.c.einsums]
+        ops = [o for e in self.c.einsums for o in (self._best(e) if len(e.outs) > 1 else [self._op(e)])]
         started = {o.target for o in ops if o.target in self.carried and o.phase == PRE}
         ops[:0] = [Op(n, self.tile_dims(n), self.empty(n)) for n in self.carried if n not in started]
         steps = self.sizes.extent(self.loop.upper()) if self.loop else Const(0)
@@ -295,6 +311,29 @@ class _Grouping:
             held=e.reduce.held if e.reduce else "",
         )
 
+    def _best(self, e: Einsum) -> list[Op]:
+        """The best values of a row and their places."""
+        one = self._op(e)
+        given, order = placed(one.body), order_of(e)
+        assert order is not None and e.reduce is not None
+        value, place = e.names
+        own = tuple(Access(n, tuple(Var(d) for d in one.dims)) for n in e.names)
+        before, old = [], given.old
+        if old is not None and old != tuple(Access(a.tensor + OLD, a.index) for a in own):
+            before = [Op(n, one.dims, x, phase=one.phase) for n, x in zip(e.names, old, strict=True)]
+        least = Const(LEAST) if _whole(self.whole, e) else one.empty
+        one = replace(one, body=Placed(given.value, given.place).body(), accumulate=old is not None, empty=least,
+                      place=place, order=order)
+        out = [*before, one, Op(place, one.dims, own[0], (), "topk", (), False, one.phase, twin=value)]
+        if old is not None:
+            return out
+        total = self.sizes.index(row_major(e.reduce.over)[1])
+        full = simplify(call("le", self.sizes.extent(order.upper()), total), index=True)
+        if full != Const(True):
+            ends = filled(e, (own[0], own[1]), _empty(self.whole, e), total)
+            out += [Op(n, one.dims, self.point(x), phase=one.phase) for n, x in zip(e.names, ends, strict=True)]
+        return out
+
     def _stores(self, out: GroupOps) -> None:
         """Which tiles leave the kernel, and where to."""
         for name in dict.fromkeys(o.target for o in out.ops):
@@ -313,6 +352,18 @@ class _Grouping:
             out.stores[name] = Access(name, tuple(index))
             if not name.endswith("'"):  # a state keeps what it held
                 out.unwritten[name] = self.empty(name)
+
+
+def _whole(c: Cascade, e: Einsum) -> bool:
+    """Are the values of a result integers?"""
+    t = c.declared(e.out.tensor)
+    return t is not None and t.dtype[0] in "iu"
+
+
+def _empty(c: Cascade, e: Einsum) -> tuple[Expr, ...]:
+    """What points of the results hold that nothing writes."""
+    found = (c.declared(n) for n in e.names)
+    return tuple(Const((int if t.dtype[0] in "iu" else float)(t.empty) if t else 0.0) for t in found)
 
 
 def _data(e: Expr) -> bool:

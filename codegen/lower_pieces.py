@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from memcomp.codegen.lower_places import stream as joined
 from memcomp.ir.cascade import Cascade, Einsum, Rank
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import (
@@ -68,15 +69,18 @@ def normal(e: Einsum) -> Einsum:
     return replace(e, outs=outs, body=transform(e.body, f), guard=None if e.guard is None else transform(e.guard, f))
 
 
-def stream(e: Einsum, var: str, size: int) -> tuple[list[Einsum], Rank, Rank]:
+def stream(
+    e: Einsum, var: str, size: int, empty: tuple[Expr, ...] = (), identity: Expr | None = None
+) -> tuple[list[Einsum], Rank, Rank]:
     """A reduction over a cut rank as an iterative cascade: initialise, reduce each tile, join, take the last.
 
-    Right because the monoids of `ir.ops` that have a join are associative and commutative.  Where the guard keeps a
-    result out, the last statement holds the identity.
+    Right because the monoids of `ir.ops` that have a join, and lists of the best, are associative and commutative.
+    Where the guard keeps a result out, the last statements hold the identity.  empty: what points of the results hold
+    that nothing writes; identity: of the values, where it is not the monoid's.
     """
     assert e.reduce is not None
     monoid = MONOIDS[e.reduce.monoid]
-    if not monoid.join:
+    if not monoid.join and monoid.name != "topk":
         raise Refusal(
             f"{monoid.name} over rank {var.upper()} needs more than a tile",
             e.out.tensor,
@@ -96,6 +100,9 @@ def stream(e: Einsum, var: str, size: int) -> tuple[list[Einsum], Rank, Rank]:
     at = tuple(Var(v) for v in plain)
     plain_index = all(isinstance(i, (Var, Const)) for i in index)  # each result has its own element, in its tensor
     mine = [] if plain_index else [g for g in e.guards() if not variables(g) & set(e.reduce.over)]
+    if monoid.name == "topk":
+        least = identity or Const(monoid.identity)
+        return joined(e, sub, over, guard, rank1, (empty[0], empty[1]), least, mine), rank1, rank0
     return (
         [
             Einsum((Access(run, (*at, Const(0))),), Const(monoid.identity)),

@@ -18,7 +18,7 @@ from functools import reduce
 from memcomp.codegen.launches import value
 from memcomp.ir.expr import Access, Const, Expr, Size, Var, call, children, symbols, variables, walk
 from memcomp.ir.target import BYTES, Target
-from memcomp.ir.tile import Loop, Param, Statement, Store, TileKernel, TileProgram, When, expressions, statements
+from memcomp.ir.tile import Loop, Param, Statement, TileKernel, TileProgram, When, expressions, made, statements
 
 TASK = "task"      # the number of a task
 USUAL = 8192       # extents that are not known
@@ -161,8 +161,8 @@ def _streams(tp: TileProgram, k: TileKernel) -> dict[Access, frozenset[str]]:
             elif isinstance(s, When):
                 look(s.body, loops)
                 look(s.orelse, loops)
-            elif not isinstance(s, Store):
-                depends[s.tile] = depends.get(s.tile, frozenset()).union(*map(used, expressions(s)))
+            for t in made(s):
+                depends[t] = depends.get(t, frozenset()).union(*map(used, expressions(s)))
 
     look(k.body, frozenset())
     return found

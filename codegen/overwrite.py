@@ -7,7 +7,21 @@ from dataclasses import dataclass, replace
 
 from memcomp.ir.expr import Access, Const, Expr, Var, reads
 from memcomp.ir.simplify import linear
-from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Param, Statement, Store, TileKernel, TileProgram, When
+from memcomp.ir.tile import (
+    Best,
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Map,
+    Param,
+    Statement,
+    Store,
+    TileKernel,
+    TileProgram,
+    When,
+    expressions,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +100,8 @@ def _read(s: Statement) -> frozenset[str]:
             found = (s.source,)
         case Map() | Fold():
             found = (s.body,)
-        case Dot():
-            found = (s.a, s.b)
+        case Best() | Dot():
+            found = expressions(s)
         case Store():
             found = (*s.target.index, *(() if s.mask is None else (s.mask,)))
         case Loop():

@@ -15,7 +15,21 @@ from collections.abc import Iterable
 
 from memcomp.codegen.rounding import linear_in
 from memcomp.ir.expr import Access, Call, Const, Expr, call, reads, transform, walk
-from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, TileKernel, TileProgram, When, expressions
+from memcomp.ir.tile import (
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Map,
+    Statement,
+    Store,
+    TileKernel,
+    TileProgram,
+    When,
+    expressions,
+    joins,
+    made,
+)
 
 ERROR = {"exp": 2.0**-13, "exp2": 2.0**-13, "sigmoid": 2.0**-12, "tanh": 2.0**-18}
 STEEP = 2.0**-13 / ERROR["tanh"]  # the largest factor of tanh in an exponent
@@ -87,9 +101,9 @@ class _Flow:
         tiles = {t.name for t in k.tiles}
         for s in body:
             self.all[id(s)] = k, s
-            again = isinstance(s, (Fold, Dot)) and s.accumulate
+            again = joins(s)
             touched = {n.tensor for e in expressions(s) for n in walk(e) if isinstance(n, Access)} & tiles
-            touched |= {s.tile} if isinstance(s, Store) or isinstance(s, (Fold, Dot)) and s.accumulate else set()
+            touched |= {s.tile} if isinstance(s, Store) else {*made(s)} if again else set()
             for t in touched:
                 self.writers.setdefault((id(s), t), set()).update(last.get(t, ()))
             if isinstance(s, Loop):
@@ -98,7 +112,7 @@ class _Flow:
             elif isinstance(s, When):
                 last = _joined(self._block(k, s.body, dict(last)), self._block(k, s.orelse, dict(last)))
             elif not isinstance(s, Store):
-                last = {**last, s.tile: {id(s)} | (last.get(s.tile, set()) if again else set())}
+                last = {**last, **{t: {id(s)} | (last.get(t, set()) if again else set()) for t in made(s)}}
                 if isinstance(s, Load):
                     self.loads.setdefault(s.source.tensor, []).append(id(s))
         return last

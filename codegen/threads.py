@@ -1,7 +1,8 @@
 """The threads of CPU kernels, and what else they ask of the process that runs them.  Needs neither torch nor TVM.
 
-A kernel module has a function `memcomp_install`, which takes the address of a record: a function like GOMP_parallel, one
-that says how many threads there are, and whether to run alone.  There is one record; modules read it at every call.
+A kernel module has a function `memcomp_install`, which takes the address of a record: a function like GOMP_parallel,
+one that says how many threads there are, and whether to run alone.  There is one record; modules read it at every
+call.
 """
 
 from __future__ import annotations

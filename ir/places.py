@@ -8,7 +8,7 @@ values the lower place comes first, so joining is associative and commutative.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,16 @@ def row_major(over: tuple[str, ...]) -> tuple[Expr, Expr]:
         index = call("add", call("mul", index, Size(v.upper())), Var(v))
         size = call("mul", size, Size(v.upper()))
     return index, size
+
+
+def explicit(e: Einsum) -> Einsum:
+    """A top-k with its places written out; another statement as it is."""
+    if e.reduce is None or e.reduce.monoid != "topk":
+        return e
+    given = placed(e.body)
+    if given.place is None:
+        given = replace(given, place=row_major(e.reduce.over)[0])
+    return replace(e, body=given.body())
 
 
 def order_of(e: Einsum) -> str | None:

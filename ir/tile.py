@@ -84,6 +84,26 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True)
+class Best:
+    """tile[dims], place[dims]: of the points over `over` the greatest values of `body`, and `at` there, as many as dim
+    `order` has points.  In falling order: of equal values the lower place first, a NaN before all others; where there
+    are fewer points -inf (of integers, the least) with the place `NOWHERE`.  With `accumulate`, joined to what both
+    tiles hold, which is such a list."""
+
+    tile: str
+    place: str
+    order: str
+    over: tuple[str, ...]
+    body: Expr
+    at: Expr
+    accumulate: bool = False
+
+
+NOWHERE = (1 << 31) - 1
+"""The place of what no point filled: later than all others (an emitter may hold places in 32 bits)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Dot:
     """tile[dims] (+)= sum over `over` of a * b, where a and b are tiles (or params read in place) whose dims
     together cover the tile's dims and `over`.  Dims present in a, b and the tile are batch dims.  held: as of a
@@ -134,7 +154,7 @@ class When:
         return self.orelse or self.body
 
 
-Statement: TypeAlias = Union[Load, Map, Fold, Dot, Store, Loop, When]
+Statement: TypeAlias = Union[Load, Map, Fold, Best, Dot, Store, Loop, When]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +222,26 @@ def statements(body: tuple[Statement, ...]) -> Iterator[Statement]:
             yield from statements(s.orelse)
 
 
+def made(s: Statement) -> tuple[str, ...]:
+    """Tiles that a statement writes, its own nested statements left out."""
+    if isinstance(s, (Store, Loop, When)):
+        return ()
+    return (s.tile, s.place) if isinstance(s, Best) else (s.tile,)
+
+
+def joins(s: Statement) -> bool:
+    """Does a statement add to what its tiles hold?"""
+    return isinstance(s, (Fold, Best, Dot)) and s.accumulate
+
+
 def expressions(s: Statement) -> tuple[Expr, ...]:
     """What a statement reads, its own nested statements left out."""
     if isinstance(s, Load):
         return (s.source,)
     if isinstance(s, (Map, Fold)):
         return (s.body,)
+    if isinstance(s, Best):
+        return (s.body, s.at)
     if isinstance(s, Dot):
         return (s.a, s.b)
     if isinstance(s, Store):

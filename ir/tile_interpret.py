@@ -18,7 +18,22 @@ import numpy.typing as npt
 from memcomp.ir.errors import InputError, VerifyError
 from memcomp.ir.expr import Access, Const, Expr, Size, Var
 from memcomp.ir.ops import MONOIDS, OPS
-from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, Tile, TileKernel, TileProgram, When
+from memcomp.ir.places import ordered
+from memcomp.ir.tile import (
+    NOWHERE,
+    Best,
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Map,
+    Statement,
+    Store,
+    Tile,
+    TileKernel,
+    TileProgram,
+    When,
+)
 
 Array = npt.NDArray[Any]
 _REDUCE = {
@@ -146,6 +161,8 @@ class _Task:
                 self.run(s.body if bool(self.value(s.cond, ())) else s.orelse)
             elif isinstance(s, Store):
                 self.store(s)
+            elif isinstance(s, Best):
+                self.best(s)
             else:
                 t = self.known[s.tile]
                 self.tiles[t.name] = self.result(s, t)
@@ -170,6 +187,23 @@ class _Task:
                 identity = info.max if identity > 0 else info.min
             got = join.reduce(x, axis=axes, initial=None if s.monoid in ("and", "or") else identity) if axes else x
         return self.fit(join(self.tile(t.name), got), t) if s.accumulate else self.fit(got, t)
+
+    def best(self, s: Best) -> None:
+        t, p = self.known[s.tile], self.known[s.place]
+        last = t.dims.index(s.order)
+        front = tuple(d for d in t.dims if d != s.order)
+        dims = (*front, *s.over)
+        row = (*self.shape(front), int(np.prod(self.shape(s.over))))
+        x, at = (np.broadcast_to(self.value(e, dims), self.shape(dims)).reshape(row) for e in (s.body, s.at))
+        k = self.count(s.order)
+        if s.accumulate:
+            old = tuple(np.moveaxis(self.tile(n), last, -1) for n in (s.tile, s.place))
+        else:
+            least = np.iinfo(np.int64).min if t.dtype == "i64" else -np.inf
+            old = np.full((*row[:-1], k), least), np.full((*row[:-1], k), NOWHERE)
+        got = ordered(np.concatenate([old[0], x], -1), np.concatenate([old[1], at], -1))
+        self.tiles[t.name], self.tiles[p.name] = (
+            self.fit(np.moveaxis(y[..., :k], -1, last), z) for y, z in zip(got, (t, p), strict=True))
 
     def _sum_of_products(self, a: Array, b: Array, dims: tuple[str, ...], kept: int) -> Array:
         axes = tuple(range(kept, len(dims)))

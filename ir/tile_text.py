@@ -9,6 +9,7 @@
       tile S[m0, p0]: DTYPE
       load S = X[index, ...]                  map S = EXPR
       fold S = max{m0} EXPR                   fold S += max{m0} EXPR      joined to what S holds
+      best V, I: k = {m0} EXPR at EXPR         best V, I: k += {m0} EXPR at EXPR
       dot S = {e} A[e, m0] * B[e, p0]         dot S += {e} ...
       store X[index, ...] = S
       for m1 = EXPR to EXPR {                 if EXPR {
@@ -31,6 +32,7 @@ from memcomp.ir.ops import MONOIDS
 from memcomp.ir.parse import parse_expr
 from memcomp.ir.show import show_expr
 from memcomp.ir.tile import (
+    Best,
     Dim,
     Dot,
     Fold,
@@ -49,7 +51,7 @@ from memcomp.ir.tile import (
 ROLES = ("in", "out", "state", "work")
 HEADS = ("param", "sizes", "kernel")
 PARTS = ("grid", "dim", "tile")
-STATEMENTS = ("load", "map", "fold", "dot", "store", "for", "if", "when")
+STATEMENTS = ("load", "map", "fold", "best", "dot", "store", "for", "if", "when")
 _HEADER = re.compile(r"\s*tiles\s+(?P<name>\S+)(?:\s+on\s+(?P<target>\S+))?\s*$")
 _FIRST = "the first line is tiles NAME, or tiles NAME on cpu"
 
@@ -69,6 +71,10 @@ def show_statement(s: Statement, indent: str = "") -> Iterator[str]:
         yield f"{indent}map {s.tile} = {show_expr(s.body)}"
     elif isinstance(s, Fold):
         yield f"{indent}fold {s.tile} {_assign(s)} {s.monoid}{{{_list(s.over)}}} {show_expr(s.body)}"
+    elif isinstance(s, Best):
+        over = _list(s.over)
+        yield (f"{indent}best {s.tile}, {s.place}: {s.order} {_assign(s)} {{{over}}} {show_expr(s.body)} "
+               f"at {show_expr(s.at)}")
     elif isinstance(s, Dot):
         held = f": {s.held}" if s.held else ""
         yield f"{indent}dot {s.tile} {_assign(s)} {{{_list(s.over)}}}{held} {show_expr(s.a)} * {show_expr(s.b)}"
@@ -86,7 +92,7 @@ def show_statement(s: Statement, indent: str = "") -> Iterator[str]:
         yield from _block(s.orelse or s.body, indent)
 
 
-def _assign(s: Fold | Dot) -> str:
+def _assign(s: Fold | Best | Dot) -> str:
     return "+=" if s.accumulate else "="
 
 
@@ -248,6 +254,8 @@ def _simple(line: Line, head: str) -> Statement:
         tile = _name(line)
         return Store(target, tile, parse_expr(line) if line.take("where") is not None else None)
     tile = _name(line)
+    if head == "best":
+        return _best(line, tile)
     accumulate = head in ("fold", "dot") and line.take("+=") is not None
     if not accumulate:
         line.expect("=", f"write {head} {tile} = ...")
@@ -264,6 +272,22 @@ def _simple(line: Line, head: str) -> Statement:
     a = _access(line)
     line.expect("*", f"write dot {tile} = {{e}} A[e] * B[e]")
     return Dot(tile, a, _access(line), over, accumulate, held)
+
+
+def _best(line: Line, tile: str) -> Best:
+    hint = f"write best {tile}, I: k = {{m0}} X[m0] at m0"
+    line.expect(",", hint)
+    place = _name(line)
+    line.expect(":", hint)
+    order = _name(line)
+    accumulate = line.take("+=") is not None
+    if not accumulate:
+        line.expect("=", hint)
+    line.expect("{", hint)
+    over = tuple(line.listed(_name, "}"))
+    body = parse_expr(line)
+    line.expect("at", hint)
+    return Best(tile, place, order, over, body, parse_expr(line), accumulate)
 
 
 def _name(line: Line) -> str:

@@ -15,7 +15,22 @@ from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, children
 from memcomp.ir.inside import Facts
 from memcomp.ir.ops import MONOIDS, OPS
 from memcomp.ir.show import show_expr
-from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Param, Statement, Store, TileKernel, TileProgram, When
+from memcomp.ir.tile import (
+    Best,
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Map,
+    Param,
+    Statement,
+    Store,
+    TileKernel,
+    TileProgram,
+    When,
+    joins,
+    made,
+)
 
 TILE_DTYPES = ("f32", "f64", "i64", "bool")
 ROLES = ("in", "state", "out", "work")
@@ -126,10 +141,10 @@ class _Kernel:
                 self.store(s, written, loops, where)
             else:
                 self.compute(s, written, loops, where)
-                written.add(s.tile)
+                written |= {*made(s)}
         return written
 
-    def compute(self, s: Load | Map | Fold | Dot, written: set[str], loops: list[str], where: str) -> None:
+    def compute(self, s: Load | Map | Fold | Best | Dot, written: set[str], loops: list[str], where: str) -> None:
         if s.tile not in self.tiles:
             raise VerifyError(f"unknown tile {s.tile!r}", where, nearest(s.tile, self.tiles))
         t = self.tiles[s.tile]
@@ -144,8 +159,9 @@ class _Kernel:
             if d not in self.dims:
                 raise VerifyError(f"unknown dim {d!r}", where, nearest(d, self.dims))
         self.visible(over, loops, where)
-        if isinstance(s, (Fold, Dot)) and s.accumulate and s.tile not in written:
-            raise VerifyError(f"tile {s.tile} is accumulated into before it is written", where)
+        for tile in made(s) if joins(s) else ():
+            if tile not in written:
+                raise VerifyError(f"tile {tile} is accumulated into before it is written", where)
         if isinstance(s, Dot):
             have = {v.name for a in (s.a, s.b) for i in a.index for v in walk(i) if isinstance(v, Var)}
             if missing := (set(t.dims) | set(over)) - have:
@@ -160,7 +176,22 @@ class _Kernel:
             raise VerifyError(
                 f"unknown reduction {s.monoid!r}", where, nearest(s.monoid, [m for m in MONOIDS if MONOIDS[m].join])
             )
-        self.value(s.body, (*t.dims, *over), written, loops, where)
+        if isinstance(s, Best):
+            self.best(s, t.dims, where)
+            self.value(s.at, tuple(d for d in (*t.dims, *over) if d != s.order), written, loops, where)
+        dims = tuple(d for d in (*t.dims, *over) if not isinstance(s, Best) or d != s.order)
+        self.value(s.body, dims, written, loops, where)
+
+    def best(self, s: Best, dims: tuple[str, ...], where: str) -> None:
+        """Two tiles over the same dims, one of which counts the results; a fixed number of them."""
+        if s.place not in self.tiles:
+            raise VerifyError(f"unknown tile {s.place!r}", where, nearest(s.place, self.tiles))
+        if s.place == s.tile or self.tiles[s.place].dims != dims or self.tiles[s.place].dtype != "i64":
+            raise VerifyError(f"places of {s.tile} lie in an i64 tile of its dims, and {s.place} is none", where)
+        if s.order not in dims or not s.over:
+            raise VerifyError(f"tile {s.tile} has no dim {s.order!r} for its results", where, nearest(s.order, dims))
+        if self.dims[s.order].count != Const(self.dims[s.order].capacity):
+            raise VerifyError(f"the number of results, {show_expr(self.dims[s.order].count)}, is no constant", where)
 
     def visible(self, dims: tuple[str, ...], loops: list[str], where: str) -> None:
         """A dim whose count a loop variable decides exists only inside that loop; no count is below 0."""

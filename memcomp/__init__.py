@@ -4,6 +4,7 @@
     fast = memcomp.compile(model, tokens)               # or torch.compile(model, backend="memcomp")
     print(memcomp.explain(model, tokens))               # what was read, rewritten, emitted; passes and traffic
     assert memcomp.check(model, tokens).ok              # against float64
+    run = memcomp.load("DIR")                           # what `memcomp compile` wrote, where no compiler is
 
 Names are resolved on first use, so that `import memcomp.ir` imports no torch.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memcomp.artifact.loading import load
     from memcomp.backend import compile
     from memcomp.config import Config
     from memcomp.ir.errors import InputError, MemcompError, OptionError, ParseError, Refusal, VerifyError
@@ -26,14 +28,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "compile": "memcomp.backend", "explain": "memcomp.report", "check": "memcomp.oracle",
     "stats": "memcomp.runtime", "reset": "memcomp.runtime", "Config": "memcomp.config",
-    "register": "memcomp.operators",
+    "register": "memcomp.operators", "load": "memcomp.artifact.loading",
     **{n: "memcomp.ir.errors"
        for n in ("MemcompError", "ParseError", "VerifyError", "Refusal", "OptionError", "InputError")},
 }
 
 __all__ = [
     "Config", "InputError", "MemcompError", "OptionError", "ParseError", "Refusal", "VerifyError",
-    "check", "compile", "explain", "register", "reset", "stats",
+    "check", "compile", "explain", "load", "register", "reset", "stats",
 ]
 
 

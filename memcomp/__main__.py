@@ -1,4 +1,4 @@
-"""The command line: `memcomp --help` lists the commands (`memcomp.cli`).
+"""The command line: `memcomp --help` lists the commands (`memcomp.cli`) and the exit codes.
 
 Results go to stdout (or, whole or not at all, to --output), all else to stderr.  Errors: three lines, exit code 2.
 """
@@ -15,17 +15,20 @@ from memcomp.ir.errors import MemcompError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (`check` found an error), 2 (bad input), 130 (Ctrl-C)."""
-    args = parser().parse_args(argv)
+    """Run one command; returns the exit code, one of `memcomp.cli.parser.CODES`."""
     try:
+        args = parser().parse_args(argv)
         for place in filter(None, (getattr(args, "output", None), getattr(args, "html", None))):
             check_place(place)
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except MemcompError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RecursionError, MemoryError) as error:  # a legal program may be larger than what runs it
-        print(f"error: {args.input} is too large for this machine\n{type(error).__name__}: {error}\n"
+        print(f"error: {getattr(args, 'input', 'this')} is too large for this machine\n"
+              f"{type(error).__name__}: {error}\n"
               "hint: use smaller extents, and fewer operations in one statement", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -34,6 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print("error: this is a fault of memcomp\nhint: tell us of it, with the lines above and the input",
+              file=sys.stderr)
+        return 70
 
 
 if __name__ == "__main__":

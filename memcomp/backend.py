@@ -105,10 +105,7 @@ def install(gm: fx.GraphModule, settings: Config) -> tuple[list[Installed], list
         regions, refused = find_regions(gm, settings.chains)
         if any([_settle(region) for region in regions]):
             regions, refused = find_regions(gm, settings.chains)
-        apart: set[frozenset[fx.Node]] = set()
-        while more := {r.optional for r in regions if r.optional and not _compiles(r, settings)} - apart:
-            apart |= more
-            regions, refused = find_regions(gm, settings.chains, apart)
+        regions, refused = smaller(gm, regions, refused, settings)
         for r in (r for r in refused if not r.chain):
             with boundary(r.where, settings):
                 raise Refusal(r.why, r.where)
@@ -132,8 +129,9 @@ def install(gm: fx.GraphModule, settings: Config) -> tuple[list[Installed], list
 
 
 @contextmanager
-def boundary(where: str, settings: Config, failed: Callable[[str], None] = lambda why: None) -> Iterator[None]:
-    """The one place where memcomp's own failure is caught: the part named `where` stays with torch, counted and
+def boundary(where: str, settings: Config, failed: Callable[[str], None] = lambda why: None,
+             keeper: str = "torch") -> Iterator[None]:
+    """The one place where memcomp's own failure is caught: the part named `where` stays with its keeper, counted and
     warned of; with `strict` the error goes on.  Errors that Dynamo steers itself with always go on."""
     from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
@@ -147,7 +145,19 @@ def boundary(where: str, settings: Config, failed: Callable[[str], None] = lambd
         what = error.what if isinstance(error, MemcompError) else f"{type(error).__name__}: {error}"
         why = next(iter(what.splitlines()), "")
         failed(why)
-        runtime.fall_back(where, why)
+        runtime.fall_back(where, why, keeper)
+
+
+def smaller(gm: fx.GraphModule, regions: Sequence[Region], refused: Sequence[Refused],
+            settings: Config) -> tuple[Sequence[Region], Sequence[Refused]]:
+    """What `find_regions` found, with those taken apart that may be and of which nothing can be made."""
+    from memcomp.capture.find import find_regions
+
+    apart: set[frozenset[fx.Node]] = set()
+    while more := {r.optional for r in regions if r.optional and not _compiles(r, settings)} - apart:
+        apart |= more
+        regions, refused = find_regions(gm, settings.chains, apart)
+    return regions, refused
 
 
 def _compiles(region: Region, settings: Config) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -18,18 +19,22 @@ from memcomp.sizes import extent, fixed, input_shapes, sources, spell
 Fresh: TypeAlias = tuple[Sequence[str], torch.dtype, tuple[int, ...]]  # extents, dtype, order of a tensor
 
 
-def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[..., Any],
-               order: tuple[tuple[int, ...], ...], symbols: Sequence[str], recompute: Recompute | None,
-               device: str = "cpu") -> Entry:
-    """The entry that runs `kernel` on tensors shaped as the inputs of `program`.
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a kernel takes besides the inputs, as texts over (t, s): tensors and sizes of a call.
 
-    program: as read; tiles: what the kernel was emitted from, its tensors in the same order; symbols: the names of the
-    leading `sizes` of a call; device: of the results.  Raises Refusal where an extent
-    that is needed is found in no input.
+    outs, work: extents and dtype of each output and of each tensor that the kernel works in; sizes: its integers.
     """
+
+    outs: tuple[tuple[tuple[str, ...], torch.dtype], ...]
+    work: tuple[tuple[tuple[str, ...], torch.dtype], ...]
+    sizes: tuple[str, ...]
+
+
+def taken(program: Program, tiles: TileProgram, symbols: Sequence[str]) -> Taken:
+    """What the kernel of `tiles` takes, called for `program`.  Arguments and errors as of `make_entry`."""
     cascade = program.cascade
-    ins, outs = cascade.inputs(), cascade.outputs()
-    params = [p for p in tiles.params if p.role in ("in", "state")]
+    ins, params = cascade.inputs(), [p for p in tiles.params if p.role in ("in", "state")]
     if any(t.role == "state" for t in cascade.tensors):
         raise Refusal(f"{program.name} carries a state", hint="states are not called through torch")
     if len(params) != len(ins):
@@ -40,14 +45,30 @@ def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[
     missing = [s for s in tiles.sizes if s not in sizes]
     if missing:
         raise Refusal(f"the extent of rank {missing[0]} is in no input's shape", hint="pass a tensor that has it")
-    shapes = [[spell(extent(cascade, r), read) for r in t.ranks] for t in outs]
-    dtypes, order = tuple(DTYPES[t.dtype] for t in outs), tuple(order) or ((),) * len(outs)
-    work = [([spell(x, sizes) for x in p.shape], DTYPES[p.dtype], ()) for p in tiles.params if p.role == "work"]
+    return Taken(
+        tuple((tuple(spell(extent(cascade, r), read) for r in t.ranks), DTYPES[t.dtype]) for t in cascade.outputs()),
+        tuple((tuple(spell(x, sizes) for x in p.shape), DTYPES[p.dtype]) for p in tiles.params if p.role == "work"),
+        tuple(sizes[s] for s in tiles.sizes))
+
+
+def make_entry(key: str, program: Program, tiles: TileProgram, kernel: Callable[..., Any],
+               order: tuple[tuple[int, ...], ...], symbols: Sequence[str], recompute: Recompute | None,
+               device: str = "cpu") -> Entry:
+    """The entry that runs `kernel` on tensors shaped as the inputs of `program`.
+
+    program: as read; tiles: what the kernel was emitted from, its tensors in the same order; symbols: the names of the
+    leading `sizes` of a call; device: of the results.  Raises Refusal where an extent
+    that is needed is found in no input.
+    """
+    needs = taken(program, tiles, symbols)
+    params = [p for p in tiles.params if p.role in ("in", "state")]
+    order = tuple(order) or ((),) * len(needs.outs)
+    outs = [(*x, o) for x, o in zip(needs.outs, order, strict=True)]
     over = next((k for k, p in enumerate(params) for q in tiles.params if q.over == p.name), -1)
-    prepare = preparation([len(t.ranks) for t in ins], list(zip(shapes, dtypes, order, strict=True)), work,
-                          [sizes[s] for s in tiles.sizes], over, device)
-    return Entry(key, kernel, len(tiles.kernels), prepare, tuple(map(function, shapes)), dtypes, order, recompute,
-                 over=over)
+    prepare = preparation([len(t.ranks) for t in program.cascade.inputs()], outs, [(*x, ()) for x in needs.work],
+                          needs.sizes, over, device)
+    return Entry(key, kernel, len(tiles.kernels), prepare, tuple(function(shape) for shape, _ in needs.outs),
+                 tuple(kind for _, kind in needs.outs), order, recompute, over=over)
 
 
 def _spelt(shapes: Sequence[Sequence[Any]]) -> dict[str, str]:

@@ -88,7 +88,7 @@ def config(options: Mapping[str, Any] | None = None) -> Config:
 def _folder(place: Any) -> str:
     text = place if isinstance(place, str) else place.__fspath__() if isinstance(place, os.PathLike) else None
     if not isinstance(text, str) or "\0" in text:
-        raise OptionError(f"option cache_dir={place!r} is not a folder's name", hint='e.g. "~/tuned"; "" is the usual one')
+        raise OptionError(f"option cache_dir={place!r} is not a folder's name", hint='e.g. "~/tuned"')
     return text
 
 

@@ -191,18 +191,18 @@ def check(fn: Callable[..., Any], *example_inputs: Any, **options: Any) -> Repor
     return Report(tuple(_row(f"output {i}", a, e, x) for i, (a, e, x) in triples))
 
 
-def check_program(program: Program, **options: Any) -> Report:
+def check_program(program: Program, sizes: Mapping[str, int] | None = None, **options: Any) -> Report:
     """Run the kernel of a program on random inputs and compare with its meaning in float64.
 
-    Symbolic ranks have their bound, or `sizes.EXAMPLE_EXTENT`.  Real inputs are standard normal; integers lie below
-    the smallest extent, so that they may index any rank.  Errors are relative to the sum of absolute terms.
-    Raises InputError where the tensors do not fit this machine's memory.
+    sizes: extents of symbolic ranks; others have their bound, or `sizes.EXAMPLE_EXTENT`.  Real inputs are standard
+    normal; integers lie below the smallest extent, so that they may index any rank.  Errors are relative to the sum of
+    absolute terms.  Raises InputError where the tensors do not fit this machine's memory.
     """
     from memcomp.config import config
     from memcomp.pipeline import compile_program
     from memcomp.sizes import fixed, shape_sizes
 
-    known = {**fixed(program), **shape_sizes(program, program, {})}
+    known = {**fixed(program), **shape_sizes(program, program, sizes or {})}
     settings = config(options)
     _fits(program, known)
     return Reference(program, known).report(compile_program(program, config=settings, sizes=known), settings)
@@ -337,6 +337,8 @@ def _copied(inputs: tuple[Any, ...], dtype: Any = None) -> tuple[Any, ...]:
             return x.detach().to(dtype, copy=True) if x.is_floating_point() else x.clone()
         # the same strides and offset, which a clone would tidy away
         storage = x.untyped_storage().clone()  # type: ignore[no-untyped-call]
-        return x.detach().new_empty(0).set_(storage, x.storage_offset(), x.shape, x.stride())
+        new = x.detach().new_empty(0).set_(storage, x.storage_offset(), x.shape, x.stride())
+        new.__dict__.update((k, v) for k, v in x.__dict__.items() if k.startswith("_dynamo_"))  # which dims are open
+        return new
 
     return tuple(tree_map(one, inputs))

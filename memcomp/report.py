@@ -134,18 +134,19 @@ class Explanation:
         return page(self)
 
 
-def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, **options: Any) -> Explanation:
+def explain(fn: Callable[..., Any] | Program, *example_inputs: Any, sizes: Mapping[str, int] | None = None,
+            **options: Any) -> Explanation:
     """What memcomp makes of `fn` on these inputs: it runs once, eagerly around the kernels (without them, where they
     are for another device).
 
     fn: a function, an nn.Module, or a `Program` (then without inputs).  options: as for `compile`.
-    Traffic is in bytes a call, at the sizes of these inputs (of a `Program`: its bounds, or 1024).  Raises OptionError
-    for a wrong option, Refusal where a `Program` or, with `strict`, a region cannot be compiled.
+    Traffic is in bytes a call, at the sizes of these inputs (of a `Program`: `sizes`, else its bounds, or 1024).
+    Raises OptionError for a wrong option, Refusal where a `Program` or, with `strict`, a region cannot be compiled.
     """
     settings = config({**options, "rest": "eager"})
     if isinstance(fn, Program):
-        compiled = compile_program(fn, config=settings)
-        return Explanation((describe(fn.name, fn, compiled, {}),))
+        compiled = compile_program(fn, config=settings, sizes=sizes)
+        return Explanation((describe(fn.name, fn, compiled, sizes or {}),))
     import torch
     from torch import fx
 

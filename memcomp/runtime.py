@@ -88,13 +88,13 @@ def count_region(kernel: str) -> None:
         _COUNTS.kernels.add(kernel)
 
 
-def fall_back(where: str, reason: str) -> None:
-    """Count a fallback, and warn once per reason: which part stays with torch and why."""
+def fall_back(where: str, reason: str, keeper: str = "torch") -> None:
+    """Count a fallback, and warn once per reason: which part stays with whom and why."""
     with _COUNTS.lock:
         first = reason not in _COUNTS.fallbacks
         _COUNTS.fallbacks[reason] += 1
     if first:
-        warnings.warn(f"memcomp: {where} stays with torch: {reason}", Fallback, stacklevel=2)
+        warnings.warn(f"memcomp: {where} stays with {keeper}: {reason}", Fallback, stacklevel=2)
 
 
 @dataclass(frozen=True)

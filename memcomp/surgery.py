@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from memcomp.capture.lookups import Lookup, lookups
+from memcomp.capture.lookups import Lookup, ancestors, lookups
 from memcomp.capture.reader import meta
 from memcomp.capture.writes import memory, mutates, written
 from memcomp.dtypes import DTYPES
@@ -39,7 +39,7 @@ class Original:
 def original(region: Region) -> Original:
     """Copy what computes the region's outputs from its inputs (and from other graph inputs, where it reads them)."""
     tensors, sizes = list(region.inputs), [n for _, n in region.sizes]
-    needed = _ancestors(region)
+    needed = ancestors(region)
     extras = tuple(n for n in needed if n.op in ("placeholder", "get_attr") and _is_tensor(n))
     symbols = tuple(n for n in needed if n.op in ("placeholder", "get_attr") and not _is_tensor(n))
     graph = fx.Graph()
@@ -82,26 +82,13 @@ def _flows(region: Region, needed: set[fx.Node]) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
-def _ancestors(region: Region) -> list[fx.Node]:
-    """Nodes between the region's inputs and its outputs, in graph order; the inputs themselves excluded."""
-    stop = {*region.inputs, *(n for _, n in region.sizes if isinstance(n, fx.Node))}
-    found: set[fx.Node] = set()
-    todo = [n for n in region.outputs if n not in stop]
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += [n for n in node.all_input_nodes if n not in stop]
-    return [n for n in region.outputs[0].graph.nodes if n in found]
-
-
 def checks(region: Region, extra: Original | None) -> tuple[tuple[fx.Node, ...], tuple[tuple[int, str, Lookup], ...]]:
     """Index tensors that a call takes only to be looked at, after its other tensors; and for each lookup the position
     of its index among them all and, as text over (t, s), the elements that it may name.
 
     Raises Refusal where no tensor or size of the call shows how many they are.
     """
-    found = lookups(_ancestors(region))
+    found = lookups(ancestors(region))
     tensors = [*region.inputs, *(extra.extras if extra else ())]
     more = tuple(dict.fromkeys(x.index for x in found if x.index not in tensors))
     tensors += more
@@ -129,7 +116,7 @@ def replace_region(gm: fx.GraphModule, region: Region, key: str, extra: Original
     extras = [*(extra.extras if extra else ())]
     sizes = [*(n for _, n in region.sizes), *(extra.symbols if extra else ())]
     _check_place(region, [n for n in [*region.inputs, *extras, *checked, *sizes] if isinstance(n, fx.Node)])
-    before = set(_ancestors(region))  # masks and places too, which regions share: whoever is last takes them away
+    before = set(ancestors(region))  # masks and places too, which regions share: whoever is last takes them away
     made: dict[fx.Node, fx.Node] = {}
     dtypes = [DTYPES[t.dtype] for t in region.program.cascade.inputs()]
     results = [DTYPES[t.dtype] for t in region.program.cascade.outputs()]

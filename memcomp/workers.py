@@ -76,6 +76,10 @@ class Does(Protocol):
 
 
 class Asked(Protocol):
+    """place: the device that it works on; what is timed there is timed alone."""
+
+    @property
+    def place(self) -> str: ...
     def ask(self, job: Job, limit: float) -> Answer: ...
     def stop(self) -> None: ...
     def close(self) -> None: ...
@@ -83,6 +87,8 @@ class Asked(Protocol):
 
 class Here:
     """Does jobs in this process, without a limit."""
+
+    place = ""
 
     def __init__(self, make: Callable[[], Does]) -> None:
         self._tasks = make()
@@ -99,6 +105,8 @@ class Here:
 
 class Worker:
     """Does jobs in a process of its own, begun with the first one, and anew after one that it did not survive."""
+
+    place = ""
 
     def __init__(self, make: Callable[[], Does]) -> None:
         """make: called in the process; it must be picklable."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from memcomp.ir.cascade import Cascade, Einsum, Knob
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, transform, variables, walk
+from memcomp.ir.places import order_of
 
 WHOLE = 256  # a rank of at most so many points may be a tile dim as it is
 HELD = 12_288  # and in a loop one of at most so many (the features of a head)
@@ -40,9 +41,11 @@ def out_vars(e: Einsum) -> tuple[str, ...]:
 
 
 def common(statements: Iterable[Einsum]) -> tuple[str, ...]:
-    """Variables that every statement's result carries, in the order of the first."""
-    each = [out_vars(e) for e in statements]
-    return tuple(v for v in each[0] if all(v in o for o in each)) if each else ()
+    """Variables that every statement's result carries, in the order of the first, but those that count the results of
+    a top-k: a task has the whole list."""
+    members = list(statements)
+    each, counted = [out_vars(e) for e in members], {order_of(e) for e in members}
+    return tuple(v for v in each[0] if v not in counted and all(v in o for o in each)) if each else ()
 
 
 def factors(e: Expr) -> list[Expr]:

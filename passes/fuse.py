@@ -134,14 +134,13 @@ class _Fusion:
         e, own = self.all[k], set(self.shared[g])
         private = set(e.space()) - own
         if (
-            len(e.outs) > 1
-            or not all(held(self.c, v) for v in private)
+            not all(held(self.c, v) for v in private)
             or set(e.reduce.over if e.reduce else ()) & own
         ):
             return False
         mine = self.made[g]
         users = list(dict.fromkeys(j for n in e.names for j in self.readers.get(n, ())))
-        feeds = bool(users) and all(self.group.get(j) == g for j in users) and self.c.temporary(e.out.tensor)
+        feeds = bool(users) and all(self.group.get(j) == g for j in users) and all(map(self.c.temporary, e.names))
         follows = bool(e.reads() & mine) and own <= set(out_vars(e))
         if not ((feeds and (own <= set(out_vars(e)) or e.reduce is None)) or follows):
             return False
@@ -196,7 +195,7 @@ class _Fusion:
     def _chain(self, k: int) -> None:
         """Append statement k to the chain that feeds it, or start one."""
         e = self.all[k]
-        if len(e.outs) == 1 and all(len(self.writers[n]) == 1 for n in e.names):
+        if all(len(self.writers[n]) == 1 for n in e.names):
             feeding = {self.group[w] for n in e.reads() for w in self.writers.get(n, ()) if w in self.group}
             if not out_vars(e):  # numbers of one walk
                 feeding |= {g for g, part in enumerate(self.parts_) if _numbers([*(self.all[j] for j in part), e])}
@@ -211,7 +210,6 @@ class _Fusion:
                 if (
                     (points and all(whole(self.c, v) for s in spaces for v in s)
                      or _numbers([*members, e]) and not (e.reduce and e.reads() & mine))
-                    and len({len(m.outs) for m in members}) == 1
                     and self._aligned(e, g)
                     and not any(self._reaches(g, w, floor) for n in e.reads() - mine for w in self.writers.get(n, ()))
                 ):

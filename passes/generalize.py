@@ -103,8 +103,12 @@ def _free(c: Cascade) -> set[str]:
     products = inner | {v for e, over in sums if product_operands(e) for v in over}
     products -= {v for e, over in sums if not product_operands(e) for v in over - inner}  # a chain of reductions
     guarded = {v for e in c.einsums for g in e.guards() for v in variables(g)}
+    # what is computed of inputs alone, element by element (a stored number times its scale), is made where it is read
+    given = {t.name for t in c.inputs()}
+    late = {v for e in c.einsums if e.reduce or e.reads() - given or set(e.names) & {t.name for t in c.outputs()}
+            for v in out_vars(e)}
     streamed = {v for v in reduced - parts
-                if v in made or v not in products or (extent_of(c, v.upper()) or 0) > FEATURES}
+                if v in late or v not in products or (extent_of(c, v.upper()) or 0) > FEATURES}
     core = [e for e in c.einsums if e.reduce and (set(e.reduce.over) & streamed or product_operands(e))] or list(
         c.einsums
     )

@@ -11,6 +11,7 @@ from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, substitute, variables
 from memcomp.ir.ops import MONOIDS
+from memcomp.ir.places import explicit, order_of
 from memcomp.ir.program import Group, Program
 from memcomp.ir.target import BYTES, target
 from memcomp.passes._roles import WHOLE, accesses, carried, common, largest, out_vars, product_operands, shared, whole
@@ -253,7 +254,7 @@ class _Mapper:
             return c, members
         walks = [(e, e.reduce) for e in members if e.reduce is not None]
         for e, reduce in walks:  # together, or not at all: statements of one kernel stay in step
-            if not MONOIDS[reduce.monoid].join or {*reduce.over} & {*long} not in ({*long}, set()):
+            if not (MONOIDS[reduce.monoid].join or order_of(e)) or {*reduce.over} & {*long} not in ({*long}, set()):
                 raise Refusal(f"{e.out.tensor} reduces over {_names(long)}", "", "a kernel streams one rank")
         taken = {r.name for r in c.ranks}
         name = next(
@@ -278,6 +279,8 @@ class _Mapper:
         def walked(e: Einsum) -> Einsum:
             if e.reduce is None or not {*e.reduce.over} & {*long}:
                 return e
+            e = explicit(e)
+            assert e.reduce is not None
             over = (name.lower(), *(v for v in e.reduce.over if v not in long))
             guard = None if e.guard is None else substitute(e.guard, table)
             return replace(e, body=substitute(e.body, table), guard=guard, reduce=replace(e.reduce, over=over))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,27 @@ class Planted(Tasks):
             self._work = Work(given)
             self._work.how = self.how  # type: ignore[attr-defined]
         return answered(lambda: getattr(self._work, job.do)(*rest))
+
+
+class Timed(Tasks):
+    """Plain tasks that note when they time candidates; the process that checks a second one ends, the first time that
+    there is one."""
+
+    def __init__(self, folder: str, dies: bool) -> None:
+        super().__init__()
+        self.folder, self.dies, self.checked = Path(folder), dies, 0
+
+    def answer(self, job: Job) -> Answer:
+        self.checked += job.do == "attempt"
+        if self.dies and self.checked == 2 and not (self.folder / "dead").exists():
+            (self.folder / "dead").write_text(str(job.given[1]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        begin = time.time()
+        answer = super().answer(job)
+        if job.do in ("time", "race"):
+            with (self.folder / f"{os.getpid()}.log").open("a") as file:
+                file.write(f"{begin} {time.time()}\n")
+        return answer
 
 
 def noted(file: str) -> Tasks:

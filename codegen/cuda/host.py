@@ -109,6 +109,7 @@ template <class T> static T __shfl_xor_sync(unsigned, T x, int other) {
   return x;
 }
 static void __syncthreads() { wait(BARRIER); }
+static void __syncwarp() { __shfl_xor_sync(0u, 0, 0); }
 
 // what a thread has asked for comes when it waits for it; until then its place holds rubbish
 struct Copy { char *to; const char *from; int bytes, live, group; };

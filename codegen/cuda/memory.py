@@ -67,22 +67,54 @@ class Memory:
 
     def row(self, a: Access, dims: tuple[str, ...]) -> Row | None:
         """How a thread reads or writes a tile's numbers by vectors; None where it does not."""
-        x = self.w.rows.along(a, self.w.k)
+        x = self.w.layout.along(a, self.w.k)
         return Row.of(x, self.w.block.dims[x.dim]) if x is not None and x.dim in dims else None
+
+    def read(self, s: Load) -> Row | None:
+        """How a load reads; not by vectors where a tile that others write too has fewer elements than points."""
+        row = self.row(s.source, self.w.k.tile(s.tile).dims)
+        part = row is not None and (row.share > 1 or row.points < self.w.block.dims[row.dim].registers)
+        return None if part and s.tile not in self.w.rows else row
 
     def size(self, s: Load, row: Row | None) -> int:
         """Bytes of the neighbours that are read at once, or of an element."""
         return BYTES[self.w.params[s.source.tensor].dtype] * (row.elements if row else 1)
 
+    def together(self, s: Load) -> int:
+        """How many neighbouring lanes one asks for: as many as share 16 bytes."""
+        w, row = self.w, self.read(s)
+        x = w.layout.along(s.source, w.k)
+        if row is None or x is None or (size := self.size(s, row)) not in (4, 8) or row.dim not in w.full:
+            return 1
+        n, bits = WIDEST // size, w.block.dims[row.dim].bits
+        known = w.reach[row.dim] // min(x.share, w.reach[row.dim]) >= n * row.elements   # that rows begin there
+        near = bits[:n.bit_length() - 1] == tuple(range(n.bit_length() - 1))
+        return n if known and near and not x.even % (n * row.elements) and not x.period % (n * row.vector) else 1
+
     def ask(self, s: Load, room: str) -> None:
-        """Bring what a load reads to the thread's places in `room`, without waiting for it."""
+        """Bring what a load reads to the thread's places in `room`, without waiting for it.
+
+        Where a thread needs less than 16 bytes of a row, lanes take turns to ask for their neighbours too, each for rows
+        of its own where there are as many.
+        """
         w, t = self.w, self.w.k.tile(s.tile)
-        row = self.row(s.source, t.dims)
+        row, n = self.read(s), self.together(s)
         size = self.size(s, row)
-        with w.points(t.dims, row) as at:
-            live = self.live(s, row, at, size / row.vector if row else size)
-            word = f"ask<{size}, {w.threads}>" if size >= 4 else "ask_around"
-            w.line(f"{word}({room} + {self.spot(s, row, at)}, {self.address(s.source, at)}{live});")
+        if row is None or n == 1:
+            with w.points(t.dims, row) as at:
+                live = self.live(s, row, at, size / row.vector if row else size)
+                word = f"ask<{size}, {w.threads}>" if size >= 4 else "ask_around"
+                w.line(f"{word}({room} + {self.spot(s, row, at)}, {self.address(s.source, at)}{live});")
+            return
+        lane, first = f"({w.thread} & {n - 1})", f"({w.thread} & ~{n - 1})"
+        own = next((d for d in t.dims if d != row.dim and w.block.dims[d].registers % n == 0), "")
+        with w.points(t.dims, row, runs={own: ("", n)}) as at:
+            at |= {own: lane if at[own] == "0" else f"({at[own]} + {lane})"} if own else {}
+            live = self.live(s, row, at, 1)
+            if not own:
+                live = f", {lane} == 0" + live.replace(", ", " && ", 1)
+            w.line(f"ask<{WIDEST}, {w.threads}>({room} + {self.spot(s, row, at, first)}, "
+                   f"{self.address(s.source, at)} - {lane} * {row.elements}{live});")
 
     def live(self, s: Load, row: Row | None, at: Point, unit: float) -> str:
         """Arguments that say whether neighbours count, and of more than 16 bytes how many are left, in units a point."""
@@ -93,8 +125,8 @@ class Memory:
             return live
         return f"{live}, {_times(w.left(row.dim, at), unit)}"
 
-    def spot(self, s: Load, row: Row | None, at: Point) -> str:
-        """Where a thread's neighbours lie in a room, by bytes."""
+    def spot(self, s: Load, row: Row | None, at: Point, thread: str = "") -> str:
+        """Where a thread's neighbours lie in a room, by bytes.  thread: whose, if not those of the thread at hand."""
         w, text = self.w, "0"
         dims = w.k.tile(s.tile).dims
         for d in (*(d for d in dims if row is None or d != row.dim), *((row.dim,) if row else ())):
@@ -105,12 +137,12 @@ class Memory:
                 text = i if text == "0" else f"({text}) * {n} + {i}"
         size = max(self.size(s, row), 4)
         unit = min(size, WIDEST)
-        return f"(({text}) * {size // unit * w.threads} + {w.thread}) * {unit}"
+        return f"(({text}) * {size // unit * w.threads} + {thread or w.thread}) * {unit}"
 
     def room(self, s: Load) -> int:
         """Bytes that a block needs for what a load reads; 0 where it cannot be asked for ahead, or is not."""
         w, t = self.w, self.w.k.tile(s.tile)
-        row = self.row(s.source, t.dims)
+        row = self.read(s)
         if row is None:
             n = w.block.registers(t.dims)
             return n * max(self.size(s, row), 4) * w.threads if n <= SMALL else 0
@@ -120,7 +152,7 @@ class Memory:
     def load(self, s: Load, room: str = "") -> None:
         """room: where the numbers have come to; "" where they must be read from the param."""
         w, t = self.w, self.w.k.tile(s.tile)
-        dtype, row, kind = w.params[s.source.tensor].dtype, self.row(s.source, t.dims), w.scope.tiles[s.tile]
+        dtype, row, kind = w.params[s.source.tensor].dtype, self.read(s), w.scope.tiles[s.tile]
         if row is None and not room:
             with w.points(t.dims) as at:
                 got = self.element(s.source, at)
@@ -168,7 +200,8 @@ class Memory:
         if s.target.tensor in self.shared:
             w.line("__syncthreads();")
         row = self.row(s.target, t.dims)
-        if row is not None and (row.share > 1 or s.mask is not None and row.dim in variables(s.mask)):
+        once = row is not None and row.share == 1 and row.points == w.block.dims[row.dim].registers
+        if row is not None and (not once or s.mask is not None and row.dim in variables(s.mask)):
             row = None
         dim = row.dim if row else None
         others = 0 if w.lone else (w.threads - 1) & ~w.block.mask(t.dims)

@@ -115,7 +115,7 @@ class Places:
     def fastest(self, tile: str) -> str:
         """The dim whose neighbours are neighbours in registers: the one that a load reads along, else the last."""
         dims = self.k.tile(tile).dims
-        return self.rows[tile].dim if tile in self.rows else dims[-1] if dims else ""
+        return self.tiles[tile].fastest(self.block) or (dims[-1] if dims else "")
 
     def place(self, tile: str, at: Point) -> str:
         return f"{self.names[tile]}[{self.flat(tile, at)}]"

@@ -13,7 +13,7 @@ from memcomp.codegen.triton.arguments import arguments
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, variables, walk
 from memcomp.ir.simplify import linear
 from memcomp.ir.target import BYTES
-from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, TileKernel, TileProgram, statements
+from memcomp.ir.tile import Load, Loop, Store, TileKernel, TileProgram, made, statements
 
 PACKED = ("bf16", "f16", "i8", "u8")   # formats that several of lie in one register
 WIDEST = 16                            # bytes that a thread reads at once, and points of 1 byte that it holds together
@@ -151,36 +151,44 @@ def moved(k: TileKernel) -> Iterator[tuple[Access, tuple[str, ...], bool]]:
 class Held:
     """How a tile lies in registers.
 
-    size: bytes of a number; along: of a tile that one load fills, what it walks along; dtype: its format in memory, ""
-    where that is none of `PACKED`; packable: may numbers stay as they are stored?
+    size: bytes of a number; along: what the load that fills it walks along; alone: does nothing else write it; dtype: its
+    format in memory where numbers may stay as they are stored, else "".
     """
 
     size: int
     along: Along | None = None
+    alone: bool = False
     dtype: str = ""
 
     @staticmethod
     def tiles(tp: TileProgram, k: TileKernel, rows: Rows) -> dict[str, Held]:
         """Of each tile of a kernel."""
-        writers: dict[str, list[Statement]] = {}
+        loads: dict[str, Load] = {}
+        written: dict[str, int] = {}
         for s in statements(k.body):
-            if isinstance(s, (Load, Map, Fold, Dot)):
-                writers.setdefault(s.tile, []).append(s)
+            for t in made(s):
+                written[t] = written.get(t, 0) + 1
+            if isinstance(s, Load):
+                loads.setdefault(s.tile, s)
         found = {}
         for t in k.tiles:
-            size, (first, *more) = max(4, BYTES[t.dtype]), writers.get(t.name, [None])
-            along = rows.along(first.source, k) if isinstance(first, Load) and not more else None
-            dtype = ""
-            if along is not None and along.dim in t.dims and isinstance(first, Load):
-                stored = tp.param(first.source.tensor).dtype
-                dtype = stored if stored in PACKED and t.dtype in ("f32", "i64") else ""
-                found[t.name] = Held(size, along, dtype)
-            else:
+            size, s = max(4, BYTES[t.dtype]), loads.get(t.name)
+            along = rows.along(s.source, k) if s else None
+            if s is None or along is None or along.dim not in t.dims:
                 found[t.name] = Held(size)
+                continue
+            stored, alone = tp.param(s.source.tensor).dtype, written[t.name] == 1
+            stays = alone and stored in PACKED and t.dtype in ("f32", "i64")
+            found[t.name] = Held(size, along, alone, stored if stays else "")
         return found
 
+    def fastest(self, b: Block) -> str:
+        """The dim whose neighbours are read at once, "" where there is none."""
+        return self.along.dim if self.along is not None and Row.of(self.along, b.dims[self.along.dim]) else ""
+
     def row(self, b: Block) -> Row | None:
-        return None if self.along is None else Row.of(self.along, b.dims[self.along.dim])
+        """Which points have a number of their own; None where all have."""
+        return Row.of(self.along, b.dims[self.along.dim]) if self.along is not None and self.alone else None
 
     def packed(self, b: Block) -> str:
         """The format that numbers stay in until they are read; "" where they are converted when they come."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
+from memcomp.codegen.cuda.inline import Inline, reads
 from memcomp.ir.expr import Access, Expr, variables, walk
-from memcomp.ir.tile import Dot, Fold, Loop, Statement, Store, TileKernel, When, expressions, statements
+from memcomp.ir.tile import Best, Dot, Fold, Load, Loop, Statement, Store, TileKernel, When, expressions, made, statements
 
 if TYPE_CHECKING:
     from memcomp.codegen.cuda.rows import Held
@@ -23,6 +25,7 @@ LANE_BITS = 5
 MOST, FEW = 255, 128   # registers of a thread: that there are, and that leave room for a second block
 SPARE = 48             # by which `pressure` may be too low
 LARGE = 64             # registers of one tile
+MORE = 1.25            # times the least work that threads may do for wider loads and fewer registers
 FILE = 65536           # registers of a processor
 OTHER = 40             # addresses, counts, indices
 
@@ -82,46 +85,55 @@ class Block:
         return math.prod(self.dims[d].registers for d in dims)
 
 
-def blocks(k: TileKernel, vectors: Mapping[str, int], held: Mapping[str, Held]) -> Block:
-    """The spread of a kernel: the widest loads, then the least warps, and threads along a row, with which registers
-    suffice.
+def blocks(k: TileKernel, vectors: Mapping[str, int], held: Mapping[str, Held],
+           inline: Mapping[str, Inline]) -> Block:
+    """The spread of a kernel: of those with which registers suffice and threads compute little more than they must, the
+    most neighbours, then the least warps, and threads along a row.
 
-    vectors: by dim how many neighbours are read at once; held: how each tile lies in registers.  What reads neighbours
-    needs registers for every row that they are multiplied with; where these do not suffice, such rows are divided among
-    neighbouring lanes, which then read the same; after that, less is read at once.
+    vectors: by dim how many neighbours are read at once; held: how each tile lies in registers; inline: tiles that are
+    computed where they are read.  A thread needs registers for every row that its neighbours are multiplied with: where
+    they do not suffice it has fewer neighbours, and after that, such rows are divided among lanes that hold the same ones.
     """
     meeting = list(_spaces(k))
     streamed = _streamed(k)
     inner = _rows(k)
     found: list[tuple[float, Block]] = []
-    for part in (1, 2, 4):
+    fit: list[tuple[float, Block]] = []
+    for own, part in product((0, 1, 2), (1, 2, 4)):
         less = {d: max(n // part, 1) for d, n in vectors.items()}
-        for own in (0, 1, 2):
-            tried = []
-            for warps in (0, 1, 2, 3, 4):
-                for lanes in (3, 4, 5):
-                    b = _spread(k, less, meeting, streamed, inner, warps, lanes, own)
-                    tried.append((pressure(k, b, held), b))
-            for most in (FEW, MOST):
-                for p, b in tried:
-                    if p <= min(most, b.safe) and _largest(k, b, held) <= LARGE:
-                        return b
-            found += tried
-    return min(found, key=lambda x: x[0] - x[1].most)[1]
+        tried = [(pressure(k, b, held, inline), b) for warps, lanes in product((0, 1, 2, 3, 4), (3, 4, 5))
+                 for b in (_spread(k, less, meeting, streamed, inner, warps, lanes, own),)]
+        found += tried
+        fit += [(work(k, b), b) for most in (FEW, MOST) for p, b in tried
+                if p <= min(most, b.safe) and _largest(k, b, held, inline) <= LARGE]
+    least = min((n for n, _ in fit), default=0)
+    return next((b for n, b in fit if n <= MORE * least), min(found, key=lambda x: x[0] - x[1].most)[1])
 
 
-def _largest(k: TileKernel, b: Block, held: Mapping[str, Held]) -> float:
+def work(k: TileKernel, b: Block) -> int:
+    """Numbers that the threads of a block compute in a step of each loop, or in all where there is none: what several
+    threads hold counts as often."""
+    loops = [s for s in statements(k.body) if isinstance(s, Loop)]
+    body = [s for loop in loops for s in statements(loop.body)] or list(statements(k.body))
+    return 32 * b.warps * sum(b.registers((*k.tile(s.tile).dims, *(getattr(s, "over", ())))) for s in body
+                              if not isinstance(s, (Load, Store, Loop, When)))
+
+
+def _largest(k: TileKernel, b: Block, held: Mapping[str, Held], inline: Mapping[str, Inline]) -> float:
     """Registers of the largest tile."""
-    return max((held[t.name].words(b, t.dims) for t in k.tiles), default=0)
+    return max((held[t.name].words(b, t.dims) for t in k.tiles if t.name not in inline), default=0)
 
 
 def _spread(k: TileKernel, vectors: Mapping[str, int], meeting: list[frozenset[str]], streamed: set[str],
             inner: list[str], warps: int, lanes: int, own: int) -> Block:
     """lanes, own: bits at most for each dim of rows, and of all that are neither such nor streamed, before others."""
+    lists = {s.order for s in statements(k.body) if isinstance(s, Best)}   # a thread has all of a list
     dims = {d.name: Spread(d.capacity, vectors.get(d.name, 1)) for d in k.dims}
 
     def give(d: str, most: int) -> None:
         """Up to so many bits, of those that no dim has that d meets, while they leave fewer points to a thread."""
+        if d in lists:
+            return
         taken = {b for s in meeting if d in s for x in s if x != d for b in dims[x].bits}
         for bit in range(LANE_BITS + warps):
             s = dims[d]
@@ -150,7 +162,7 @@ def _spaces(k: TileKernel) -> Iterator[frozenset[str]]:
     for s in statements(k.body):
         if isinstance(s, (Loop, When)):
             continue
-        over = s.over if isinstance(s, (Fold, Dot)) else ()
+        over = s.over if isinstance(s, (Fold, Best, Dot)) else ()
         yield frozenset((*k.tile(s.tile).dims, *over))
 
 
@@ -176,7 +188,7 @@ def _rows(k: TileKernel) -> list[str]:
     return sorted(weight, key=lambda d: -weight[d])
 
 
-def pressure(k: TileKernel, b: Block, held: Mapping[str, Held]) -> float:
+def pressure(k: TileKernel, b: Block, held: Mapping[str, Held], inline: Mapping[str, Inline]) -> float:
     """Registers of a thread at the statement that needs most: of tiles that are written before it and read after."""
     order: list[Statement] = []
     spans: list[tuple[int, int]] = []
@@ -197,15 +209,13 @@ def pressure(k: TileKernel, b: Block, held: Mapping[str, Held]) -> float:
     uses: dict[str, list[int]] = {t: [] for t in names}
     fresh: dict[str, list[int]] = {t: [] for t in names}
     for n, s in enumerate(order):
-        read = {x.tensor for e in expressions(s) for x in walk(e) if isinstance(x, Access)} & names
-        if isinstance(s, Store):
-            read |= {s.tile} | ({x.tensor for x in walk(s.target) if isinstance(x, Access)} & names)
-        elif not isinstance(s, (Loop, When)):
-            if getattr(s, "accumulate", False):
-                read.add(s.tile)
-            if s.tile not in read:
-                fresh[s.tile].append(n)
-            uses[s.tile].append(n)
+        read = reads(s) & names
+        for t in read & inline.keys():
+            read |= {x.tensor for x in walk(inline[t].body) if isinstance(x, Access)}
+        for t in made(s):
+            if t not in read:
+                fresh[t].append(n)
+            uses[t].append(n)
         for t in read:
             uses[t].append(n)
     load = [0.0] * len(order)
@@ -217,7 +227,10 @@ def pressure(k: TileKernel, b: Block, held: Mapping[str, Held]) -> float:
             inside = [n for n in at if lo <= n <= hi]
             if inside and not (first >= lo and last <= hi and min(inside) in fresh[t]):
                 first, last = min(first, lo), max(last, hi)
-        size = held[t].words(b, k.tile(t).dims)
+        dims = k.tile(t).dims
+        size = held[t].words(b, dims)
+        if t in inline:   # the compiler has some of them ready
+            size = max(size / 4, held[t].words(b, tuple(d for d in dims if d in inline[t].over)))
         for n in range(first, last + 1):
             load[n] += size
     return OTHER + max(load, default=0.0)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from memcomp.codegen.cuda.sums import Partial
 from memcomp.codegen.triton.parts import parts
 from memcomp.ir.expr import Access, walk
-from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, When, expressions, statements
+from memcomp.ir.tile import Load, Loop, Statement, Store, When, expressions, joins, statements
+from memcomp.ir.tile import made as tiles_of
 
 if TYPE_CHECKING:
     from memcomp.codegen.cuda.emit import Writer
@@ -42,7 +43,7 @@ class Steps:
                 agreed.pop(t, None)
                 if part := ends[0].get(t):
                     agreed[t] = part
-        self.w.sums.pending = agreed
+        self.w.sums.pending = {t: p for t, p in agreed.items() if ends[0].get(t) == p}  # a list is two tiles
         self.w.line(f"if ({self.w.scope.cast(s.cond, 'bool', {})}) {{")
         self.w.lines += sides[0]
         if sides[1]:
@@ -132,7 +133,7 @@ class Steps:
     def ahead(self, body: tuple[Statement, ...]) -> list[tuple[Load, int]]:
         """The loads that begin a step and can be asked for steps before, as they rest on nothing that a step writes,
         and where they lie in a room.  None in a loop round another."""
-        made = {x.tile for x in statements(body) if isinstance(x, (Load, Map, Fold, Dot))}
+        made = {t for x in statements(body) for t in tiles_of(x)}
         found: list[tuple[Load, int]] = []
         size = 0
         for s in () if any(isinstance(x, Loop) for x in statements(body)) else body:
@@ -155,6 +156,7 @@ class Steps:
         """Before a loop: ask for its first steps."""
         n, size = self.rooms_of(ahead)
         slot, step = self.w.names["slot"], self.w.names["step"]
+        self.meet(ahead)
         self.w.line("#pragma unroll 1")
         self.w.line(f"for (int {step} = 0; {step} < {n - 1}; ++{step}) {{")
         self.w.depth += 1
@@ -168,10 +170,17 @@ class Steps:
         n, size = self.rooms_of(ahead)
         slot, staged = self.w.names["slot"], self.w.names["staged"]
         before = f"({slot} == 0 ? {n - 1} : {slot} - 1)"
+        self.meet(ahead)
         self.ask(var, f"{self.w.names[var]} + {n - 1}", hi, ahead, f"{staged} + {before} * {size}")
         self.w.line(f"come<{n - 1}>();")
+        self.meet(ahead)
         self.w.line(f"const char *{self.w.names['room']} = {staged} + {slot} * {size};")
         self.w.line(f"{slot} = {slot} == {n - 1} ? 0 : {slot} + 1;")
+
+    def meet(self, ahead: list[tuple[Load, int]]) -> None:
+        """Where lanes ask for others: what those read of a room has been read, and what they wait for has come."""
+        if any(self.w.memory.together(s) > 1 for s, _ in ahead):
+            self.w.line("__syncwarp();")
 
     def ask(self, var: str, step: str, hi: str, ahead: list[tuple[Load, int]], room: str) -> None:
         later, place = self.w.names["later"], self.w.names["place"]
@@ -199,8 +208,7 @@ class Steps:
         own: set[str] = set()
         seen: set[str] = set()
         for x in s.body:
-            if isinstance(x, (Load, Map, Fold, Dot)) and x.tile not in seen and x.tile not in self._read(x):
-                own.add(x.tile)
+            own |= {*tiles_of(x)} - seen - self._read(x)
             seen |= self._touched(x)
             if isinstance(x, (Loop, When)):
                 for y in statements((x,)):
@@ -211,10 +219,10 @@ class Steps:
         found = set(self.w.sums.reads(*expressions(s)))
         if isinstance(s, Store):
             found |= {s.tile, *self.w.sums.reads(s.target)}
-        return found | ({s.tile} if isinstance(s, (Fold, Dot)) and s.accumulate else set())
+        return found | ({*tiles_of(s)} if joins(s) else set())
 
     def _touched(self, s: Statement) -> set[str]:
-        return self._read(s) | ({s.tile} if isinstance(s, (Load, Map, Fold, Dot)) else set())
+        return self._read(s) | {*tiles_of(s)}
 
 
 def early(body: tuple[Statement, ...], written: set[str]) -> tuple[Statement, ...]:
@@ -233,6 +241,5 @@ def early(body: tuple[Statement, ...], written: set[str]) -> tuple[Statement, ..
         for x in statements((s,)):
             more = (x.target,) if isinstance(x, Store) else ()
             touched |= {n.tensor for e in (*expressions(x), *more) for n in walk(e) if isinstance(n, Access)}
-            if not isinstance(x, (Loop, When)):
-                touched.add(x.tile)
+            touched |= {x.tile} if isinstance(x, Store) else {*tiles_of(x)}
     return (*first, *rest)

@@ -21,10 +21,13 @@ _SIGNS = {"sum": "+", "prod": "*", "and": "&", "or": "|", "add": "+", "sub": "-"
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Of a reduction each thread has a part: those that differ in these bits of their numbers join theirs."""
+    """Of a reduction each thread has a part: those that differ in these bits of their numbers join theirs.
+
+    tiles: of lists of the best, the two tiles that are one list, and the dim that counts it."""
 
     monoid: str
     mask: int
+    tiles: tuple[str, str, str] = ("", "", "")
 
 
 class Sums:
@@ -45,12 +48,24 @@ class Sums:
                 self.join(t)
 
     def join(self, tile: str) -> None:
-        part = self.pending.pop(tile)
+        part = self.pending.pop(tile, None)
         w = self.w
+        if part is None:
+            return  # with the other tile of a list
+        if part.monoid == "best":
+            for t in part.tiles[:2]:
+                self.pending.pop(t, None)
+            w.bests.join(part)
+            return
         w.line(f"combine<{_JOIN[part.monoid]}, {part.mask}, {w.block.warps}>({w.names[tile]}, {w.rooms}, {w.turn});")
 
     def divide(self, tile: str, part: Partial) -> None:
         """Leave what a tile holds to one of the threads that hold it."""
+        if part.monoid == "best":
+            if self.pending.get(tile) != part:
+                self.w.bests.empty(part, f"{self.w.thread} & {part.mask}")
+                self.pending |= dict.fromkeys(part.tiles[:2], part)
+            return
         if part.monoid not in AGAIN:
             name, zero = self.w.names[tile], identity(part.monoid, self.w.scope.tiles[tile])
             self.w.unrolled("i", self.w.block.registers(self.w.k.tile(tile).dims),

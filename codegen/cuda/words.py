@@ -101,6 +101,15 @@ template <int N, int THREADS, class T> INLINE void take(T *to, const char *from)
     for (int i = 0; i < few; ++i) to[k + i] = x.at[i];
   }
 }
+// What is less than 4 bytes is asked for with the word around it, and taken out of that.
+INLINE void ask_around(char *to, const void *from, bool live = true) {
+  copy_later<4>(to, (const char *)((unsigned long long)from & ~3ULL), live);
+}
+template <int N, class T> INLINE void take_around(T *to, const char *at, const void *from) {
+  const unsigned word = *(const unsigned *)at >> ((unsigned long long)from & 3) * 8;
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = (T)(word >> i * 8 * sizeof(T));
+}
 
 // stored formats; of a word the part that is asked for
 INLINE float from_bf16(unsigned bits) { return __uint_as_float(bits << 16); }
@@ -230,8 +239,8 @@ const_cast continue decltype default delete do double dynamic_cast else enum exp
 friend goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected
 public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template
 this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
-xor_eq threadIdx blockIdx blockDim gridDim warpSize INLINE Block fetch put Sum Prod Max Min And Or combine from_lane
+xor_eq before Lowest NOWHERE enter power merge Best from_warp threadIdx blockIdx blockDim gridDim warpSize INLINE Block fetch put Sum Prod Max Min And Or combine from_lane
 AT_ONCE SHARED_BYTES ON_HOST INFINITE32 INFINITE64 NOT_A_NUMBER32 NOT_A_NUMBER64 memcpy
-copy_later ask asked come take loaded digit
+copy_later ask ask_around asked come take take_around loaded digit
 from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 highest lowest most least mod floordiv sigmoid
 xlogx abs fabs exp exp2 log log2 sin cos erf tanh expm1 log1p floor rint sqrt pow i main linux unix""".split())

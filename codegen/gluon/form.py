@@ -14,7 +14,20 @@ from dataclasses import dataclass, replace
 from memcomp.codegen.triton.layout import Axis, Layout
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, walk
-from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, TileKernel, When, expressions, statements
+from memcomp.ir.tile import (
+    Dot,
+    Load,
+    Loop,
+    Map,
+    Statement,
+    Store,
+    TileKernel,
+    When,
+    expressions,
+    joins,
+    made,
+    statements,
+)
 
 HALF = 64   # rows of one group: what four warps multiply at once
 ROWS = 2 * HALF
@@ -91,7 +104,7 @@ def _pair(s: Loop) -> tuple[Dot, Dot] | None:
 
 def _load(k: TileKernel, tile: str) -> Load:
     """The load that alone writes a tile."""
-    writers = {s for s in statements(k.body) if isinstance(s, (Load, Map, Fold, Dot)) and s.tile == tile}
+    writers = {s for s in statements(k.body) if tile in made(s)}
     only = writers.pop() if len(writers) == 1 else None
     if not isinstance(only, Load):
         raise Refusal(f"the operand {tile} is computed", k.name, ELSE)
@@ -117,7 +130,7 @@ def _apart(k: TileKernel, x: Form, s: Loop) -> None:
 
 def wrote(body: Iterable[Statement]) -> set[str]:
     """Tiles that statements write, inner ones included."""
-    return {s.tile for s in statements(tuple(body)) if isinstance(s, (Load, Map, Fold, Dot))}
+    return {t for s in statements(tuple(body)) for t in made(s)}
 
 
 def reads(body: Iterable[Statement]) -> set[str]:
@@ -128,8 +141,7 @@ def reads(body: Iterable[Statement]) -> set[str]:
 def _reads(s: Statement) -> Iterator[str]:
     for e in (s.source.index if isinstance(s, Load) else expressions(s)):
         yield from (n.tensor for n in walk(e) if isinstance(n, Access))
-    if isinstance(s, Store) or (isinstance(s, (Fold, Dot)) and s.accumulate):
-        yield s.tile
+    yield from (s.tile,) if isinstance(s, Store) else made(s) if joins(s) else ()
 
 
 def useful(body: tuple[Statement, ...]) -> tuple[Statement, ...]:

@@ -8,7 +8,23 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
 from memcomp.ir.ops import MONOIDS, OPS
 from memcomp.ir.simplify import linear, simplify
-from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, Tile, TileKernel, TileProgram, When
+from memcomp.ir.tile import (
+    NOWHERE,
+    Best,
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Map,
+    Statement,
+    Store,
+    Tile,
+    TileKernel,
+    TileProgram,
+    When,
+    expressions,
+    statements,
+)
 
 _INFIX = {o.name: o.infix for o in OPS.values() if o.infix and o.name not in ("and", "or")}
 _FUNCTION = {
@@ -51,6 +67,14 @@ def to_bf16(x):  # round to nearest even; a NaN stays one
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 """
 
+_BEST = """
+def best(k, *parts):  # of all pairs the k first: the greatest value, of equal ones the lower place, a NaN before all
+    values, places = (np.concatenate(x, -1) for x in zip(*parts))
+    nan = values != values
+    first = np.lexsort((places, np.where(nan, 0, -values), ~nan), -1)[..., :k]
+    return (np.take_along_axis(x, first, -1) for x in (values, places))
+"""
+
 
 def emit_source(tp: TileProgram, entry: str) -> str:
     """The whole module; `entry` is the function that runs the kernels in order."""
@@ -68,6 +92,8 @@ def emit_source(tp: TileProgram, entry: str) -> str:
         lines += ["from memcomp.ir.ops import OPS", "", *(f"op_{n} = OPS[{n!r}].numpy" for n in unknown)]
     if any(p.dtype == "bf16" for p in tp.params):
         lines += ["", *_BF16.splitlines()]
+    if any(isinstance(s, Best) for k in tp.kernels for s in statements(k.body)):
+        lines += ["", *_BEST.splitlines()]
     for n, k in enumerate(tp.kernels):
         lines += ["", "", f"def kernel_{n}({args}):  # {k.name}", *_Writer(tp, k).kernel()]
     lines += ["", "", f"def {entry}({args}):", "    with np.errstate(all='ignore'):"]
@@ -84,8 +110,8 @@ def _calls(tp: TileProgram) -> set[str]:
     def visit(body: tuple[Statement, ...]) -> None:
         for s in body:
             parts = [getattr(s, n, None) for n in ("source", "target", "mask", "cond", "lo", "hi")]
-            if isinstance(s, (Map, Fold)):
-                parts.append(s.body)
+            if isinstance(s, (Map, Fold, Best)):
+                parts += expressions(s)
             for e in parts:
                 if e is not None and not isinstance(e, str):
                     found.update(n.op for n in walk(e) if isinstance(n, Call))
@@ -141,6 +167,8 @@ class _Writer:
                     self.body(s.orelse, pad + "    ")
             elif isinstance(s, Store):
                 self.store(s, pad)
+            elif isinstance(s, Best):
+                self.best(s, pad)
             else:
                 self.out.append(f"{pad}{s.tile} = {self.result(s, self.tiles[s.tile])}")
 
@@ -166,6 +194,25 @@ class _Writer:
             initial = "" if s.monoid in ("and", "or") else f", initial={self.identity(s.monoid, t.dtype)}"
             got = f"{_FOLD[s.monoid]}({x}, axis={axes[0] if len(axes) == 1 else axes}{initial})"
         return _JOIN[s.monoid].format(t.name, got) if s.accumulate else got
+
+    def best(self, s: Best, pad: str) -> None:
+        t = self.tiles[s.tile]
+        k, last = self.count(s.order), t.dims.index(s.order)
+        front = tuple(d for d in t.dims if d != s.order)
+        outer, inner = "".join(f"{self.count(d)}, " for d in front), " * ".join(map(self.count, s.over))
+        parts = []
+        for e, name in ((s.body, s.tile), (s.at, s.place)):
+            x = self.full(self.text(e, (*front, *s.over)), e, (*front, *s.over), self.tiles[name])
+            parts.append(f"{x}.reshape({outer}{inner})")
+        if s.accumulate:
+            old = [f"np.moveaxis({n}, {last}, -1)" for n in (s.tile, s.place)]
+        else:
+            least = "np.iinfo(np.int64).min" if t.dtype == "i64" else "-np.inf"
+            old = [f"np.full(({outer}{k}), {x}, {_DTYPE[d]})" if front else f"np.full({k}, {x}, {_DTYPE[d]})"
+                   for x, d in ((least, t.dtype), (NOWHERE, "i64"))]
+        got = f"best({k}, ({', '.join(old)}), ({', '.join(parts)}))"
+        moved = got if last == len(t.dims) - 1 else f"(np.moveaxis(x, -1, {last}) for x in {got})"
+        self.out.append(f"{pad}{s.tile}, {s.place} = {moved}")
 
     def fold_order(self, s: Fold, t: Tile) -> tuple[str, ...]:
         """Order of the reduced array's axes: that of a tile which has them all, so that nothing is transposed."""

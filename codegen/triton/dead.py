@@ -13,7 +13,7 @@ from memcomp.codegen.lower_laws import Fills
 from memcomp.codegen.triton.layout import Axis, Layout
 from memcomp.ir.expr import Access, Expr, walk
 from memcomp.ir.ops import MONOIDS
-from memcomp.ir.tile import Dot, Fold, Load, Map, Statement, Store, TileKernel, expressions, statements
+from memcomp.ir.tile import Dot, Fold, Map, Statement, Store, TileKernel, expressions, made, statements
 
 _ANY: frozenset[Expr] = frozenset()
 
@@ -26,11 +26,11 @@ class Dead:
         self.tiles = {t.name: layout.of(t.dims) for t in k.tiles}
         self.held: dict[tuple[str, str], float] = {}
         self.never_low: set[str] = set()
-        made: dict[str, list[Statement]] = {}
+        writing: dict[str, list[Statement]] = {}
         for s in statements(k.body):
-            if isinstance(s, (Load, Map, Fold, Dot)):
-                made.setdefault(s.tile, []).append(s)
-        for tile, writers in made.items():   # each is known of before what is made of it
+            for t in made(s):
+                writing.setdefault(t, []).append(s)
+        for tile, writers in writing.items():   # each is known of before what is made of it
             laws = self._laws("")
             if all(isinstance(s, Map) and laws.never_low(s.body) for s in writers):
                 self.never_low.add(tile)
@@ -54,7 +54,7 @@ class Dead:
 
     def forget(self, body: tuple[Statement, ...], changing: Iterable[Axis]) -> None:
         """What is not so in every step of a loop: tiles that it writes, axes whose counts change."""
-        written = {s.tile for s in statements(body) if isinstance(s, (Load, Map, Fold, Dot))}
+        written = {t for s in statements(body) for t in made(s)}
         gone = {a.name for a in changing}
         self.held = {(t, a): x for (t, a), x in self.held.items() if t not in written and a not in gone}
 
@@ -68,7 +68,7 @@ class Dead:
                         for n in walk(e))
             if reads and isinstance(x, (Fold, Dot)):
                 return self._absorbed(s.tile, x, full)
-            if reads or any(isinstance(y, (Load, Map, Fold, Dot, Store)) and y.tile == s.tile for y in inner):
+            if reads or any(s.tile in made(y) or isinstance(y, Store) and y.tile == s.tile for y in inner):
                 return None
         return None
 

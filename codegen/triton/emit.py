@@ -17,6 +17,7 @@ from memcomp.codegen.names import Names
 from memcomp.codegen.order import TASK, Order, numbered, order, tasks
 from memcomp.codegen.rounding import rounds
 from memcomp.codegen.triton.arguments import Arguments, arguments
+from memcomp.codegen.triton.best import best
 from memcomp.codegen.triton.dead import Dead
 from memcomp.codegen.triton.express import DTYPES, Scope, dims_of, number
 from memcomp.codegen.triton.layout import Axis, layout
@@ -32,6 +33,7 @@ from memcomp.ir.ops import MONOIDS
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.target import target as named
 from memcomp.ir.tile import (
+    Best,
     Dim,
     Dot,
     Fold,
@@ -44,6 +46,7 @@ from memcomp.ir.tile import (
     TileKernel,
     TileProgram,
     When,
+    made,
     statements,
 )
 
@@ -129,8 +132,8 @@ class _Writer:
             names[a.name]
         writers: dict[str, list[Statement]] = {}
         for s in statements(k.body):
-            if isinstance(s, (Load, Map, Fold, Dot)):
-                writers.setdefault(s.tile, []).append(s)
+            for t in made(s):
+                writers.setdefault(t, []).append(s)
         loaded = {t: self.params[first.source.tensor].dtype for t, (first, *more) in writers.items()
                   if isinstance(first, Load) and all(x == first for x in more)}
         self.stored = {t: dtype for t, dtype in loaded.items() if dtype in STORED}
@@ -244,6 +247,8 @@ class _Writer:
                 self.map(s, body[n + 1:])
             elif isinstance(s, Fold):
                 self.fold(s)
+            elif isinstance(s, Best):
+                best(self, s)
             else:
                 self.dot(s)
 

@@ -11,7 +11,7 @@ from memcomp.codegen.lower_fuse import kind
 from memcomp.codegen.names import Names
 from memcomp.codegen.triton.layout import Axis, Layout
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, variables, walk
 from memcomp.ir.ops import OPS
 from memcomp.ir.simplify import linear
 
@@ -89,9 +89,9 @@ class Scope:
     def sided(self, e: Call) -> Call:
         """A comparison of indices with one dim, of the last axis, alone on one side: what changes from step to step is
         then added up once for a row, not for every point."""
-        if e.op not in _COMPARED or any(isinstance(n, Access) for n in walk(e)):
+        if e.op not in _COMPARED or any(self.kind(a) != "int" for a in e.args):
             return e
-        terms = linear(Call("sub", e.args))
+        terms = linear(Call("sub", e.args), integers=reads(e))
         alone = [v for v, c in (terms or {}).items() if isinstance(v, Var) and v.name in self.dims and c in (1, -1)]
         if terms is None or not alone:
             return e
@@ -103,6 +103,14 @@ class Scope:
         for t in moving:
             rest = t if rest == Const(0) else call("add", rest, t)
         return Call(e.op if sign > 0 else _COMPARED[e.op], (own, rest))
+
+    def against(self, dim: str, e: Expr, axes: tuple[Axis, ...]) -> str:
+        """What a dim is compared with.  Data have 64 bits, the points of a dim are few: one below and one above them
+        stand for all that lie there."""
+        if not reads(e):
+            return self.text(e, axes)
+        own = self.layout.of(dims_of(e, self.dims))
+        return self.spread(f"{self.word('short')}({self.text(e, own)}, {self.dims[dim]})", own, axes)
 
     def parted(self, e: Call) -> Call:
         """A linear index over several axes as what the last axis gives, added to the rest: LLVM would keep a number for
@@ -122,6 +130,8 @@ class Scope:
     def call(self, e: Call, axes: tuple[Axis, ...]) -> str:
         e = self.parted(self.sided(e))
         args = [self.text(a, axes) for a in e.args]
+        if e.op in _COMPARED and isinstance(e.args[0], Var) and e.args[0].name in self.dims:
+            args[1] = self.against(e.args[0].name, e.args[1], axes)
         real = any(self.kind(a) == "real" for a in e.args)
         if e.op in ("max", "min"):
             word = ("highest" if e.op == "max" else "lowest") if real else ("most" if e.op == "max" else "least")

@@ -15,7 +15,7 @@ from itertools import permutations
 
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access
-from memcomp.ir.tile import Dot, Fold, Map, Statement, TileKernel, statements
+from memcomp.ir.tile import Best, Dot, Fold, Load, Statement, TileKernel, made, statements
 
 K_LEAST = 16  # contracted points of a tensor core instruction on 16-bit operands
 ORDERED = 6   # axes whose order is searched
@@ -137,9 +137,11 @@ def _joined(k: TileKernel, every: list[Sides]) -> dict[str, frozenset[str]]:
 def _cut(k: TileKernel, together: dict[str, frozenset[str]]) -> frozenset[str]:
     """Dims of one axis of which a reduction takes a part; empty where there are none."""
     for s in statements(k.body):
-        over = set(s.over) if isinstance(s, (Fold, Dot)) else set()
-        if cut := next((g for g in together.values() if len(g) > 1 and 0 < len(g & over) < len(g)), None):
-            return cut
+        over = [set(s.over)] if isinstance(s, (Fold, Best, Dot)) else []
+        over += [{s.order}] if isinstance(s, Best) else []
+        for part in over:
+            if cut := next((g for g in together.values() if len(g) > 1 and 0 < len(g & part) < len(g)), None):
+                return cut
     return frozenset()
 
 
@@ -171,4 +173,4 @@ def _price(s: Dot, x: Sides, at: dict[str, int], computed: set[str]) -> float:
 
 def _computed(body: tuple[Statement, ...]) -> set[str]:
     """Tiles that something other than a load writes."""
-    return {s.tile for s in statements(body) if isinstance(s, (Dot, Fold, Map))}
+    return {t for s in statements(body) if not isinstance(s, Load) for t in made(s)}

@@ -24,6 +24,7 @@ from memcomp.ir.tile import (
     TileProgram,
     When,
     expressions,
+    made,
     statements,
 )
 
@@ -81,8 +82,8 @@ class Loops:
         for s in statements(self.k.body):
             if isinstance(s, Load):
                 self.loads.setdefault(s.tile, []).append(s)
-            elif isinstance(s, (Map, Fold, Dot)):
-                self.computed.add(s.tile)
+            else:
+                self.computed |= {*made(s)}
 
     def dims(self, tile: str) -> int:
         return len(self.layout.of(self.tiles[tile].dims))

@@ -10,16 +10,14 @@ from memcomp.codegen.triton.layout import Axis
 from memcomp.ir.expr import Access, Call, Const, Expr, call, reads, walk
 from memcomp.ir.simplify import linear, simplify
 from memcomp.ir.tile import (
-    Dot,
-    Fold,
     Load,
     Loop,
-    Map,
     Param,
     Statement,
     Store,
     When,
     expressions,
+    made,
     statements,
 )
 
@@ -38,7 +36,7 @@ class Memory:
         self.descriptors: dict[object, str] = {}
         loops = [s for s in statements(w.k.body) if isinstance(s, (Loop, When))]
         self.moving = {s.var for s in loops if isinstance(s, Loop)}
-        self.moving |= {x.tile for s in loops for x in statements((s,)) if isinstance(x, (Load, Map, Fold, Dot))}
+        self.moving |= {t for s in loops for x in statements((s,)) for t in made(x)}
         every = list(statements(w.k.body))
         self.read = {t for s in every for e in expressions(s) for t in reads(e)}
         self.written = {s.target.tensor for s in every if isinstance(s, Store)}

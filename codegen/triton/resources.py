@@ -20,7 +20,7 @@ from memcomp.codegen.triton.boxes import FORMATS
 from memcomp.codegen.triton.boxes import MOST as LONGEST
 from memcomp.codegen.triton.loops import Body, Loops, Product, Step
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Const, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, variables, walk
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.tile import Dot, Fold, Loop, TileKernel, TileProgram, expressions, statements
 
@@ -34,11 +34,12 @@ ALIGNED = 1024     # bytes: where a tile begins that tensor cores read themselve
 COPIED = 4         # bytes: the least that a thread can copy ahead
 # registers = first number + the others times what `held` counts, in its order, and the sum from which on kernels
 # spill; `benchmarks/gpu_resources.py --fit`
-FITTED = {"mma": (21.8, 1.98, 2.26, 1.56, 0.54, 0.85, 0.0), "wgmma": (41.9, 0.93, 1.56, 0.0, 1.21, 0.37, 0.49),
-          "tcgen05": (19.2, 1.11, 1.87, 0.0, 1.45, 1.27, 0.71)}
+FITTED = {"mma": (21.0, 2.01, 2.27, 1.54, 0.54, 0.85, 1.09, 0.21),
+          "wgmma": (32.8, 1.01, 1.69, 0.0, 1.34, 0.11, 1.21, 0.24),
+          "tcgen05": (19.0, 1.16, 1.8, 0.0, 1.51, 1.07, 1.06, 0.34)}
 REGISTERS = 65536  # of one processor
 BUSY = 8           # warps on one processor below which too little is under way: half of them compute while half wait
-SPILLED = {"mma": 241.0, "wgmma": 240.0, "tcgen05": 258.0}
+SPILLED = {"mma": 248.6, "wgmma": 250.0, "tcgen05": 252.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +327,16 @@ class _Block:
         points = math.prod(a.size for a in self.loops.layout.of((*self.loops.tiles[s.tile].dims, *s.over)))
         return 0 if any(self.loops.points(t) == points for t in read) else points
 
+    def placed(self, e: Expr) -> Iterator[Expr]:
+        """The numbers and comparisons in an expression that follow from the indices of rows and columns alone."""
+        if not isinstance(e, Call):
+            return
+        joined = e.op in ("and", "or", "not", "where") or any(isinstance(n, Access) for n in walk(e))
+        if not joined and len(self.loops.layout.of(variables(e))) > 1:
+            yield e
+        for x in e.args if joined else ():
+            yield from self.placed(x)
+
     def held(self, body: Body) -> dict[str, float]:
         """What a thread holds in 32-bit registers in a loop, by kind.
 
@@ -334,7 +345,9 @@ class _Block:
         rows:    of numbers for rows, which several threads hold alike.
         columns: of numbers for columns, which a thread has one of for each fourth.
         chunks:  addresses, one for each 16 bytes that a thread fetches, and masks of rows that are no power of two.
-        passing: of operands on their way to tensor cores: parts of f32, of one product, and what is not copied ahead.
+        passing: of operands on their way to tensor cores: both parts of left ones of f32, which warps that share rows
+                 hold alike, and what is not copied ahead.
+        places:  of points that are compared by their indices, or have a number for them, once for each.
         """
         threads, own = 32 * self.warps, body.written
         first: dict[str, int] = {}
@@ -366,7 +379,12 @@ class _Block:
         columns = sum(points(t) * BYTES[self.loops.tiles[t].dtype] / 16 for t in wide)
         chunks = sum(points(t) * self.loops.element(t) / 16 / threads * (1 if self.boxed(body) else self.masked(t))
                      for t in straight)
-        passing = max((2 * (p.rows + p.columns) * p.depth for p in body.products if p.exact), default=0) / threads
+        passing = sum(2 * p.rows * p.depth / (32 * min(self.warps, max(1, p.rows // FEWEST_ROWS)))
+                      for p in body.products if p.exact)
         if body.branched or self.stages == 1:
             passing += sum(points(t) * self.loops.element(t) / 4 / threads for t in straight)
-        return {"sums": sums, "values": values, "rows": rows, "columns": columns, "chunks": chunks, "passing": passing}
+        spans = [self.loops.layout.of(variables(e)) for e in {x for s in body.steps for e in expressions(s)
+                                                              for x in self.placed(e)}]
+        places = sum(math.prod(a.size for a in axes) for axes in spans) / threads
+        return {"sums": sums, "values": values, "rows": rows, "columns": columns, "chunks": chunks, "passing": passing,
+                "places": places}

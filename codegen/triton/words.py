@@ -4,6 +4,8 @@ Error bounds are against float64, in units of the last place of f32, for results
 (arguments of f64 take the same formulas in f64).
 """
 
+from memcomp.codegen.triton.best import WORDS
+
 HEAD = '''\
 import triton
 import triton.language as tl
@@ -30,6 +32,12 @@ def to_bf16(x):
 def wide(x):
     """A 64-bit integer, for addresses."""
     return tl.full((), 0, tl.int64) + x
+''', ()),
+    "short": ('''\
+@triton.jit
+def short(x, n):
+    """As 32 bits; what lies outside of 0..n as the number next to it."""
+    return tl.cast(tl.minimum(tl.maximum(tl.cast(x, tl.int64), -1), n), tl.int32)
 ''', ()),
     "floordiv": ('''\
 @triton.jit
@@ -141,6 +149,9 @@ def nearest(x):
     return tl.where(part > 0.5, down + 1.0, tl.where(part < 0.5, down, down + odd))
 ''', ()),
 }
+
+
+FUNCTIONS |= WORDS
 
 
 def used(names: set[str]) -> list[str]:

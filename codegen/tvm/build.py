@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from memcomp.codegen.tvm.emit import Layout, emit
@@ -88,20 +88,37 @@ def compiled(kernel: Kernel) -> Callable[..., Any]:
 
 def machine_code(kernel: Kernel) -> Any:
     """The compiled module, which need not be able to run on this machine; `inspect_source("asm")` is its text."""
+    return _module({kernel.entry: kernel}, last=False)
+
+
+def linked(kernels: Mapping[str, Kernel]) -> Any:
+    """Kernels for one machine as one compiled module, each under its name, to be called as TVM's own programs call:
+    the tensors that are read, the sizes, then the tensors that are written."""
+    return _module(kernels, last=True)
+
+
+def _module(kernels: Mapping[str, Kernel], last: bool) -> Any:
+    """last: sizes stand before the tensors that are written, and these last."""
     from tvm import tirx
 
     from memcomp.codegen.tvm import instructions, launcher
     from memcomp.codegen.tvm.script import read
 
-    form = named_isa(kernel.isa)
+    (form,) = {k.isa: named_isa(k.isa) for k in kernels.values()}.values()
+    functions: dict[str, Any] = {}
+    kernel = next(iter(kernels.values()))
     try:
         with machine(form):
-            function = read(kernel.source, vocabulary())["main"]
-        own = instructions.text(form.instructions)
+            for name, kernel in kernels.items():
+                function = read(kernel.source, vocabulary())[kernel.entry]
+                if last:
+                    function = _written_last(function, kernel).with_attr("global_symbol", name)
+                functions[name] = function
+        own, (name, function) = instructions.text(form.instructions), next(iter(functions.items()))
         if own:
-            function = function.with_body(
+            functions[name] = function.with_body(
                 tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", own, function.body))
-        module = launcher.with_launcher({"main": function})
+        module = launcher.with_launcher(functions)
         with _compiling:
             tirx.compilation_pipeline.register_tir_pipeline("memcomp", _pipeline)
             return tirx.build(module, target=machine(form), pipeline="memcomp")
@@ -109,7 +126,17 @@ def machine_code(kernel: Kernel) -> Any:
         raise Refusal(f"{kernel.name} is nested too deeply for TVM's script", str(error)) from error
     except RuntimeError as error:  # every error of TVM's own derives from it
         lines = [line for line in str(error).splitlines() if line.strip(" |^\n")]
-        raise Refusal(f"TVM does not compile {kernel.name}", lines[-1].strip() if lines else "") from error
+        raise Refusal(f"TVM does not compile {', '.join(k.name for k in kernels.values())}",
+                      lines[-1].strip() if lines else "") from error
+
+
+def _written_last(function: Any, kernel: Kernel) -> Any:
+    from tvm import tirx
+
+    params = kernel.program.params
+    first = sum(p.role in ("in", "state") for p in params)
+    order = [*function.params[:first], *function.params[len(params):], *function.params[first:len(params)]]
+    return tirx.PrimFunc(order, function.body, function.ret_type, function.attrs)
 
 
 def machine(isa: Isa) -> Any:

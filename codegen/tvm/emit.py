@@ -15,6 +15,7 @@ from memcomp.codegen.rough import rough
 from memcomp.codegen.tvm import dot as contraction
 from memcomp.codegen.tvm import pairs
 from memcomp.codegen.tvm.access import load, some_element, store, view
+from memcomp.codegen.tvm.best import best
 from memcomp.codegen.tvm.express import Expressions, truth
 from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
 from memcomp.codegen.tvm.isa import Isa, isa
@@ -25,6 +26,7 @@ from memcomp.codegen.tvm.writer import BITS, Point, Writer, element, read_tiles
 from memcomp.ir.expr import Call, Const, variables
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.tile import (
+    Best,
     Dim,
     Dot,
     Kernel,
@@ -251,6 +253,8 @@ class Body:
                 load(w, s, point)
         elif isinstance(s, Store):
             store(w, s, point)
+        elif isinstance(s, Best):
+            best(w, s, point)
         elif isinstance(s, Dot):
             fold = contraction.dot(w, s, point)
             if fold is not None:

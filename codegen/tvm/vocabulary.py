@@ -189,6 +189,24 @@ def ceildiv(a: Value, b: Value) -> Value:
     return zero - floordiv(zero - a, b)
 
 
+# -- the best of a row: the greatest value first, of equal ones the lower place, a NaN before all others -----------------
+
+
+def reaches(x: Value, last: Value) -> Value:
+    """Is some lane not less than the last of a list?"""
+    x, last = _pair(x, last)
+    test = tirx.Not(x < last)
+    return T.call_llvm_intrin("bool", "llvm.vector.reduce.or", test) if width(x) > 1 else test
+
+
+def before(x: Value, i: Value, y: Value, j: Value) -> Value:
+    """Does value x with place i come before y with j?"""
+    if not dtype(x).startswith("float"):
+        return tirx.Or(x > y, tirx.And(eq(x, y), i < j))
+    greater = tirx.Or(x > y, tirx.And(isnan(x), tirx.Not(isnan(y))))
+    return tirx.Or(greater, tirx.And(i < j, tirx.And(tirx.Not(x < y), tirx.Or(isnan(x), tirx.Not(isnan(y))))))
+
+
 # -- reductions across lanes -------------------------------------------------------------------------------------------
 
 JOIN = {"sum": lambda a, b: a + b, "prod": lambda a, b: a * b, "max": maximum, "min": minimum,

@@ -1,7 +1,7 @@
 """Names that kernel text uses and that therefore no tensor may have (the list, without importing tvm)."""
 
-_VALUES = """acc across at bits cast ceildiv clip eq floordiv floormod from_bf16 join land lane like lnot lor
-masked_load masked_store maximum minimum ne piece prefetch put_turned reg row_sums select splat
+_VALUES = """acc across at before bits cast ceildiv clip eq floordiv floormod from_bf16 join land lane like lnot lor
+masked_load masked_store maximum minimum ne piece prefetch put_turned reaches reg row_sums select splat
 store_turned tasks to_bf16 f32 f64 i64 dot_pairs in_order in_pairs pair_up tile_product tile_start tile_stop
 unsigned weave"""
 _FUNCTIONS = """absolute cos erf exp exp2 expm1 floor log log1p log2 pow recip round rsqrt sigmoid sin sqrt tanh

@@ -11,7 +11,19 @@ from memcomp.codegen.names import Names
 from memcomp.codegen.tvm.isa import Isa
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, walk
-from memcomp.ir.tile import Dim, Dot, Fold, Load, Param, Statement, Store, Tile, TileKernel, TileProgram, expressions
+from memcomp.ir.tile import (
+    Dim,
+    Load,
+    Param,
+    Statement,
+    Store,
+    Tile,
+    TileKernel,
+    TileProgram,
+    expressions,
+    joins,
+    made,
+)
 
 if TYPE_CHECKING:
     from memcomp.codegen.tvm.pairs import Product
@@ -157,9 +169,7 @@ def power_of_two(n: int) -> int:
 def read_tiles(s: Statement, tiles: dict[str, Tile]) -> set[str]:
     """Tiles that a statement reads, its own nested statements left out."""
     found = {n.tensor for e in expressions(s) for n in walk(e) if isinstance(n, Access) and n.tensor in tiles}
-    if isinstance(s, Store) or (isinstance(s, (Fold, Dot)) and s.accumulate):
-        found.add(s.tile)
-    return found
+    return found | ({s.tile} if isinstance(s, Store) else {*made(s)} if joins(s) else set())
 
 
 def element(dtype: str, where: str) -> str:

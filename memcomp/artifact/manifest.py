@@ -1,8 +1,8 @@
 """What a directory says of itself: `manifest.json`, its only form, and when it is believed.
 
-The text has one form for each content (`schema.canonical`) and holds the SHA-256 of itself, with that field empty, so that
-no byte can be another unseen.  That is against damage; against who may write the directory a digest known from elsewhere
-helps (`memcomp.load(place, digest=...)`).
+The text has one form for each content (`schema.canonical`) and holds the SHA-256 of itself, with that field empty, so
+that no byte can be another unseen.  That is against damage; against who may write the directory a digest known from
+elsewhere helps (`memcomp.load(place, digest=...)`).
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from memcomp.artifact import schema
+from memcomp.artifact.plan import Plan, check
 from memcomp.ir.errors import InputError
-from memcomp.ir.expr import Const, Expr, Size, walk
+from memcomp.ir.expr import Call, Const, Expr, Size, walk
 from memcomp.ir.lex import read_line
 from memcomp.ir.parse import parse_expr
 from memcomp.ir.target import BYTES
 
 FORMAT, VERSION, NAME = "memcomp artifact", 1, "manifest.json"
 LONGEST = 1 << 26  # bytes of a manifest
+LONG = 400         # characters of an extent
+DIVIDING = ("floordiv", "mod", "ceildiv")
+OPERATORS = ("add", "sub", "mul", "max", "min", "neg")
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*\Z")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
@@ -65,8 +69,8 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """The input at a position names places of a dimension of `size` elements: 0 .. size - 1, from -size where it wraps, or
-    `ignored`."""
+    """The input at a position names places of a dimension of `size` elements: 0 .. size - 1, from -size where it wraps,
+    or `ignored`."""
 
     input: int
     size: str
@@ -102,7 +106,8 @@ class KernelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """producer: versions of what made it; files: by path, all that are there but the manifest."""
+    """producer: versions of what made it; files: by path, all that are there but the manifest; plan: of a whole model,
+    None where kernels are called one by one."""
 
     format: str
     version: int
@@ -111,6 +116,7 @@ class Manifest:
     files: dict[str, File]
     targets: tuple[Machine, ...]
     kernels: tuple[KernelSpec, ...]
+    plan: Plan | None = None
     digest: str = ""
 
     def text(self) -> str:
@@ -135,6 +141,8 @@ def read(data: bytes, where: str) -> Manifest:
     if made.text().encode() != data:
         raise InputError(f"{where} is damaged: it is not what its digest says")
     _sensible(made, where)
+    if made.plan is not None:
+        check(made.plan, [k.name for k in made.kernels])
     return made
 
 
@@ -172,16 +180,23 @@ def _sensible(m: Manifest, where: str) -> None:
 
 
 def expression(text: str) -> Expr:
-    """An extent over sizes: whole numbers, sizes, sums and the like, nothing that reads data.  InputError."""
-    found = parse_expr(read_line(1, text))
-    for x in walk(found):
-        whole = isinstance(x, Const) and isinstance(x.value, int)
-        if not (whole or isinstance(x, Size) or getattr(x, "op", "") in OPERATORS):
-            raise InputError(f"{text!r} is no extent over sizes")
+    """An extent over sizes: whole numbers, sizes, sums and the like; nothing that reads data or may divide by 0.
+    InputError."""
+    if len(text) > LONG:
+        raise InputError(f"an extent has at most {LONG} characters")
+    line = read_line(1, text)
+    found = parse_expr(line)
+    if line.next.kind != "end" or not all(map(_extent, walk(found))):
+        raise InputError(f"{text!r} is no extent over sizes")
     return found
 
 
-OPERATORS = frozenset({"add", "sub", "mul", "floordiv", "mod", "ceildiv", "max", "min"})
+def _extent(x: Expr) -> bool:
+    if isinstance(x, Const):
+        return type(x.value) is int
+    if isinstance(x, Call) and x.op in DIVIDING:
+        return isinstance(x.args[1], Const) and x.args[1].value > 0
+    return isinstance(x, Size) or isinstance(x, Call) and x.op in OPERATORS
 
 
 def expressions(texts: Iterable[str]) -> tuple[Expr, ...]:

@@ -50,7 +50,7 @@ class Step:
     """One thing that is done.
 
     kernel: `what` reads tensors in the order of its inputs and writes those of its outputs; sizes: those that it takes,
-            by name; work: its own scratch buffers.
+            by name.  Its scratch, which differs between machines, lies in the arena while it runs.
     check:  the elements of the tensor read name places of a dimension of `sizes["size"]` elements, from its end too
             with `what` "wraps"; `sizes["ignored"]`, where there is one, names none.
     copy:   the library's: elements from one tensor to another of the same shape and dtype.
@@ -62,8 +62,7 @@ class Step:
     what: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    sizes: tuple[tuple[str, str], ...] = ()
-    work: tuple[str, ...] = ()
+    sizes: dict[str, str]
     args: str = ""
 
 
@@ -81,8 +80,8 @@ class Life:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """outputs: names of tensors, one may come twice.  arena: bytes at the example sizes.  torch: names of the operators
-    that need torch at run time."""
+    """outputs: names of tensors, one may come twice.  arena: bytes of all buffers at the example sizes, without the
+    kernels' scratch.  torch: names of the operators that need torch at run time."""
 
     sizes: tuple[Size, ...]
     tensors: tuple[Tensor, ...]
@@ -90,7 +89,7 @@ class Plan:
     outputs: tuple[str, ...]
     steps: tuple[Step, ...]
     lives: tuple[Life, ...]
-    example: tuple[tuple[str, int], ...]
+    example: dict[str, int]
     arena: int
     torch: tuple[str, ...] = ()
 
@@ -103,7 +102,7 @@ def lives(tensors: Collection[Tensor], steps: Collection[Step]) -> dict[str, tup
     of = {t.name: t for t in tensors}
     found: dict[str, tuple[int, int]] = {}
     for at, step in enumerate(steps):
-        for name in (*step.writes, *step.work, *step.reads):
+        for name in (*step.writes, *step.reads):
             base = root(of, name)
             if base.kind == "buffer":
                 found[base.name] = (found.get(base.name, (at, at))[0], at)
@@ -147,14 +146,14 @@ def _faults(plan: Plan, kernels: Collection[str]) -> Iterator[str]:
             yield f"step {k} is a {step.kind!r}"
         if step.kind == "kernel" and step.what not in kernels:
             yield f"step {k} calls {step.what!r}, and there is no such kernel"
-        for name in (*step.reads, *step.writes, *step.work):
+        for name in (*step.reads, *step.writes):
             if name not in of:
                 yield f"step {k} names {name!r}, and there is no such tensor"
                 return
         for name in step.reads:
             if root(of, name).name not in made:
                 yield f"step {k} reads {name} before it is made"
-        for name in (*step.writes, *step.work):
+        for name in step.writes:
             if of[name].kind not in ("buffer", "output"):
                 yield f"step {k} writes {name}, which is no tensor of its own"
             made.add(name)

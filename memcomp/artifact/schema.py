@@ -1,7 +1,8 @@
-"""Frozen dataclasses as JSON and back.  What is read is not trusted: every field is there, has its type, and no other is.
+"""Frozen dataclasses as JSON and back.  What is read is not trusted: every field is there, has its type, and no other
+is.
 
-Types: bool, int, float, str, `X | None`, tuple[X, ...], dict[str, X], and dataclasses of these.  No type is named in the
-text, so the text decides on nothing but values.
+Types: bool, int, float, str, `X | None`, tuple[X, ...], dict[str, X], and dataclasses of these.  No type is named in
+the text, so the text decides on nothing but values.
 """
 
 from __future__ import annotations

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
+# all of memcomp that decides which kernel a choice is: folders, and files of the package itself
+ROOMS = ("ir", "passes", "codegen")
+FILES = ("backends.py", "choice.py", "forms.py", "pipeline.py", "sizes.py", "stations.py", "tune/space.py")
 BUILDERS = {"cpu": ("apache-tvm",), "cuda": ("triton", "nvidia-cuda-nvrtc")}
 
 
@@ -45,20 +49,26 @@ def _gpu() -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def code() -> str:
-    """Of all that turns a program into a kernel: an entry measured with another compiler says little."""
+    """Of all that turns a program and a choice into a kernel: an entry measured with another compiler says little."""
+    return digested(files("memcomp"))
+
+
+def digested(package: Any) -> str:
+    """Of a memcomp's folder: a path, or what `importlib.resources` gives."""
     seen = hashlib.sha256()
-    for package in ("memcomp.ir", "memcomp.passes", "memcomp.codegen"):
-        _feed(seen, files(package), package)
+    parts = [(f, package.joinpath(f)) for f in FILES]
+    for name, item in (*(x for room in ROOMS for x in _texts(package.joinpath(room), room)), *parts):
+        seen.update(f"{name}\0".encode())
+        seen.update(item.read_bytes())
     return seen.hexdigest()[:32]
 
 
-def _feed(seen: Any, folder: Any, name: str) -> None:
+def _texts(folder: Any, name: str) -> Iterator[tuple[str, Any]]:
     for item in sorted(folder.iterdir(), key=lambda x: str(x.name)):
         if item.is_dir() and item.name != "__pycache__":
-            _feed(seen, item, f"{name}.{item.name}")
+            yield from _texts(item, f"{name}/{item.name}")
         elif item.name.endswith((".py", ".toml")):
-            seen.update(f"{name}.{item.name}\0".encode())
-            seen.update(item.read_bytes())
+            yield f"{name}/{item.name}", item
 
 
 def _version(package: str) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from memcomp.capture import table
 from memcomp.capture.reader import meta
+
+if TYPE_CHECKING:
+    from memcomp.capture.region import Region
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,19 @@ def lookups(nodes: Collection[fx.Node]) -> tuple[Lookup, ...]:
     was read."""
     found, inside = [x for n in nodes for x in _of(n)], {n for n in nodes if n.op not in ("placeholder", "get_attr")}
     return tuple(dict.fromkeys(x for x in found if _known_outside(x.index, inside)))
+
+
+def ancestors(region: Region) -> list[fx.Node]:
+    """Nodes between the region's inputs and its outputs, in graph order; the inputs themselves excluded."""
+    stop = {*region.inputs, *(n for _, n in region.sizes if isinstance(n, fx.Node))}
+    found: set[fx.Node] = set()
+    todo = [n for n in region.outputs if n not in stop]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [n for n in node.all_input_nodes if n not in stop]
+    return [n for n in region.outputs[0].graph.nodes if n in found]
 
 
 def _of(node: fx.Node) -> Iterator[Lookup]:

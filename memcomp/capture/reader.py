@@ -21,7 +21,7 @@ from memcomp.capture.value import Factor, Value, constant, plain, pointwise
 from memcomp.capture.writes import mutates
 from memcomp.ir.cascade import Einsum, Reduce
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Call, Const, Expr, Var, reads, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, conjunction, conjuncts, reads, variables, walk
 from memcomp.ir.simplify import linear
 
 DTYPE = {
@@ -161,8 +161,11 @@ class Reader(Reading):
 
     def probe(self, v: Value) -> Expr:
         """The element of `v` at free variables, one per factor, to look at."""
-        index = []
+        index: list[Expr] = []
         for k, f in enumerate(v.factors):
+            if same(f.extent, 1):
+                index.append(Const(0))
+                continue
             name = self.probes.setdefault((k, f.extent), f"probe{len(self.probes)}")
             if name not in self.ranges:
                 self._range(name, f.extent)
@@ -290,6 +293,8 @@ class Reader(Reading):
               guard: Expr | None = None, empty: float = 0.0, finite: bool = True, positive: bool = False,
               dtype: str = "") -> str:
         """Append a statement that writes a new temporary with one rank per axis."""
+        if reduce is not None and reduce.monoid == "sum":
+            body, guard = self._chosen(body, reduce.over, guard)
         name = self.fresh(hint)
         index = tuple(Var(str(f.rank).lower()) for f in axes)
         self.statements.append(Einsum((Access(name, index),), body, reduce, guard))
@@ -297,6 +302,17 @@ class Reader(Reading):
         if dtype:
             self.dtypes[name] = dtype
         return name
+
+    def _chosen(self, body: Expr, over: Sequence[str], guard: Expr | None) -> tuple[Expr, Expr | None]:
+        """Terms of a sum with their guard.  What the guard asks of computed values, for a whole row at once, is asked in
+        the terms: a sum is linear in them, and the row's value may not be known before all terms were seen."""
+        parts = conjuncts(guard) if guard is not None else ()
+        late = [c for c in parts if reads(c) & set(self.written) and not variables(c) & set(over)]
+        if not late:
+            return body, guard
+        asked = conjunction(late)
+        assert asked is not None
+        return Call("where", (asked, body, Const(0.0))), conjunction([c for c in parts if c not in late])
 
     def materialise(self, v: Value, hint: str = "T") -> Value:
         """A value as (a view of) a temporary; piece by piece, where it has pieces that read temporaries."""

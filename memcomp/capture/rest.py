@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from memcomp.capture import table
 from memcomp.capture.candidates import module_path, source
 from memcomp.capture.finish import finish
+from memcomp.capture.lookups import ancestors, lookups
 from memcomp.capture.reader import Reader, meta
 from memcomp.capture.region import Region
 from memcomp.capture.value import Value
@@ -185,13 +186,15 @@ class _Cut:
         node = n.all_input_nodes[0] if n.target is operator.getitem else n
         found = isinstance(meta(node), (tuple, list))
         outs = tuple(u for u in node.users if u.target is operator.getitem) if found else (node,)
-        return Foreign(node, outs, why or "no rule")
+        return Foreign(node, outs, why if table.rule(node) else f"{table.base_name(node) or node} has no rule")
 
 
 def _inputs(part: Part) -> Collection[fx.Node]:
     if isinstance(part, Alias):
         return (part.of,)
-    return part.inputs if isinstance(part, Region) else part.node.all_input_nodes
+    if isinstance(part, Region):  # places that torch looks at, too
+        return (*part.inputs, *(x.index for x in lookups(ancestors(part))))
+    return part.node.all_input_nodes
 
 
 def _row_major(t: torch.Tensor) -> bool:

@@ -35,7 +35,8 @@ def _place_of_all(r: Reader, x: Value, monoid: str) -> Value:
 
 def _topk(r: Reader, node: fx.Node, x: Value, k: int, dim: int = -1, largest: bool = True,
           sorted: bool = True) -> tuple[Value, Value]:
-    """The k greatest with their places, in falling order; ties take the lowest place."""
+    """The k greatest with their places, in falling order; ties take the lowest place.  Of a dimension that was merged
+    from several the place is the row-major index over these."""
     if not isinstance(k, int) or not 0 < k <= MOST:
         raise Refusal(f"the {k} greatest", hint=f"k is a number from 1 to {MOST}")
     if not largest:
@@ -43,8 +44,6 @@ def _topk(r: Reader, node: fx.Node, x: Value, k: int, dim: int = -1, largest: bo
     d = wrap(dim, len(x.dims))
     v = real(x) if x.is_real else whole(x)
     rows = layout(r, v, [d])
-    if len(rows.over) != 1:
-        raise Refusal("topk over a dimension that was merged from several")
     body, guard = guarded(r, v.at(rows.index), "topk", rows.over)
     order = Factor(k, r.rank("K", k))
     axes = (*rows.kept, order)

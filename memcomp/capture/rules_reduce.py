@@ -13,12 +13,12 @@ from torch import fx
 from memcomp.capture.extent import expression, same
 from memcomp.capture.masks import lowest, make
 from memcomp.capture.reader import Reader, meta, real, whole
-from memcomp.capture.rules_map import NARROW, apply, operands, truth
+from memcomp.capture.rules_map import NARROW, apply, convert, operands, truth
 from memcomp.capture.table import Rule, base_name
 from memcomp.capture.value import UNIT, Dim, Factor, Index, Value, reshape, wrap
 from memcomp.ir.cascade import Reduce
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Const, Expr, Var
+from memcomp.ir.expr import Access, Call, Const, Expr, Var
 from memcomp.ir.ops import MONOIDS
 
 INF = math.inf
@@ -160,7 +160,10 @@ def _extreme(monoid: str, pair: bool) -> Callable[..., Any]:
             return best(r, x, f"arg{monoid}", dimensions(x, dim)[0], keepdim)
         dims = dimensions(x, dim)
         inhabited(x, dims, monoid)
-        if x.dtype == torch.bool:
+        if (flags := _flags(r, x)) is not None:  # 0 or 1 in a short integer: how frameworks without `any` spell it
+            out = _truths({"max": "or", "min": "and"}[monoid])(r, node, flags, tuple(dims), keepdim)
+            out = convert(out, x.dtype)
+        elif x.dtype == torch.bool:
             out = reduced(r, x, {"max": "or", "min": "and"}[monoid], dims, keepdim, "L")
         else:
             out = reduced(r, x, monoid, dims, keepdim, "G")
@@ -169,6 +172,24 @@ def _extreme(monoid: str, pair: bool) -> Callable[..., Any]:
         return out, Value(out.dims, torch.int64, out.at)  # nobody reads where it was found
 
     return read
+
+
+def _flags(r: Reader, x: Value) -> Value | None:
+    """The truth values of which these integers are 1 and 0."""
+    e = r.probe(x)
+    return truth(x) if x.dtype in NARROW and isinstance(e, Call) and e.op == "where" and \
+        e.args[1:] == (Const(1), Const(0)) else None
+
+
+def _infinite(e: Expr, op: str) -> tuple[Expr, Const] | None:
+    """(x, c) of the comparison of x, by `op`, with an infinite c."""
+    if isinstance(e, Call) and e.op == "not" and isinstance(e.args[0], Call):
+        e = Call({"eq": "ne", "ne": "eq"}.get(e.args[0].op, ""), e.args[0].args)
+    if isinstance(e, Call) and e.op == op:
+        for x, c in (e.args, e.args[::-1]):
+            if isinstance(c, Const) and c.value in (INF, -INF):
+                return x, c
+    return None
 
 
 def _truths(monoid: str) -> Callable[..., Value]:
@@ -180,6 +201,16 @@ def _truths(monoid: str) -> Callable[..., Value]:
         if isinstance(e, Const) or monoid == "or" and r.live(e, rows.over):
             known = Const(True) if not isinstance(e, Const) else e
             return Value(kept_shape(v, rows, dims, keepdim, "").dims, torch.bool, lambda _: known)
+        op = {"or": "ne", "and": "eq"}[monoid]
+        if (found := _infinite(r.probe(v), op)) is not None:  # some x is not -inf just if the greatest is not
+            def inner(ix: Index) -> Expr:
+                known = _infinite(r.simplify(v.at(ix)), op)
+                assert known is not None
+                return known[0]
+
+            end = found[1]
+            most = reduced(r, Value(v.dims, torch.float32, inner), "max" if end.value < 0 else "min", dims, keepdim, "G")
+            return Value(most.dims, torch.bool, lambda ix: make(op, most.at(ix), end))
         return reduced(r, v, monoid, dims, keepdim, "L")
 
     return read

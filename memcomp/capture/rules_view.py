@@ -231,6 +231,7 @@ def _native_dropout(r: Reader, node: fx.Node, x: Value, p: float, train: bool) -
 RULES: dict[str, Rule] = {
     "view": Rule("view", _view), "expand": Rule("view", _expand), "permute": Rule("view", _permute),
     "transpose": Rule("view", _transpose), "t": Rule("view", _t), "numpy_T": Rule("view", _t),
+    "mT": Rule("view", lambda r, node, x: _transpose(r, node, x, -2, -1)),
     "getattr": Rule("view", _getattr), "same": Rule("view", _same), "slice": Rule("view", _slice),
     "narrow": Rule("view", _narrow), "select": Rule("view", _select), "split": Rule("view", _split),
     "chunk": Rule("view", lambda r, node, x, chunks, dim=0: _pieces(r, node, x, dim)),

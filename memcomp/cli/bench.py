@@ -41,11 +41,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _cpu(args: argparse.Namespace) -> int:
     from memcomp.backends import device_of
-    from memcomp.config import Config
+    from memcomp.config import config
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of itself on stderr
-    if device_of(Config(args.target)) != "cpu":
-        raise OptionError(f"target {args.target} is not this machine's CPU", hint="cpu, or avx2 for older instructions")
+    settings = config(options.machine(args))
+    if device_of(settings) != "cpu":
+        raise OptionError(f"target {settings.target} is not this machine's CPU",
+                          hint="cpu, or avx2 for older instructions")
     if args.rounds < 2:
         raise OptionError(f"--rounds {args.rounds} gives no spread", hint="at least 2")
     from memcomp.bench import named, run, written
@@ -62,7 +64,7 @@ def _cpu(args: argparse.Namespace) -> int:
         if args.output is not None:
             put(args.output, written(found))
 
-    run(args.only, args.rounds, done, args.target)
+    run(args.only, args.rounds, done, settings.target)
     if args.json:
         print(written(found))
     return 0
@@ -70,13 +72,14 @@ def _cpu(args: argparse.Namespace) -> int:
 
 def _cuda(args: argparse.Namespace) -> int:
     from memcomp.bench.gpu import Plan, chosen, run
+    from memcomp.config import config
 
-    cases = chosen(args.only, args.interpret)
+    machine, cases = config(options.machine(args)).target, chosen(args.only, args.interpret)
     if args.list:
         print(json.dumps([c.name for c in cases], indent=2) if args.json else "\n".join(c.name for c in cases))
         return 0
     plan = Plan(cases, args.seconds, args.interpret, args.tests, args.output,
-                target="" if args.target == "cpu" else args.target)
+                target="" if machine == "cpu" else machine)
     found = run(plan, lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True))
     if args.json:
         print(json.dumps(found.data, indent=2))

@@ -13,7 +13,7 @@ from memcomp.ir.program import Program
 
 def add(commands: Commands) -> None:
     p = commands.add("check", run, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.")
-    options.given(p)
+    options.given(p, sizes="extent of an open rank or input; default: a program's bound, or 1024")
     options.output(p)
     options.as_json(p)
     options.target(p)
@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
     found = given.whole(args)
     with used(found):
         settings = options.machine(args) | ({"interpret": True} if args.interpret else {})
-        report = (check_program(found, **settings) if isinstance(found, Program)
-                  else check(found.fn, *found.inputs, **settings))
+        report = (check_program(found, sizes=given.sizes(args, found), **settings) if isinstance(found, Program)
+                  else check(found.fn, *found.marked(), **settings))
     if args.json:
         rows = [{"name": r.name, "ok": r.ok, "max_error": r.error.max, "tolerance": r.tolerance.max}
                 for r in report.rows]

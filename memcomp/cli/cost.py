@@ -7,16 +7,15 @@ import json
 
 from memcomp.cli import given, options, out
 from memcomp.cli.parser import Commands
-from memcomp.ir.errors import OptionError, nearest
+from memcomp.ir.errors import OptionError
 
 
 def add(commands: Commands) -> None:
     p = commands.add("cost", run, "Operations, traffic and time by the cost model.")
-    options.given(p)
+    options.given(p, sizes="extent of an open rank or input; default: its bound, or 1024")
     options.output(p)
     options.as_json(p)
     options.target(p)
-    options.sizes(p)
     p.add_argument("--traffic", metavar="BYTES",
                    help="bytes to and from memory, where they are known, instead of the model's")
 
@@ -29,13 +28,9 @@ def run(args: argparse.Namespace) -> int:
     from memcomp.sizes import shape_sizes
 
     settings = config(options.machine(args))
-    known = options.extents(args)
     moved = None if args.traffic is None else _count(args.traffic)
     rows = []
-    for p in given.programs(args):
-        if unknown := known.keys() - {r.name for r in p.cascade.ranks}:
-            raise OptionError(f"{p.name} has no rank {min(unknown)!r}",
-                              hint=nearest(min(unknown), [r.name for r in p.cascade.ranks]))
+    for p, known in given.regions(args):
         program = map_program(p, config=settings, sizes=known)
         sizes = shape_sizes(p, program, known)
         rows.append((program, sizes, cost(program, sizes, target(settings.target), moved)))
@@ -44,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
         return out.write(args, json.dumps([{"name": p.name, "sizes": s, **asdict(c)} for p, s, c in rows], indent=2))
     return out.write(args, "\n\n".join(
-        f"{p.name} at {', '.join(f'{n}={x}' for n, x in sorted(s.items())) or 'fixed sizes'}\n{c}" for p, s, c in rows))
+        f"{p.name} at {given.at(s.items())}\n{c}" for p, s, c in rows))
 
 
 def _count(text: str) -> float:

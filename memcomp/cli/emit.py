@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
     options.given(p)
     options.output(p)
     options.as_json(p)
-    options.target(p)
+    options.target(p, several=True)
     options.backend(p)
     p.add_argument("--cubin", metavar="FOLDER", type=Path,
                    help="also write machine code for the target's GPU there, to be launched without a compiler")
@@ -33,17 +33,22 @@ def run(args: argparse.Namespace) -> int:
     from memcomp.config import config
     from memcomp.pipeline import compile_program
 
-    settings = config(options.machine(args))
-    if args.cubin is not None and device_of(settings) != "cuda":
-        raise OptionError(f"--cubin writes code for GPUs, and {settings.target} is none", hint="e.g. --target h100")
-    kernels = [compile_program(p, config=settings).kernel for p in given.programs(args)]
-    distinct = {k.source: k for k in kernels}.values()
-    if args.cubin is not None:
-        _save(args.cubin, distinct)
+    machines = [config(one) for one in options.machines(args)]
+    for settings in machines:
+        if args.cubin is not None and device_of(settings) != "cuda":
+            raise OptionError(f"--cubin writes code for GPUs, and {settings.target} is none", hint="e.g. --target h100")
+    read = given.regions(args)
+    rows: list[tuple[str, Kernel]] = []
+    for settings in machines:
+        kernels = (compile_program(p, config=settings, sizes=known).kernel for p, known in read)
+        distinct = {k.source: k for k in kernels}.values()
+        if args.cubin is not None:
+            _save(args.cubin / settings.target if len(machines) > 1 else args.cubin, distinct)
+        rows += [(settings.target, k) for k in distinct]
     if args.json:
-        return out.write(args, json.dumps(
-            [{"name": k.name, "backend": k.backend, "entry": k.entry, "source": k.source} for k in distinct], indent=2))
-    return out.write(args, "\n".join(k.source.rstrip() + "\n" for k in distinct).rstrip())
+        return out.write(args, json.dumps([{"name": k.name, "target": name, "backend": k.backend, "entry": k.entry,
+                                            "source": k.source} for name, k in rows], indent=2))
+    return out.write(args, "\n".join(k.source.rstrip() + "\n" for _, k in rows).rstrip())
 
 
 def _save(folder: Path, kernels: Iterable[Kernel]) -> None:

@@ -16,10 +16,10 @@ from memcomp.ir.program import Program
 
 def add(commands: Commands) -> None:
     p = commands.add("explain", run, "Passes, kernels and traffic of each region, before and after.")
-    options.given(p)
+    options.given(p, sizes="extent of an open rank or input; default: a program's bound, or 1024")
     options.output(p)
     options.as_json(p)
-    options.target(p)
+    options.target(p, several=True)
     options.backend(p)
     p.add_argument("--html", metavar="FILE", type=Path,
                    help="write one page that shows it all, instead (as does -o FILE.html)")
@@ -33,11 +33,19 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError("the explanation cannot be JSON and a page of HTML at once", hint="run it twice")
     if args.html and args.output:
         raise OptionError("--html and -o both name the file to write", hint="use one of them")
+    machines = options.machines(args)
+    if html and len(machines) > 1:
+        raise OptionError("a page of HTML is for one target", hint="run it once for each --target")
     found = given.whole(args)
     with used(found):
-        explained = (explain(found, **options.machine(args)) if isinstance(found, Program)
-                     else explain(found.fn, *found.inputs, **options.machine(args)))
+        explained = [explain(found, sizes=given.sizes(args, found), **one) if isinstance(found, Program)
+                     else explain(found.fn, *found.marked(), **one) for one in machines]
     if html:
-        put(html, explained.html())
+        put(html, explained[0].html())
         return 0
-    return out.write(args, json.dumps(explained.json(), indent=2) if args.json else str(explained))
+    if len(machines) == 1:
+        return out.write(args, json.dumps(explained[0].json(), indent=2) if args.json else str(explained[0]))
+    each = list(zip((one["target"] for one in machines), explained, strict=True))
+    if args.json:
+        return out.write(args, json.dumps([{"target": name, **e.json()} for name, e in each], indent=2))
+    return out.write(args, "\n\n".join(f"== {name}\n{str(e).rstrip()}" for name, e in each))

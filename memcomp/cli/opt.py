@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
     options.as_json(p)
     options.target(p)
     p.add_argument("--dump-after", metavar="STATION", action="append", default=[],
-                   help="also print after this station (repeatable; `all`)")
+                   help="also print after this station (repeatable; `all`), to stderr")
 
 
 def opt(args: argparse.Namespace) -> int:
@@ -34,5 +34,5 @@ def opt(args: argparse.Namespace) -> int:
             print(f"# after {station}\n{text_of(value)}", file=sys.stderr)
 
     settings = config(options.machine(args))
-    return out.programs(args, [compile_program(p, config=settings, observe=observe).program
-                               for p in given.programs(args)])
+    return out.programs(args, [compile_program(p, config=settings, sizes=known, observe=observe).program
+                               for p, known in given.regions(args)])

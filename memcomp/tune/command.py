@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from memcomp.backends import device_of
-from memcomp.cache import Entry, environment, layers, present
+from memcomp.cache import Entry, layers, present
+from memcomp.cache.commands import device
 from memcomp.config import Config
 from memcomp.ir.errors import OptionError
 from memcomp.ir.program import Program
@@ -28,11 +30,12 @@ class Row:
     fresh: bool
 
 
-def tune(programs: Sequence[tuple[Program, Mapping[str, int]]], config: Config, *, seconds: float | None, workers: int,
-         again: bool) -> Iterable[Row]:
-    """Tune programs at their sizes, one after another; each is kept before the next begins.
+def tune(programs: Sequence[tuple[str, Program, Mapping[str, int]]], config: Config, *, seconds: float | None,
+         workers: int, again: bool, ray: str = "") -> Iterable[Row]:
+    """Tune programs (each with where it was found, and its sizes), one after another; each is kept before the next
+    begins.
 
-    Raises OptionError where the cache cannot be written: then nothing would be kept.
+    ray: address of a cluster whose devices measure, instead of this machine.  Raises OptionError where the cache cannot be written: then nothing would be kept.
     """
     stores = layers(config.cache_dir, config.cache)
     if stores.writable is None:
@@ -42,7 +45,7 @@ def tune(programs: Sequence[tuple[Program, Mapping[str, int]]], config: Config, 
         raise OptionError(f"--seconds {seconds:g} is no time", hint=f"more than 0, at most {LONGEST:g}")
     if not 0 <= workers <= MOST:
         raise OptionError(f"--workers {workers} is no number of processes", hint=f"at most {MOST}; 0: one a core")
-    if not present(device_of(config)):
+    if not ray and not present(device_of(config)):
         raise OptionError(f"there is no {device_of(config)} device here to measure the target {config.target} on",
                           hint="tune on the machine that the kernels are for, and `memcomp cache export` there")
     try:
@@ -50,19 +53,33 @@ def tune(programs: Sequence[tuple[Program, Mapping[str, int]]], config: Config, 
     except OSError as error:
         raise OptionError(f"the cache {stores.writable.root} cannot be written, and nothing would be kept", str(error),
                           "set MEMCOMP_CACHE_DIR to a folder that can") from None
-    here = environment(device_of(config))
-    with Tuner(workers) as tuner:
-        for n, (program, sizes) in enumerate(programs):
-            opened = tunable(program, config=config, sizes=sizes)
+    with _tuners(config, workers, ray) as tuners:
+        todo = [(n, x, tuner) for n, x in enumerate(programs) for tuner in tuners]
+        for count, (n, (name, program, sizes), tuner) in enumerate(todo):
+            here, opened = tuner.environment(config), tunable(program, config=config, sizes=sizes)
             known = None if again else stores.get(opened.problem, here)
             if known is None:
-                with bar(f"{program.name} ({n + 1} of {len(programs)})") as watch:
+                with bar(f"{name} ({n + 1} of {len(programs)})") as watch:
                     entry = tuner.tune(program, config, sizes, mode=config.tune, seconds=seconds,
                                        hints=stores.hints(opened.problem, here), watch=watch)
                 stores.writable.put(entry)  # asked for now: in the place of what was known
-            yield Row(program.name, known or entry, known is None)
-            if known is None and INTERRUPTED in entry.measured.how and n + 1 < len(programs):
+            found = known or entry
+            yield Row(f"{name} on {device(found)}" if len(tuners) > 1 else name, found, known is None)
+            if known is None and INTERRUPTED in entry.measured.how and count + 1 < len(todo):
                 raise KeyboardInterrupt
+
+
+@contextmanager
+def _tuners(config: Config, workers: int, ray: str) -> Iterator[list[Tuner]]:
+    """One for each kind of device."""
+    if ray:
+        from memcomp.tune.cluster import tuners
+
+        with tuners(ray, device_of(config), workers) as found:
+            yield found
+    else:
+        with Tuner(workers) as tuner:
+            yield [tuner]
 
 
 def told(rows: Iterable[Row], as_json: bool) -> str:

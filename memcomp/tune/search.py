@@ -1,5 +1,5 @@
-"""Tuning: candidates are compiled and compared with float64 side by side, in processes of their own; those that did
-well are raced in turn; the fastest is kept with how it was measured.
+"""Tuning: candidates are compiled and compared with float64 side by side, in processes of their own, and timed one at a
+time on each device; those that did well are raced in turn; the fastest is kept with how it was measured.
 
 The cost model says where to begin: what it thinks far slower than its best is not tried.  What comes next is up to
 Optuna's tree-structured Parzen estimator (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NIPS 2011).
@@ -10,12 +10,14 @@ from __future__ import annotations
 import atexit
 import datetime
 import math
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from memcomp.cache import Choice, Entry, Measured, Rejected, environment
 from memcomp.cache.entry import ITEMS, TEXT
@@ -46,6 +48,8 @@ class Mode:
     finalists: int
     share: float = 0.35
 
+
+Timed: TypeAlias = tuple[float, float, int]  # median seconds of a call, spread, rounds
 
 MODES = {"quick": Mode(20.0, 2.0, 4), "full": Mode(600.0, 16.0, 8, 0.2)}
 
@@ -95,6 +99,7 @@ class Search:
     watch: Callable[[State], None]
     hints: tuple[Choice, ...] = ()
     begin: float = 0.0
+    likely: int = 0
     trials: dict[Choice, Trial] = field(default_factory=dict)
 
     @property
@@ -111,6 +116,7 @@ class Search:
     def attempt(self, asked: Sequence[Asked]) -> None:
         """Try candidates until the time for it is over."""
         candidates = ranked(self.tunable, self.mode.slower, self.hints)
+        self.likely = len(candidates)
         until, todo = self.begin + self.mode.seconds * (1 - self.mode.share), _Order(candidates)
 
         def jobs() -> Iterator[Job]:
@@ -127,11 +133,15 @@ class Search:
             self.watch(State(len(self.trials), len(candidates), self.ran[0].seconds if self.ran else math.inf,
                              model.seconds if model else math.inf, self.begin + self.mode.seconds - time.monotonic()))
 
-        spread(asked, jobs(), lambda: LIMIT, math.inf, done)
+        turns: Mapping[str, threading.Lock] = defaultdict(threading.Lock)
+        spread([_InTurn(w, turns) for w in asked], jobs(), lambda: LIMIT, math.inf, done)
 
-    def race(self, worker: Asked) -> dict[Choice, tuple[float, float, int]]:
-        """(median, spread, rounds) of the candidates that did best, and of the cost model's own, in turn; those that
-        end the race are left out."""
+    def race(self, worker: Asked) -> dict[Choice, Timed]:
+        """The candidates that did best, and the cost model's own, in turn.
+
+        Of a race that does not end each candidate is asked alone, and those that end badly again are out.  Where none
+        does, the race is run once more; nothing where that does not end either, or nothing is left."""
+        once_more = True
         entered = [t.choice for t in self.ran[:self.mode.finalists]]
         model = self.trials.get(self.tunable.modelled)
         if model is not None and model.state == OK and model.choice not in entered:
@@ -143,17 +153,80 @@ class Search:
             if answer.state == OK:
                 return {c: (m, s, answer.told["rounds"])
                         for c, m, s in zip(entered, answer.told["medians"], answer.told["spreads"], strict=True)}
-            lost = entered.pop()
-            self.trials[lost] = Trial(lost, answer.state, why=answer.why)
-        raise Refusal("no candidate came through the race")
+            left_over = [c for c in entered if self._alone(worker, c)]
+            if len(left_over) == len(entered):
+                if not once_more:
+                    break
+                once_more = False
+            entered = left_over
+        return {}
+
+    def _alone(self, worker: Asked, choice: Choice) -> bool:
+        """Does a candidate come through a race without rivals?"""
+        answer = worker.ask(Job("race", (self.given, (choice,), 0.0)), LIMIT)
+        if answer.state != OK:
+            self.trials[choice] = Trial(choice, answer.state, why=f"in the race: {answer.why}")
+        return answer.state == OK
+
+
+@dataclass(frozen=True, slots=True)
+class _InTurn:
+    """A worker whose candidates are timed while none is on the same device.  turns: by device."""
+
+    worker: Asked
+    turns: Mapping[str, threading.Lock]
+
+    @property
+    def place(self) -> str:
+        return self.worker.place
+
+    def ask(self, job: Job, limit: float) -> Answer:
+        checked = self.worker.ask(job, limit)
+        if checked.state != OK:
+            return checked
+        with self.turns[self.place]:
+            timed = self.worker.ask(replace(job, do="time"), limit)
+        return replace(timed, told={**checked.told, **timed.told})
+
+    def stop(self) -> None:
+        self.worker.stop()
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found.  timed: the candidates that were raced, or all that ran where there was no race."""
+
+    search: Search
+    timed: Mapping[Choice, Timed]
+    how: str
+
+    @property
+    def order(self) -> list[Choice]:
+        """The best first; the model's own before what is no faster for sure."""
+        return winners(self.timed, self.search.tunable.modelled)
+
+    def entry(self, environment: Mapping[str, Any]) -> Entry:
+        """For the cache."""
+        best, *others = self.order
+        (median, spread, rounds), trial = self.timed[best], self.search.trials[best]
+        measured = Measured(median, spread, rounds, trial.error, trial.bound, self.timed[others[0]][0] if others else 0,
+                            self.how, datetime.date.today().isoformat())
+        return Entry(self.search.tunable.problem, environment, best, measured, self.search.rejected)
 
 
 class Tuner:
     """Processes that try candidates, for one program after another.  A context: they end with it."""
 
-    def __init__(self, workers: int = 0, make: Callable[[], Does] = Tasks) -> None:
-        """workers: how many; 0: one for each core.  make: what they do, picklable."""
-        self._asked: list[Asked] = [Worker(make) for _ in range(workers or cpu().cores)]
+    def __init__(self, workers: int | Sequence[Asked] = 0, make: Callable[[], Does] = Tasks,
+                 there: Mapping[str, Any] | None = None) -> None:
+        """workers: how many, 0: one for each core; or those that there are.  make: what they do, picklable.  there:
+        their environment, if it is not this machine's."""
+        self._there = there
+        self._asked: Sequence[Asked] = [Worker(make) for _ in range(workers or cpu().cores)] if isinstance(
+            workers, int) else workers
 
     def __enter__(self) -> Tuner:
         return self
@@ -172,8 +245,21 @@ class Tuner:
     def tune(self, read: Program, config: Config, sizes: Mapping[str, int], *, mode: str = "quick",
              seconds: float | None = None, hints: Iterable[Entry] = (),
              watch: Callable[[State], None] = lambda state: None) -> Entry:
-        """The entry of the fastest way to map a program on this machine; where it is interrupted (Ctrl-C), of the
-        fastest that was found.
+        """The entry of the fastest way to map a program; arguments and errors as of `search`."""
+        return self.search(read, config, sizes, mode=mode, seconds=seconds, hints=hints, watch=watch).entry(
+            self.environment(config))
+
+    def environment(self, config: Config) -> Mapping[str, Any]:
+        """What is measured here holds for."""
+        from memcomp.backends import device_of
+
+        return self._there or environment(device_of(config))
+
+    def search(self, read: Program, config: Config, sizes: Mapping[str, int], *, mode: str = "quick",
+               seconds: float | None = None, hints: Iterable[Entry] = (),
+               watch: Callable[[State], None] = lambda state: None) -> Found:
+        """How fast the ways to map a program are on the processes' machine; where it is interrupted (Ctrl-C), what was
+        found.
 
         sizes: as for `compile_program`.  seconds: instead of the mode's, from when the processes are ready.  hints:
         what was best elsewhere, to be tried early.  watch hears of every candidate.  Raises OptionError for a mode that
@@ -181,7 +267,6 @@ class Tuner:
         """
         if mode not in MODES:
             raise OptionError(f"tune={mode!r} is not known", hint=f"known: {', '.join(MODES)}")
-        from memcomp.backends import device_of
         from memcomp.pipeline import tunable
 
         how = MODES[mode] if seconds is None else replace(MODES[mode], seconds=seconds)
@@ -190,8 +275,8 @@ class Tuner:
         given = Given(str(read), tuple(plain.items()), tuple(sizes.items()), rows(read))
         search = Search(tunable(read, config=config, sizes=sizes), how, given, watch,
                         tuple(e.choice for e in hints))
-        timed: dict[Choice, tuple[float, float, int]] = {}
-        stopped = False
+        timed: dict[Choice, Timed] = {}
+        ended = "no race came to its end"
         try:
             together(lambda w: _begin(w, given), [(w,) for w in self._asked])
             search.begin = time.monotonic()
@@ -205,14 +290,13 @@ class Tuner:
                 w.stop()
             if not search.ran:
                 raise
-            stopped, timed = True, {t.choice: (t.seconds, 0.0, 1) for t in search.ran}
-        order = winners(timed, search.tunable.modelled)
-        best, (median, spread, rounds) = search.trials[order[0]], timed[order[0]]
-        raced = INTERRUPTED if stopped else f"{len(order)} raced"
-        words = f"{mode}: {len(search.trials)} of {len(search.tunable.space)} ways tried, {raced}; warm"
-        return Entry(search.tunable.problem, environment(device_of(config)), best.choice, Measured(
-            median, spread, rounds, best.error, best.bound, timed[order[1]][0] if len(order) > 1 else 0.0, words,
-            datetime.date.today().isoformat()), search.rejected)
+            ended = INTERRUPTED
+        if not search.ran:
+            raise Refusal(f"no way of mapping {read.name} comes through a race",
+                          next((t.why for t in search.trials.values() if t.why), ""))
+        ended = f"{len(timed)} raced" if timed else ended
+        return Found(search, timed or {t.choice: (t.seconds, 0.0, 1) for t in search.ran},
+                     f"{mode}: {len(search.trials)} of {search.likely} likely ways tried, {ended}; warm")
 
 
 def _begin(worker: Asked, given: Given) -> None:
@@ -221,7 +305,7 @@ def _begin(worker: Asked, given: Given) -> None:
         worker.ask(Job("begin", (given,)), LIMIT)
 
 
-def winners(timed: Mapping[Choice, tuple[float, float, int]], model: Choice) -> list[Choice]:
+def winners(timed: Mapping[Choice, Timed], model: Choice) -> list[Choice]:
     """By median, but the cost model's choice before what is faster by no more than the measurement wanders."""
     order = sorted(timed, key=lambda c: timed[c][0])
     if model in timed:

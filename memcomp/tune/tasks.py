@@ -1,4 +1,4 @@
-"""What the tuner asks of a process: to try a candidate, and to race those that did well.
+"""What the tuner asks of a process: to check a candidate, to time it, and to race those that did well.
 
 Answers are plain values: they cross to another process.  A candidate is compared with the program's meaning in float64
 before it is timed: on the data that it is timed on where these are few, else on fewer rows of them.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from memcomp.cache.entry import Choice
 
 if TYPE_CHECKING:
+    from memcomp.bench.cuda import Loop, Machine
+    from memcomp.config import Config
     from memcomp.ir.ops import Op
     from memcomp.ir.program import Program
     from memcomp.oracle import Reference
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 TERMS = 1 << 27       # of the program, as written, that are computed in float64 to check a candidate
 GROWTH = 4 << 30      # bytes that a candidate may hold more than the process had before it
-WARM, FEW = 2, 3      # calls before the first that counts, and how many try a candidate
+WARM, FEW = 2, 3      # calls before the first that counts, and how many time a candidate shortly
 FEWEST = 16           # points of a rank that is cut short for that
 SHORT = 2e-3          # seconds that one measurement lasts at least
 
@@ -58,14 +59,15 @@ class Tasks:
         self._work: _Work | None = None
 
     def answer(self, job: Job) -> Answer:
-        from memcomp.workers import answered
+        from memcomp.workers import FAILED, answered
 
         given, *rest = job.given
         if self._work is None or self._work.given != given:
             self._work = None
             self._work = _Work(given)
         work = self._work
-        return answered(lambda: getattr(work, job.do)(*rest))
+        found = answered(lambda: getattr(work, job.do)(*rest))
+        return replace(found, lost=found.state == FAILED and work.place != "cpu")  # a fault spoils a GPU's process
 
 
 class _Work:
@@ -77,56 +79,66 @@ class _Work:
 
     @cached_property
     def tunable(self) -> Tunable:
-        from memcomp.config import config
         from memcomp.ir.register import register
         from memcomp.ir.text import parse
         from memcomp.pipeline import tunable
 
         for row in self.given.rows:
             register(row)
-        return tunable(parse(self.given.text), config=config(dict(self.given.options)), sizes=dict(self.given.sizes))
+        return tunable(parse(self.given.text), config=self._config, sizes=dict(self.given.sizes))
+
+    @cached_property
+    def _config(self) -> Config:
+        from memcomp.config import config
+
+        return config(dict(self.given.options))
 
     def begin(self) -> Answer:
         """What all candidates need."""
         from memcomp.workers import OK, Answer
 
-        _ = self._reference, self._inputs
+        _ = self._reference, self._sets
         return Answer(OK)
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     def attempt(self, choice: Choice) -> Answer:
-        """Compile a candidate, compare it with float64, time it shortly."""
+        """Compile a candidate, compare it with float64."""
         from memcomp.workers import OK, WRONG, Answer
 
-        _limit()
+        if self.place == "cpu":
+            _limit()
         kernel = self._kernel(choice)
         report = self._reference.report(kernel, self.tunable.config)
         worst = report.worst
         if not report.ok:
             return Answer(WRONG, f"error {worst.error.max:.2e} exceeds {worst.tolerance.max:.2e} in {worst.name}")
-        call = self._call(kernel)
-        for _ in range(WARM):
-            call()
-        least = min(_once(call, 1) for _ in range(FEW))
-        return Answer(OK, told={"seconds": least, "error": worst.error.max, "bound": worst.tolerance.max})
+        return Answer(OK, told={"error": worst.error.max, "bound": worst.tolerance.max})
+
+    def time(self, choice: Choice) -> Answer:
+        """The least of a few calls of a candidate."""
+        from memcomp.workers import OK, Answer
+
+        calls = self._calls(self._kernel(choice))
+        for n in range(WARM):
+            calls[n % len(calls)]()
+        self._machine.wait()
+        return Answer(OK, told={"seconds": min(self._machine.clock(calls[n % len(calls)]) for n in range(FEW))})
 
     def race(self, choices: Sequence[Choice], seconds: float) -> Answer:
         """Candidates in turn, for about as long; medians and spreads by place in `choices`."""
+        from memcomp.bench.measure import Times
         from memcomp.workers import OK, Answer
 
-        calls = [self._call(self._kernel(c)) for c in choices]
-        for call in calls:
-            call()
-        counts = [max(1, math.ceil(SHORT / max(_once(call, 1), 1e-7))) for call in calls]
-        taken: list[list[float]] = [[] for _ in calls]
+        loops = [self._loop(self._kernel(c)) for c in choices]
+        taken: list[list[float]] = [[] for _ in loops]
         until = time.monotonic() + seconds
         while len(taken[0]) < FEW or time.monotonic() < until:
-            for times, call, n in zip(taken, calls, counts, strict=True):
-                times.append(_once(call, n) / n)
-        quartiles = [statistics.quantiles(t, n=4) for t in taken]
-        return Answer(OK, told={"rounds": len(taken[0]), "medians": [q[1] for q in quartiles],
-                                "spreads": [(q[2] - q[0]) / q[1] for q in quartiles]})
+            for times, loop in zip(taken, loops, strict=True):
+                times.append(self._machine.clock(loop.run) / loop.calls)
+        found = [Times.of(t) for t in taken]
+        return Answer(OK, told={"rounds": len(taken[0]), "medians": [t.median for t in found],
+                                "spreads": [t.spread for t in found]})
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
@@ -152,17 +164,49 @@ class _Work:
             sizes[longest] = sizes[longest] // 2 + 1
         return Reference(program, _all(program, sizes))
 
-    def _call(self, kernel: Compiled) -> Callable[[], object]:
+    @cached_property
+    def place(self) -> str:
+        """torch's name of where the tensors are."""
+        from memcomp.backends import device_of
+
+        return "cpu" if self._config.interpret else device_of(self._config)
+
+    @cached_property
+    def _machine(self) -> Machine:
+        from memcomp.bench.cuda import Gpu, Rehearsal
+
+        return Rehearsal() if self.place == "cpu" else Gpu()
+
+    def _calls(self, kernel: Compiled) -> list[Callable[[], object]]:
+        """A call of a kernel on each set of inputs."""
         from memcomp.oracle import caller
 
         t = self.tunable
-        return caller(t.general, kernel, self._inputs, _all(t.general, t.extents), t.config)
+        return [caller(t.general, kernel, x, _all(t.general, t.extents), t.config) for x in self._sets]
+
+    def _loop(self, kernel: Compiled) -> Loop:
+        """Calls of a kernel that take long enough to be timed at once."""
+        from memcomp.bench.cuda import Loop
+
+        calls = self._calls(kernel)
+        for call in calls:
+            call()
+        if self.place != "cpu":
+            return self._machine.loop(calls)
+        (call,), count = calls, max(1, math.ceil(SHORT / max(self._machine.clock(calls[0]), 1e-7)))
+        return Loop(lambda: [call() for _ in range(count)], count)
 
     @cached_property
-    def _inputs(self) -> list[Any]:
+    def _sets(self) -> list[list[Any]]:
+        """Inputs where the kernel takes them: on a GPU so many that its second-level cache does not hold them all."""
+        from memcomp.bench.cuda import copies
         from memcomp.oracle import random_inputs
 
-        return random_inputs(self.tunable.general, _all(self.tunable.general, self.tunable.extents))
+        t = self.tunable
+        first = [x.to(self.place) for x in random_inputs(t.general, _all(t.general, t.extents))]
+        size = sum(x.numel() * x.element_size() for x in first)
+        more = copies(size, self._machine.facts()["l2"]) - 1 if self.place != "cpu" else 0
+        return [first, *([x.clone() for x in first] for _ in range(more))]
 
 
 def _all(program: Program, symbols: Mapping[str, int]) -> dict[str, int]:
@@ -170,13 +214,6 @@ def _all(program: Program, symbols: Mapping[str, int]) -> dict[str, int]:
     from memcomp.sizes import fixed
 
     return {**fixed(program), **symbols}
-
-
-def _once(call: Callable[[], object], times: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(times):
-        call()
-    return time.perf_counter() - begin
 
 
 def _limit() -> None:

@@ -20,7 +20,7 @@ def assembled(c: Cascade, statements: list[Einsum], wanted: Mapping[str, str],
     back = {want: mine for mine, want in reversed(list(wanted.items())) if mine in written and want not in written}
     kept = [_renamed(s, {mine: want for want, mine in back.items()}) for s in kept]
     written = {n for s in kept for n in s.names}
-    ranks = {s.names[0]: r for s in kept if (r := written_ranks(s.out)) is not None}
+    ranks = {o.tensor: r for s in kept for o in s.outs if (r := written_ranks(o)) is not None}
     tensors = [t for t in c.tensors if t.role != "temp" or (t.name in written and t.name not in back)]
     tensors += [Tensor(t.name, ranks[t.name], t.dtype) for t in c.tensors if t.name in back and t.dtype != "f32"]
     known = {t.name for t in tensors}

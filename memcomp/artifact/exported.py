@@ -1,0 +1,190 @@
+"""A model as torch.export sees it: its graph, what its inputs may be, and the tensors that it holds."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental import _config as oblivious
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflatten
+
+from memcomp.artifact.plan import Size as Shown
+from memcomp.capture import read_exported
+from memcomp.capture.candidates import OWN_FRAME
+from memcomp.capture.extent import expression, extent, size_name
+from memcomp.capture.reader import DTYPE, meta
+from memcomp.capture.rest import tidy
+from memcomp.inputs import Function
+from memcomp.ir.errors import InputError, Refusal
+from memcomp.ir.expr import Expr, Size, substitute
+from memcomp.ir.show import show_expr
+from memcomp.ir.simplify import simplify
+
+
+@dataclass(frozen=True)
+class Exported:
+    """labels: names of the inputs; results: of the outputs; sizes: the run-time numbers of the graph, as the inputs' shapes show them; names: of
+    its symbols; example: what they were when it was exported."""
+
+    gm: fx.GraphModule
+    inputs: tuple[fx.Node, ...]
+    labels: tuple[str, ...]
+    outputs: tuple[fx.Node, ...]
+    results: tuple[str, ...]
+    sizes: tuple[Shown, ...]
+    names: Mapping[sympy.Symbol, str]
+    example: Mapping[str, int]
+
+    def text(self, x: int | torch.SymInt) -> str:
+        """An extent as an expression over `sizes`.  Raises Refusal where it depends on data."""
+        e = extent(x)
+        if isinstance(e, int):
+            return str(e)
+        if unknown := [s for s in e.free_symbols if s not in self.names]:
+            raise Refusal(f"the extent {e} depends on data ({unknown[0]})")
+        known: dict[Expr, Expr] = {Size(size_name(s)): Size(n) for s, n in self.names.items()}
+        return show_expr(simplify(substitute(expression(e), known)))
+
+    def shape(self, node: fx.Node) -> tuple[str, ...]:
+        return tuple(map(self.text, meta(node).shape))
+
+
+def export(given: Function) -> Exported:
+    """Export a function called with its inputs; what is no tensor is as it is in every call.
+
+    Raises InputError where torch cannot export it, or its open extents cannot differ; Refusal for a model that keeps a
+    state.
+    """
+    fn = given.fn
+    at = [i for i, x in enumerate(given.inputs) if isinstance(x, torch.Tensor)]
+    dims = [given.dims[i] if i < len(given.dims) else {} for i in at]
+    module = fn if isinstance(fn, torch.nn.Module) and len(at) == len(given.inputs) else _Wrapped(fn, given.inputs, at)
+    with _stateless(fn), torch.no_grad():
+        ep = _exported(module, tuple(given.inputs[i] for i in at), dims)
+    signature = ep.graph_signature
+    if changed := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
+        raise Refusal(f"it writes into {changed[0]}, and an artifact keeps no state", hint="return the new value instead")
+    gm = read_exported(ep)
+    tidy(gm)
+    return _read(gm, [given.names[i] for i in at], dims)
+
+
+def _exported(module: torch.nn.Module, inputs: tuple[Any, ...],
+              dims: Sequence[Mapping[int, Any]]) -> torch.export.ExportedProgram:
+    """Where a dimension may be 1, as one that is treated like others, if the model allows it; else from 2 on, which is
+    torch's own way: what is 1 broadcasts."""
+    small = any(x.least < 2 for given in dims for x in given.values())
+    for alike in (True, False) if small else (False,):
+        try:
+            with oblivious.patch(backed_size_oblivious=alike):
+                return torch.export.export(module, inputs, dynamic_shapes=_dynamic(module, inputs, dims), strict=False)
+        except (KeyboardInterrupt, MemoryError, RecursionError):
+            raise
+        except Exception as error:  # anything at all: it runs the user's code, and torch's own errors have no base
+            if not alike:
+                raise InputError("torch.export does not export it", _why(error),
+                                 "torch.export.export(model, inputs, strict=False) must accept it") from error
+    raise AssertionError
+
+
+class _Wrapped(torch.nn.Module):
+    """A function of the tensors alone that it is called with."""
+
+    def __init__(self, fn: Any, inputs: Sequence[Any], at: Sequence[int]) -> None:
+        super().__init__()
+        self.fn, self.at = fn, tuple(at)
+        self.others = [None if i in at else x for i, x in enumerate(inputs)]
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        given = dict(zip(self.at, args, strict=True))
+        return self.fn(*(given.get(i, x) for i, x in enumerate(self.others)))
+
+    forward.__code__ = forward.__code__.replace(co_filename=OWN_FRAME)
+
+
+def _why(error: Exception) -> str:
+    """The line of torch's message that says what is wrong."""
+    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@contextmanager
+def _stateless(module: Any) -> Iterator[None]:
+    """Without the cache of keys and values that Hugging Face's models return beside the logits: it is a state."""
+    settings = getattr(module, "config", None)
+    before = getattr(settings, "use_cache", None)
+    if before is not None:
+        settings.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            settings.use_cache = before
+
+
+def _dynamic(module: torch.nn.Module, inputs: Sequence[Any], dims: Sequence[Mapping[int, Any]]) -> Any:
+    if not any(dims):
+        return None
+    made: dict[str, Any] = {}  # dimensions of one name are one size
+    each = [{d: made.setdefault(x.name, torch.export.Dim(x.name, min=x.least, max=x.most)) for d, x in given.items()}
+            for given in dims]
+    parameters = inspect.signature(module.forward).bind(*inputs).arguments
+    by_name: dict[str, Any] = {}
+    rest = iter(each)
+    for name, value in parameters.items():
+        kind = inspect.signature(module.forward).parameters[name].kind
+        by_name[name] = tuple(next(rest) for _ in value) if kind is inspect.Parameter.VAR_POSITIONAL else next(rest)
+    return by_name
+
+
+def _read(gm: fx.GraphModule, names: Sequence[str], dims: Sequence[Mapping[int, Any]]) -> Exported:
+    inputs = tuple(n for n in gm.graph.nodes if n.op == "placeholder")
+    labels = tuple(names[i] if names[i].isidentifier() else f"input{i}" for i in range(len(inputs)))
+    named: dict[sympy.Symbol, Shown] = {}
+    example: dict[str, int] = {}
+    for i, n in enumerate(inputs):
+        if meta(n).dtype not in DTYPE:
+            raise Refusal(f"the input {n} is {meta(n).dtype}", hint=f"known: {', '.join(DTYPE.values())}")
+        for d, x in enumerate(meta(n).shape):
+            e = extent(x)
+            symbols = [] if isinstance(e, int) else sorted(e.free_symbols, key=str)
+            for s in symbols:
+                if s not in named and (divisor := e / s).is_Integer:
+                    given = dims[i].get(d)
+                    name = _name(given.name if given else "N", {x.name for x in named.values()})
+                    known = x.node.shape_env.bound_sympy(s)
+                    most = int(known.upper) if known.upper.is_Integer and int(known.upper) < 2**40 else None
+                    least = int(known.lower) if known.lower.is_Integer else 0
+                    named[s] = Shown(name, labels[i], d, int(divisor), least, most)
+                    example[name] = int(x.node.hint) // int(divisor)
+    out = next(n for n in gm.graph.nodes if n.op == "output")
+    found = [(n, x) for n, x in zip(_results(gm), tree_leaves(out.args[0]), strict=True) if x is not None]
+    if wrong := [x for _, x in found if not isinstance(x, fx.Node) or not isinstance(meta(x), torch.Tensor)]:
+        raise InputError("it returns what is no tensor", str(wrong[0]), "return tensors")
+    if not found:
+        raise InputError("it returns nothing", hint="return tensors")
+    results = [n for n, _ in found]
+    results = [n if results.count(n) == 1 and n.isidentifier() else f"out{k}" for k, n in enumerate(results)]
+    return Exported(gm, inputs, labels, tuple(x for _, x in found), tuple(results), tuple(named.values()),
+                    {s: x.name for s, x in named.items()}, example)
+
+
+def _results(gm: fx.GraphModule) -> list[str]:
+    """What the model calls each of its results ("" where it does not): `logits` of what Hugging Face's models return."""
+    spec = gm._out_spec
+    made = tree_unflatten(list(range(spec.num_leaves)), spec)
+    return [re.sub(r"\W", "", str(path[-1])) if path else "out" for path, _ in tree_flatten_with_path(made)[0]]
+
+
+def _name(wanted: str, taken: set[str]) -> str:
+    word = "".join(c for c in wanted if c.isalnum() or c == "_").upper() or "N"
+    word = word if word[0].isalpha() else f"N{word}"
+    names = (word, *(f"{word}{k}" for k in range(2, 1000)))
+    return next(n for n in names if n not in taken)

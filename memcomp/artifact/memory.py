@@ -1,0 +1,103 @@
+"""Host memory as kernels take it, of every dtype, with numpy alone: bf16 and the 8-bit floats too."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from memcomp.ir.errors import Refusal
+
+LINE = 64  # bytes: where fresh memory begins
+NUMPY: dict[str, Any] = {
+    "f64": np.float64, "f32": np.float32, "f16": np.float16, "i64": np.int64, "i32": np.int32, "i16": np.int16,
+    "i8": np.int8, "u8": np.uint8, "bool": np.bool_}
+_BITS: dict[str, Any] = {"bf16": np.uint16, "e4m3": np.uint8, "e5m2": np.uint8}  # numpy has no such numbers
+_CODES = {"bf16": 4, "e4m3": 10, "e5m2": 12}  # DLPack's kDLBfloat, kDLFloat8_e4m3fn, kDLFloat8_e5m2
+
+
+class Array:
+    """An array with one of memcomp's dtypes.  data: the numbers, or their bits as whole numbers where numpy has no such
+    dtype; any strides.  Whoever takes DLPack takes it."""
+
+    __slots__ = ("data", "dtype")
+
+    def __init__(self, dtype: str, data: np.ndarray[Any, Any]) -> None:
+        if data.dtype != carrier(dtype):
+            raise Refusal(f"{dtype} is held in {np.dtype(carrier(dtype)).name}, not in {data.dtype.name}")
+        self.dtype, self.data = dtype, data
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The numbers; f32 of bf16.  Refusal where numpy has none like these."""
+        if self.dtype in NUMPY:
+            return self.data
+        if self.dtype == "bf16":
+            return (self.data.astype(np.uint32) << 16).view(np.float32)
+        raise Refusal(f"numpy has no numbers like {self.dtype}", hint="read it through DLPack, or the bits in .data")
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **_: Any) -> Any:
+        capsule = _writable(self.data).__dlpack__()
+        if self.dtype in _CODES:
+            pointer = ctypes.pythonapi.PyCapsule_GetPointer
+            pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+            tensor = _Tensor.from_address(pointer(capsule, b"dltensor"))
+            tensor.code = _CODES[self.dtype]
+        return capsule
+
+    def __repr__(self) -> str:
+        return f"Array({self.dtype}, {list(self.shape)})"
+
+
+class _Tensor(ctypes.Structure):
+    """The head of DLPack's DLTensor."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("device", ctypes.c_int32), ("id", ctypes.c_int32), ("ndim", ctypes.c_int32),
+                ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+
+
+def carrier(dtype: str) -> Any:
+    """The dtype of numpy that holds it."""
+    return NUMPY.get(dtype) or _BITS[dtype]
+
+
+def empty(dtype: str, shape: Sequence[int]) -> Array:
+    """Fresh memory, row-major, from a multiple of 64 bytes."""
+    kind = np.dtype(carrier(dtype))
+    size = prod(shape) * kind.itemsize
+    room = np.empty(size + LINE, np.uint8)
+    start = -room.ctypes.data % LINE
+    return Array(dtype, room[start:start + size].view(kind).reshape(shape))
+
+
+def tensor(x: Any) -> Any:
+    """Anything with DLPack, a numpy array that may only be read too, as tvm_ffi's tensor: handed over once, it costs
+    a kernel's call nothing.  It keeps the memory alive."""
+    import tvm_ffi
+
+    return tvm_ffi.from_dlpack(Array(_name(x), x) if isinstance(x, np.ndarray) and not x.flags.writeable else x)
+
+
+def _name(x: np.ndarray[Any, Any]) -> str:
+    return next((n for n, kind in NUMPY.items() if x.dtype == kind), "")
+
+
+def _writable(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The same memory; DLPack of old cannot say that it may only be read, and kernels only read their inputs."""
+    if x.flags.writeable or not x.size:
+        return x if x.flags.writeable else x.copy()
+    reach = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
+    low = x.ctypes.data + sum(r for r in reach if r < 0)
+    high = x.ctypes.data + sum(r for r in reach if r > 0) + x.itemsize
+    room = (ctypes.c_char * (high - low)).from_address(low)
+    room.owner = x
+    return np.ndarray(x.shape, x.dtype, room, x.ctypes.data - low, x.strides)

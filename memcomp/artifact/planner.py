@@ -1,0 +1,174 @@
+"""From the parts of a graph to a plan: tensors by name, steps in order, buffers in an arena."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from memcomp.artifact.arena import placed
+from memcomp.artifact.exported import Exported
+from memcomp.artifact.plan import Life, Plan, Step, Tensor, lives
+from memcomp.capture import table
+from memcomp.capture.candidates import source
+from memcomp.capture.lookups import ancestors, lookups
+from memcomp.capture.reader import DTYPE, meta
+from memcomp.capture.region import Region
+from memcomp.capture.rest import Alias, Foreign, Part
+from memcomp.ir.errors import Refusal
+from memcomp.ir.target import BYTES
+from memcomp.sizes import evaluate, input_shapes, sources
+
+
+class Planner:
+    """Fills a plan part by part; `weights` are the tensors that it needs, each once."""
+
+    def __init__(self, exported: Exported) -> None:
+        self.exported = exported
+        self.tensors: dict[str, Tensor] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.steps: list[Step] = []
+        self.weights: dict[str, torch.Tensor] = {}
+        self.torch: list[str] = []
+        self._called = dict(reversed(list(zip(exported.outputs, exported.results, strict=True))))
+        self._same: dict[tuple[Any, ...], str] = {}
+        self._looked: set[tuple[str, ...]] = set()
+        for n, label in zip(exported.inputs, exported.labels, strict=True):
+            self.names[n] = self._new(label, "input", DTYPE[meta(n).dtype], exported.shape(n))
+
+    def add(self, part: Part, kernel: str = "") -> None:
+        """kernel: of a region."""
+        if isinstance(part, Alias):
+            held, x = self.exported, meta(part.node)
+            self._add(part.node, "alias", of=self.name(part.of), strides=tuple(map(held.text, x.stride())),
+                      offset=held.text(x.storage_offset()))
+        elif isinstance(part, Region):
+            self._kernel(part, kernel)
+        else:
+            self._foreign(part)
+
+    def plan(self) -> Plan:
+        """The plan, its outputs in memory of their own."""
+        outs: dict[fx.Node, str] = {}
+        for n in dict.fromkeys(self.exported.outputs):
+            name = self.name(n)
+            t = self.tensors[name]
+            if t.kind == "buffer":
+                self.tensors[name] = Tensor(name, "output", t.dtype, t.shape)
+                outs[n] = name
+            else:
+                outs[n] = self._new(self._called[n], "output", t.dtype, t.shape)
+                self.steps.append(Step("copy", "", (name,), (outs[n],), {}))
+        tensors = tuple(self.tensors.values())
+        spans = lives(tensors, self.steps)
+        of = {t.name: t for t in tensors}
+        example = dict(self.exported.example)
+        sizes = [bytes_of(of[n], example) for n in spans]
+        offsets, total = placed(sizes, list(spans.values()))
+        return Plan(self.exported.sizes, tensors, tuple(self.names[n] for n in self.exported.inputs),
+                    tuple(outs[n] for n in self.exported.outputs), tuple(self.steps),
+                    tuple(Life(n, *spans[n], at, size) for n, at, size in zip(spans, offsets, sizes, strict=True)),
+                    example, total, tuple(dict.fromkeys(self.torch)))
+
+    def name(self, node: fx.Node) -> str:
+        """The name of a node's tensor; a weight is taken in when it is first asked for."""
+        if node not in self.names:
+            assert node.op == "get_attr", node
+            self.names[node] = self._weight(node)
+        return self.names[node]
+
+    def _weight(self, node: fx.Node) -> str:
+        value = table.attribute(self.exported.gm, str(node.target)).detach().contiguous()
+        if value.dtype not in DTYPE:
+            raise Refusal(f"the weight {node.target} is {value.dtype}", hint=f"known: {', '.join(DTYPE.values())}")
+        content = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        key = (value.dtype, tuple(value.shape), content.digest())
+        if key not in self._same:
+            name = self._new(str(node.target), "weight", DTYPE[value.dtype], tuple(map(str, value.shape)))
+            self.weights[name], self._same[key] = value, name
+        return self._same[key]
+
+    def _add(self, node: fx.Node, kind: str, **more: Any) -> str:
+        name = self._called.get(node, str(node)) if kind == "buffer" else str(node)
+        self.names[node] = self._new(name, kind, DTYPE[meta(node).dtype], self.exported.shape(node), **more)
+        return self.names[node]
+
+    def _new(self, name: str, kind: str, dtype: str, shape: tuple[str, ...], **more: Any) -> str:
+        while name in self.tensors:
+            name += "_"
+        self.tensors[name] = Tensor(name, kind, dtype, shape, **more)
+        return name
+
+    def _kernel(self, region: Region, kernel: str) -> None:
+        cascade, held = region.program.cascade, self.exported
+        for n, t in zip((*region.inputs, *region.outputs), (*cascade.inputs(), *cascade.outputs()), strict=True):
+            if DTYPE[meta(n).dtype] != t.dtype:
+                raise Refusal(f"{n} is {meta(n).dtype} in the graph and {t.dtype} in its region", region.source)
+        reads = tuple(map(self.name, region.inputs))
+        for x in lookups(ancestors(region)):
+            self._look(x)
+        sizes = {}
+        for rank, (i, d, divisor) in sources(input_shapes(cascade)).items():
+            sizes[rank] = held.text(meta(region.inputs[i]).shape[d])
+            if divisor != 1:
+                sizes[rank] = f"({sizes[rank]})//{divisor}"
+        for rank, n in region.sizes:
+            sizes[rank] = held.text(meta(n) if isinstance(n, fx.Node) else n)
+        self.steps.append(Step("kernel", kernel, reads, tuple(self._add(n, "buffer") for n in region.outputs), sizes))
+
+    def _look(self, x: Any) -> None:
+        """An index that names an element that is not there is an error, as it is in torch."""
+        sizes = {"size": self.exported.text(meta(x.read).shape[x.dim])}
+        if x.ignored is not None:
+            sizes["ignored"] = str(x.ignored)
+        step = Step("check", "wraps" if x.wraps else "", (self.name(x.index),), (), sizes)
+        key = (step.what, *step.reads, *sizes.values())
+        if key not in self._looked:
+            self._looked.add(key)
+            self.steps.append(step)
+
+    def _foreign(self, part: Foreign) -> None:
+        target = part.node.target
+        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target._schema.is_mutable:
+            raise Refusal(f"{target} can be run by no artifact: {part.why}", source(part.node))
+        reads: list[str] = []
+        args = json.dumps([[self._argument(a, reads) for a in part.node.args],
+                           {k: self._argument(a, reads) for k, a in part.node.kwargs.items()}])
+        places = [int(n.args[1]) if n is not part.node else 0 for n in part.outputs]  # type: ignore[arg-type]
+        writes = tuple(self._add(n, "buffer") for n in part.outputs)
+        self.torch.append(str(target))
+        self.steps.append(Step("torch", str(target), tuple(reads), writes,
+                               {f"out{k}": str(p) for k, p in enumerate(places)}, args))
+
+    def _argument(self, a: Any, reads: list[str]) -> Any:
+        if isinstance(a, fx.Node):
+            value = meta(a)
+            if isinstance(value, torch.Tensor):
+                reads.append(self.name(a))
+                return {"tensor": len(reads) - 1}
+            if isinstance(value, torch.SymInt):
+                return {"size": self.exported.text(value)}
+            a = value
+        if isinstance(a, (list, tuple)):
+            return [self._argument(x, reads) for x in a]
+        if isinstance(a, torch.dtype) and a in DTYPE:
+            return {"dtype": DTYPE[a]}
+        if isinstance(a, torch.device) and a.type == "cpu":
+            return {"device": "cpu"}
+        if a is None or isinstance(a, (bool, int, float, str)):
+            return a
+        raise Refusal(f"an argument {a!r} of an operator of torch cannot be kept")
+
+
+def bytes_of(t: Tensor, sizes: Mapping[str, int]) -> int:
+    """Bytes of a row-major tensor at these sizes."""
+    from memcomp.artifact.manifest import expressions
+
+    n = BYTES[t.dtype]
+    for e in expressions(t.shape):
+        n *= evaluate(e, sizes)
+    return int(n)
