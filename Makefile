@@ -24,6 +24,7 @@ cascades: $(READY)  ## 20,000 random cascades against their rewritten forms; goe
 
 bench: $(READY)
 	$(BIN)/python benchmarks/analysis.py
+	$(BIN)/python benchmarks/artifact.py
 	$(BIN)/python benchmarks/bf16.py
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/cpu.py

@@ -88,16 +88,20 @@ def programs(name: str, machine: str) -> list[Program]:
 
 def _as_written(read: Program, refused: Refusal) -> Program:
     """A program that is no region as capture reads them (a size that must stay a number is a symbol for `generalize`):
-    fused and mapped, no more, with the first choice of every knob that fits."""
+    fused and mapped, no more, with the first choice of every knob that fits well, else that fits best."""
     program = partition(fuse(read))
+    fitting: list[tuple[float, int, Program]] = []
     for n in range(max((len(k.choices) for k in knobs(program)), default=1)):
         closed = close(program, {k.name: k.choices[min(n, len(k.choices) - 1)] for k in knobs(program)})
         try:
-            admits(lower(closed), target(read.target))
+            fitting.append((admits(lower(closed), target(read.target)), n, closed))
         except Refusal:
             continue
-        return closed
-    raise refused
+        if not fitting[-1][0]:
+            break
+    if not fitting:
+        raise refused
+    return min(fitting, key=lambda x: x[:2])[2]
 
 
 def wide(sass: str) -> dict[str, int]:

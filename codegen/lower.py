@@ -21,6 +21,7 @@ from memcomp.codegen.lower_tiles import tile_dtype
 from memcomp.ir.cascade import Cascade, Tensor
 from memcomp.ir.errors import Refusal, VerifyError
 from memcomp.ir.expr import Access, Const, Expr, Size, call, transform, walk
+from memcomp.ir.places import declared
 from memcomp.ir.program import Program, knobs
 from memcomp.ir.register import expanded
 from memcomp.ir.show import show_einsum
@@ -39,7 +40,7 @@ def lower(program: Program) -> TileProgram:
     if open_knobs := knobs(program):
         raise VerifyError(f"knob {open_knobs[0].name} of {program.name} is open", hint="close the knobs first")
     program = expanded(program)
-    c = program.cascade
+    c = declared(program.cascade)
     _check_numbers(c)
     owner = {t: g.name for g in program.mapping.groups for t in g.tensors}
     for e in c.einsums:

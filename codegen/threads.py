@@ -16,7 +16,7 @@ from typing import Any
 
 from memcomp.ir.errors import Refusal
 
-ALONE = "one thread: there is no libgomp"
+ALONE = "none: each loop runs on its caller's thread, for there is no libgomp"
 _lock = threading.Lock()
 _runtime = (ctypes.c_void_p * 3)(None, None, 1)
 _how = ""          # whose threads they are, in words; "" before anybody asked
@@ -49,21 +49,20 @@ def _found(load: bool) -> str:
     global _how, _with_torch
     with _lock:
         torch = _loaded("libtorch_cpu") if "torch" in sys.modules else None
-        if _how and (_how != ALONE or not load) and (torch is None or _with_torch):
-            return _how
-        gomp = _loaded("libgomp") or (_library("libgomp.so.1") if load else None)
-        if gomp is None:
-            if load:
-                _how = ALONE
-            return _how
-        if not _how and hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_alone)
-        # at::get_num_threads: what torch.set_num_threads and the calling thread ask for
-        count = getattr(torch, "_ZN2at15get_num_threadsEv", None) or gomp.omp_get_max_threads
-        _runtime[0], _runtime[1] = (ctypes.cast(f, ctypes.c_void_p).value for f in (gomp.GOMP_parallel, count))
-        _runtime[2], _with_torch = 0, torch is not None
-        _how = "the threads of torch's OpenMP" if _with_torch else f"OpenMP's threads ({Path(gomp._name).name})"
-        return _how
+        first = _runtime[0] is None
+        if first or torch is not None and not _with_torch:
+            gomp = _loaded("libgomp") or (_library("libgomp.so.1") if load else None)
+            if gomp is not None:
+                # at::get_num_threads: what torch.set_num_threads and the calling thread ask for
+                count = getattr(torch, "_ZN2at15get_num_threadsEv", None) or gomp.omp_get_max_threads
+                _runtime[0], _runtime[1] = (ctypes.cast(f, ctypes.c_void_p).value for f in (gomp.GOMP_parallel, count))
+                _with_torch = torch is not None
+                _how = "torch's OpenMP" if _with_torch else f"OpenMP of {Path(gomp._name).name}"
+                if first:
+                    _runtime[2] = 0
+                    if hasattr(os, "register_at_fork"):
+                        os.register_at_fork(after_in_child=_alone)
+        return _how or (ALONE if load else "")
 
 
 def _alone() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memcomp.ir.cascade import Einsum
+from memcomp.ir.cascade import Cascade, Einsum, Tensor, written_ranks
 from memcomp.ir.expr import Call, Expr, Size, Var, call
 
 MARKS = ("at", "onto")
@@ -68,6 +68,16 @@ def order_of(e: Einsum) -> str | None:
     """The variable that counts the results of a top-k; None of another statement."""
     last = e.out.index[-1] if e.reduce is not None and e.reduce.monoid == "topk" and e.out.index else None
     return last.name if isinstance(last, Var) else None
+
+
+def declared(c: Cascade) -> Cascade:
+    """With the places of every top-k declared: they are integers."""
+    known, more = {t.name for t in c.tensors}, dict[str, Tensor]()
+    for e in c.einsums:
+        if order_of(e) is not None and (name := e.names[1]).removesuffix("'") not in known:
+            if (ranks := written_ranks(e.outs[1])) is not None:
+                more[name] = Tensor(name, ranks, "i64")
+    return replace(c, tensors=(*c.tensors, *more.values())) if more else c
 
 
 def ordered(values: npt.NDArray[Any], places: npt.NDArray[Any], *, rising: bool = False

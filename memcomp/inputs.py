@@ -130,6 +130,8 @@ def _factory(spec: str, ask: Asked) -> Function:
     if not hasattr(module, name):
         raise InputError(f"{module_name} has no {name!r}", hint=nearest(name, [n for n in vars(module) if n[0] != "_"]))
     named = getattr(module, name)
+    if _is_relax(named):
+        return _relax(spec, named, ask)
     if not callable(named):
         raise InputError(f"{spec} is not a function", f"it is {type(named).__name__}",
                          "name a function that returns (callable, example inputs)")
@@ -146,6 +148,8 @@ def _factory(spec: str, ask: Asked) -> Function:
         raise _fault(f"{spec} fails", error, "a factory takes nothing but --arg and returns (callable, example inputs);"
                      " a function itself needs --input for its inputs; "
                      f'python -c "from {module.__name__} import {name}; {name}({said})" shows it whole') from error
+    if _is_relax(made):
+        return _relax(spec, made, ask)
     if callable(made) and ask.inputs:
         return Function(made, *filled(made, (), ask))
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
@@ -154,6 +158,20 @@ def _factory(spec: str, ask: Asked) -> Function:
     if not (ask.inputs or ask.dynamic):  # what a callable makes of its inputs is its own affair
         return Function(made[0], tuple(made[1]))
     return Function(made[0], *filled(made[0], tuple(made[1]), ask))
+
+
+def _is_relax(x: Any) -> bool:
+    """Is it an IRModule of TVM's, which only somebody can have made who has imported TVM?"""
+    return "tvm" in sys.modules and isinstance(x, sys.modules["tvm"].IRModule)
+
+
+def _relax(spec: str, module: Any, ask: Asked) -> Function:
+    from memcomp.capture.relax.whole import function
+
+    if ask.inputs or ask.dynamic:
+        raise OptionError(f"{spec} says itself what its inputs are, and which of their extents are open",
+                          hint="a symbolic size of the Relax function is open")
+    return Function(*function(module))
 
 
 def _is_meant(named: Callable[..., Any], ask: Asked) -> bool:

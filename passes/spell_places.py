@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from memcomp.ir.cascade import Cascade, Einsum, Reduce, Tensor, extent_of, written_ranks
+from memcomp.ir.cascade import Cascade, Einsum, Reduce, Tensor, extent_of
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, Var, call, walk
-from memcomp.ir.places import order_of, row_major
+from memcomp.ir.places import declared, order_of, row_major
 from memcomp.ir.program import Program
 from memcomp.passes._ranks import unused
 
@@ -39,7 +39,7 @@ def spell_places(program: Program) -> Program:
         FI[b] = min{m} where(X[b, m] == V[b] or X[b, m] != X[b, m], m, M - 1)
         I[b] = min(FI[b], M - 1)
     """
-    c = program.cascade
+    c = declared(program.cascade)
     s = _Spelling(c)
     for e in c.einsums:
         if len(e.outs) == 1 or e.reduce is None:
@@ -49,9 +49,8 @@ def spell_places(program: Program) -> Program:
         elif extent_of(c, order.upper()) is None:
             raise Refusal(f"{e.out.tensor} keeps a number of values that only the call knows", e.out.tensor)
         else:
-            s.declare(e.outs[1])
             s.done.append(e)
-    if s.done == [*c.einsums] and not s.tensors:
+    if c is program.cascade and s.done == [*c.einsums]:
         return program
     return replace(program, cascade=replace(c, tensors=(*c.tensors, *s.tensors), einsums=tuple(s.done)))
 
@@ -65,15 +64,11 @@ class _Spelling:
 
     def spell(self, e: Einsum, reduce: Reduce) -> None:
         value, place = e.outs
-        self.declare(place)
+        if self.c.declared(place.tensor.removesuffix("'")) is None:
+            self.tensors.append(Tensor(place.tensor, _ranks(place), "i64", "temp", 0.0))
         least = reduce.monoid == "argmin"
         x = self._named(e, reduce, math.inf if least else -math.inf)
         self._best(value, place, x, e, reduce)
-
-    def declare(self, place: Access) -> None:
-        names = {t.name for t in self.tensors}
-        if place.tensor not in names and self.c.declared(place.tensor.removesuffix("'")) is None:
-            self.tensors.append(Tensor(place.tensor, written_ranks(place) or _ranks(place), "i64", "temp", 0.0))
 
     def _named(self, e: Einsum, reduce: Reduce, outside: float) -> Expr:
         """The reduced value, which is read several times, as a tensor of its own."""

@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +160,30 @@ def test_wrong_variables_are_errors(name: str, value: str, monkeypatch: pytest.M
     monkeypatch.setenv(f"MEMCOMP_{name}", value)
     with pytest.raises(memcomp.OptionError):
         memcomp.compile(attention)
+
+
+@pytest.mark.parametrize("options", [
+    *({name: 5} for name in ("target", "backend", "rest", "strict", "tune", "chains", "interpret", "cache", "cache_dir",
+                             "rest_options", "dump")),
+    *({name: None} for name in ("target", "backend", "cache_dir", "strict", "dump")),
+    {"cache_dir": b"x"}, {"cache_dir": "a\0b"}, {"rest_options": {5: 1}}, {"rest_options": {5: 1, "a": 2}}, {5: 1},
+    {"rest": ["inductor"]}, {"tune": torch.ones(3)}, {"backend": torch.ones(3)}, {"dump": ("capture", 5)},
+    {"dump": {"capture": 1}}, {"target": ""}, {"strict": 1}, {"nothing": 1}, 5, [("strict", True)]])
+def test_a_value_of_a_wrong_type_is_an_error_that_says_what_is_right(options: Any) -> None:
+    from memcomp.config import config
+
+    with pytest.raises(OptionError) as caught:
+        config(options)
+    assert caught.value.hint, caught.value
+
+
+def test_options_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memcomp.config import Config, config
+
+    monkeypatch.delenv("MEMCOMP_CACHE")
+    assert config({"cache_dir": Path("x"), "rest_options": {"b": 1, "a": 2}, "dump": "capture, fuse"}) == Config(
+        cache_dir="x", rest_options=(("a", 2), ("b", 1)), dump=("capture", "fuse"))
+    assert config({f.name: getattr(Config(), f.name) for f in fields(Config)} | {"rest_options": {}}) == Config()
 
 
 def test_a_named_backend_writes_the_kernels() -> None:

@@ -49,6 +49,21 @@ D[b, h, p] = sum{m} exp(S[b, h, p, m] - G[b, h, p])
 N[b, h, p, e] = sum{m} exp(S[b, h, p, m] - G[b, h, p]) * V[b, h, m, e]
 O[b, h, p, e] = N[b, h, p, e] / D[b, h, p]
 """
+DECODE = """
+program decode
+rank H
+rank M
+rank E = 16
+in Q[H, E]: f32
+in K[H, M, E]: f32
+in V[H, M, E]: f32
+out O[H, E]: f32
+S[h, m] = sum{e} Q[h, e] * K[h, m, e]
+G[h] = max{m} S[h, m]
+D[h] = sum{m} exp(S[h, m] - G[h])
+N[h, e] = sum{m} exp(S[h, m] - G[h]) * V[h, m, e]
+O[h, e] = N[h, e] / D[h]
+"""
 DOUBLE = """
 program double
 rank P
@@ -68,19 +83,20 @@ Y[p, e] = T[I[p], e]
 """
 
 
-def compiled(text: str, target: str = "cpu") -> Compiled:
-    return compile_program(parse(text), config=config({"target": target}))
+def compiled(text: str, target: str = "cpu", **sizes: int) -> Compiled:
+    return compile_program(parse(text), config=config({"target": target}), sizes=sizes)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three kernels, the first for two machines."""
-    pack, place = Pack("three"), tmp_path_factory.mktemp("artifact") / "three"
+    """Kernels for two machines."""
+    pack, place = Pack("kernels"), tmp_path_factory.mktemp("artifact") / "kernels"
     both = {t: compiled(ATTENTION, t) for t in ("avx2", "cpu")}
     assert pack.kernel(parse(ATTENTION), both, ranges={"M": (1, 4096)}) == "attention"
     assert pack.kernel(parse(ATTENTION), both, "again", ranges={"M": (1, 4096)}) == "attention"  # the same kernel
     assert pack.kernel(parse(DOUBLE), {t: compiled(DOUBLE, t) for t in both}) == "double"
     pack.kernel(parse(ROWS), {t: compiled(ROWS, t) for t in both}, lookups=[Lookup(1, "10", True, None)])
+    pack.kernel(parse(DECODE), {t: compiled(DECODE, t, H=1, M=65536) for t in both})
     pack.file("notes/read.me", b"any file is held to its digest")
     digest = pack.write(place)
     assert verified(place, f"sha256:{digest}").manifest.digest == digest
@@ -176,7 +192,7 @@ def test_only_listed_files_and_no_links(copy: Path, tmp_path: Path, nothing_is_l
     assert "no directory" in refused(copy / "none") and f"no {NAME}" in refused(tmp_path / "notes")
 
 
-@pytest.mark.parametrize("path", ["../three/x", "/etc/hostname", "a/../../b", "kernels//x", "kernels/.x", "a\\b", "",
+@pytest.mark.parametrize("path", ["../kernels/x", "/etc/hostname", "a/../../b", "kernels//x", "kernels/.x", "a\\b", "",
                                   NAME, "a\nb"])
 def test_paths_stay_inside(copy: Path, path: str, nothing_is_loaded: None) -> None:
     sound = verified(copy).manifest
@@ -250,7 +266,7 @@ def test_garbage_is_no_manifest() -> None:
 def test_equal_to_what_was_compiled(made: Path) -> None:
     torch = pytest.importorskip("torch")
     run, entry = memcomp.load(made), compiled(ATTENTION).entry
-    assert list(run.kernels) == ["attention", "double", "rows"] and run.report.target.name == "cpu"
+    assert list(run.kernels) == ["attention", "double", "rows", "decode"] and run.report.target.name == "cpu"
     assert "avx2: it runs here too" in str(run.report)
     for p, m in ((5, 7), (1, 130), (65, 1)):
         (q, k, v), want = attention(p, m)
@@ -263,6 +279,17 @@ def test_equal_to_what_was_compiled(made: Path) -> None:
         assert isinstance(again, torch.Tensor) and torch.equal(again, mine)
     old = memcomp.load(made, target="avx2")
     assert old.report.target.name == "avx2" and np.abs(old["attention"](q, k, v)[0] - want).max() < 1e-5
+
+
+def test_partial_results_have_memory_of_their_own(made: Path) -> None:
+    decode, r = memcomp.load(made)["decode"], np.random.default_rng(0)
+    assert len(decode.work({"H": 3, "M": 5})) == 3 or os.cpu_count() == 1
+    for h, m in ((1, 20000), (3, 5)):
+        q, k, v = (r.standard_normal(s, dtype=np.float32) for s in ((h, 16), (h, m, 16), (h, m, 16)))
+        s = np.einsum("he,hme->hm", q.astype("f8"), k)
+        w = np.exp(s - s.max(-1, keepdims=True))
+        want = np.einsum("hm,hme->he", w, v) / w.sum(-1, keepdims=True)
+        assert np.abs(decode(q, k, v)[0] - want).max() < 1e-5
 
 
 def test_tensors_as_they_come(made: Path) -> None:
@@ -362,6 +389,8 @@ def test_a_gpu_among_the_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(driver.loaded) == len(driver.launches) == run["double"].code.launches
     with pytest.raises(Refusal, match="its tensors are not on one"):
         run(torch.empty(1000, dtype=torch.bfloat16))
+    with pytest.raises(Refusal, match="takes torch's tensors"):
+        run(empty("bf16", [1000]))
 
 
 def test_threads_at_the_same_time(made: Path) -> None:
@@ -384,9 +413,9 @@ def test_threads_at_the_same_time(made: Path) -> None:
 
 def test_only_kernels_have_no_call(made: Path) -> None:
     run = memcomp.load(made)
-    with pytest.raises(Refusal, match="has 3 kernels and no model"):
+    with pytest.raises(Refusal, match="has 4 kernels and no model"):
         run(1)
-    with pytest.raises(OptionError, match="known: attention, double, rows"):
+    with pytest.raises(OptionError, match="known: attention, decode, double, rows"):
         run["attend"]
     assert isinstance(run["rows"], Kernel)
 
@@ -400,6 +429,11 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     with pytest.raises(InputError, match="is no artifact"):
         pack.write(tmp_path / "mine")
+    half = Pack("half")
+    half.kernel(parse(DOUBLE), {"cpu": compiled(DOUBLE), "avx2": compiled(DOUBLE, "avx2")})
+    half.kernel(parse(ROWS), {"cpu": compiled(ROWS)})
+    with pytest.raises(InputError, match="rows has no code for every target"):
+        half.write(tmp_path / "half")
     pack.file("gone", tmp_path / "nowhere")
     with pytest.raises(InputError, match="cannot write"):
         pack.write(tmp_path / "a")
@@ -452,7 +486,7 @@ def bare(python: str, made: Path, place: Path, before: str = "", **environment: 
 
 
 @pytest.mark.parametrize("before, how", [
-    ("", "OpenMP's threads (libgomp"),
+    ("", "OpenMP of libgomp"),
     ("from memcomp.codegen import threads; threads._library = lambda name: None", threads.ALONE)])
 def test_no_compiler_is_needed(made: Path, tmp_path: Path, before: str, how: str) -> None:
     if not before and threads._library("libgomp.so.1") is None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from memcomp.__main__ import main
 from memcomp.cache import CacheWarning, Choice, Entry, Layers, Measured, Rejected, Store, environment, layers
-from memcomp.cache.entry import LONGEST, better
+from memcomp.cache.entry import FORMAT, LONGEST, better
 from memcomp.cache.transfer import difference, entries, exported, taken
 
 HERE = {"device": {"kind": "cpu", "cores": 2}, "code": "c0de", "versions": {}}
@@ -109,6 +110,52 @@ def test_the_environment_is_of_plain_values_and_stays_the_same() -> None:
     assert json.loads(told.stdout) == a
 
 
+def test_all_that_decides_which_kernel_a_choice_is_is_in_the_environment(tmp_path: Path) -> None:
+    """Whatever of memcomp runs on the way from a program and a choice to a kernel, but for what only checks it, or
+    ranks choices: one byte more of it is another environment; of what does not run, it is the same."""
+    import memcomp
+    from memcomp.cache.environment import FILES, ROOMS, digested
+    from memcomp.config import Config
+    from memcomp.ir.text import parse
+    from memcomp.pipeline import tunable
+
+    package = Path(memcomp.__file__).parent
+    ran: set[str] = set()
+
+    def seen(frame: Any, event: str, arg: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(package):
+            ran.add(path.relative_to(package).as_posix())
+
+    t = tunable(parse((Path(__file__).parent / "cases" / "cascade_2.mc").read_text()), config=Config(
+        backend="python"), sizes={})
+    sys.setprofile(seen)
+    try:
+        t.compiled(t.modelled)
+        tunable(t.read, config=t.config, sizes={})
+    finally:
+        sys.setprofile(None)
+    checks = {"recheck.py", "tune/model.py", "cache/entry.py"}
+    assert {f for f in ran if not f.startswith(tuple(f"{room}/" for room in ROOMS))} - checks <= set(FILES)
+    copy = tmp_path / "memcomp"
+    for part in (*ROOMS, *FILES):
+        (copy / part).parent.mkdir(parents=True, exist_ok=True)
+        if part in ROOMS:
+            shutil.copytree(package / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(package / part, copy / part)
+    texts = {digested(copy)}
+    assert texts == {environment("cpu")["code"]}, "a copy is the same"
+    (copy / "backend.py").touch()
+    assert digested(copy) in texts
+    changed = [*FILES, *(f"{room}/__init__.py" for room in ROOMS), "ir/targets/cpu.toml", "codegen/tvm/emit.py"]
+    for n, part in enumerate(changed):
+        with (copy / part).open("a") as file:
+            file.write("#")
+        texts.add(digested(copy))
+        assert len(texts) == n + 2, part
+
+
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +170,7 @@ def damaged(e: Entry, rng: random.Random) -> bytes:
         at = rng.randrange(len(text) - 1)
         return text[:at] + bytes([text[at] ^ (1 << rng.randrange(8))]) + text[at + 1:]  # whichever bit it is
     if kind == 2:
-        data["format"] = rng.choice([0, 2, "1", None, True, 1.5, 10**400])
+        data["format"] = rng.choice([0, 1, FORMAT + 1, "2", None, True, 1.5, 10**400])
     elif kind == 3:
         data.pop(rng.choice(list(data)))
     elif kind == 4:
@@ -142,7 +189,7 @@ def damaged(e: Entry, rng: random.Random) -> bytes:
         data["rejected"] = rng.choice([[{"choice": {}, "why": "x"}], ["x"] * 9999, {}, None, [[]]])
     elif kind == 10:
         return rng.choice([b"", b"\0" * 100, b"\xff\xfe", b"[" * 100000, b"null", b"1e999", b" " * (LONGEST + 9),
-                           b'{"format":1}', b"NaN"])
+                           b'{"format":2}', b"NaN"])
     else:
         data["measured"]["error"] = data["measured"]["bound"] + 1
     return json.dumps(data).encode()
@@ -231,7 +278,7 @@ def crowd(root: Path, processes: int, keys: int, duration: float) -> int:
         w.join()
     assert not [e for _, e in told if e]
     assert {f.path.stem for f in store.files() if f.entry is not None} == {entry(n).key for n in range(keys)}
-    assert all(f.entry is not None for f in store.files()) and not list((root / "v1").glob("*/.*"))
+    assert all(f.entry is not None for f in store.files()) and not list((root / f"v{FORMAT}").glob("*/.*"))
     return sum(n for n, _ in told)
 
 
@@ -370,7 +417,7 @@ def test_what_cannot_be_deleted_or_read_is_said(tmp_path: Path, monkeypatch: pyt
                                                 capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("MEMCOMP_CACHE", "on")
     monkeypatch.setenv("MEMCOMP_CACHE_DIR", str(tmp_path))
-    (tmp_path / "v1" / "x" / "a.json").mkdir(parents=True)
+    (tmp_path / f"v{FORMAT}" / "x" / "a.json").mkdir(parents=True)
     assert main(["cache", "verify"]) == 1 and "no plain file" in capsys.readouterr().out
     assert main(["cache", "gc"]) == 1
     told = capsys.readouterr()

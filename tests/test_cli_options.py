@@ -11,9 +11,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -42,11 +43,14 @@ from torch import nn
 def attend(q, k, v, scale: float = 0.125):
     return torch.softmax(q @ k.transpose(-2, -1) * scale, -1) @ v
 
+def make(scale):
+    return lambda q, k, v: attend(q, k, v, scale)
+
 def build(keys=24, dtype=torch.float32, **rest):
     return attend, (torch.ones(3, 4, 16, dtype=dtype), *torch.ones(2, 3, keys, 16, dtype=dtype))
 """
 GIVEN = "--input q=f32[3,4,16] --input k=f32[3,M,16] --input v=f32[3,M,16] --dynamic k.M=8:96"
-FACTORY = "mine.py:build --arg dtype=bf16 --arg keys=20"
+MADE = f"mine.py:make --arg scale=0.75 {GIVEN}"
 
 
 @dataclass(frozen=True)
@@ -58,47 +62,46 @@ class Row:
     err: str = ""
     code: int = 0
     files: dict[str, str] = field(default_factory=dict)
+    needs: str = ""
 
 
-PROGRAM, BOUND, BF16 = r"\Aprogram weigh", r"(?m)^rank M <= 96$", r"(?m)^in K\[.*: bf16$"
+PROGRAM, BOUND = r"\Aprogram weigh", r"(?m)^rank M <= 96$(.|\n)* \* 0\.75"
 ROWS = [
     Row("", r"\Ausage: memcomp COMMAND(.|\n)*exit codes:"),
     Row("--version", r"\Amemcomp \d+\.\d+\.\d+\n\Z"),
     Row("show weigh.mc", PROGRAM),
     Row("show weigh.mc --json --target h100", r'"digest": "\w+"'),
     Row("show weigh.mc -o out.mc", files={"out.mc": PROGRAM}),
-    Row(f"show mine.py:attend {GIVEN}", BOUND),
-    Row(f"show {FACTORY}", BF16),
+    Row(f"show {MADE}", BOUND),
     Row("explain weigh.mc", r"\Aweigh\n(.|\n)*passes now(.|\n)*traffic: "),
     Row("explain weigh.mc --size M=48 --json", r'"M": 48'),
-    Row("explain weigh.mc --target avx2 --target cpu --backend python -o out.txt", files={"out.txt": r"\A== avx2\n(.|\n)*== cpu"}),
-    Row("explain weigh.mc --target avx2 --target cpu --backend python --json", r'"target": "avx2"(.|\n)*"target": "cpu"'),
+    Row("explain weigh.mc --target avx2 --target cpu --backend python -o out.txt",
+        files={"out.txt": r"\A== avx2\n(.|\n)*== cpu"}),
+    Row("explain weigh.mc --target avx2 --target cpu --backend python --json",
+        r'"target": "avx2"(.|\n)*"target": "cpu"'),
     Row("explain weigh.mc --html page.html", files={"page.html": r"\A(?i:<!doctype html)"}),
-    Row(f"explain mine.py:attend {GIVEN}", r"kernel: region(.|\n)* at H=3, M=64"),
-    Row(f"explain {FACTORY}", r"at H=3, M=20"),
+    Row(f"explain {MADE}", r"kernel: region(.|\n)* at (.*, )?M=64(.|\n)* \* 0\.75"),
     Row("opt weigh.mc", r"\Aprogram weigh on cpu(.|\n)*iter"),
     Row("opt weigh.mc --target avx2 --json", r'"text": "program weigh on avx2'),
-    Row("opt weigh.mc --dump-after canonicalize -o out.mc", err=r"\A# after canonicalize\nprogram", files={"out.mc": PROGRAM}),
-    Row(f"opt mine.py:attend {GIVEN}", BOUND),
-    Row(f"opt {FACTORY}", BF16),
+    Row("opt weigh.mc --dump-after canonicalize -o out.mc", err=r"\A# after canonicalize\nprogram",
+        files={"out.mc": PROGRAM}),
+    Row(f"opt {MADE}", BOUND),
     Row("cost weigh.mc", r"\Aweigh at M=1024, P=64\noperations "),
     Row("cost weigh.mc --size M=4096 --size P=2 --target h100", r"\Aweigh at M=4096, P=2\n"),
     Row("cost weigh.mc --traffic 1e6 --json -o out.json", files={"out.json": r'"traffic": 1000000\.0'}),
-    Row(f"cost mine.py:attend {GIVEN} --size M=88", r" M=88"),
-    Row(f"cost {FACTORY}", r"at (.*, )?M=20"),
+    Row(f"cost {MADE} --size M=88", r" M=88"),
     Row("emit weigh.mc --backend python", r"def weigh"),
     Row("emit weigh.mc --backend python --target cpu --target avx2 --json -o out.json",
         files={"out.json": r'"target": "cpu"(.|\n)*"target": "avx2"'}),
     Row("emit weigh.mc --cubin folder", err=r"\Aerror: --cubin writes code for GPUs, and cpu is none\nhint", code=2),
-    Row(f"emit mine.py:attend --backend python {GIVEN}", r"def "),
-    Row(f"emit --backend python {FACTORY}", r"def "),
+    Row(f"emit --backend python {MADE}", r"0\.75(.|\n)*def "),
     Row("check weigh.mc --backend python --size M=48", r"\AO: ok  max "),
     Row("check weigh.mc --backend python --size M=48 --json -o out.json", files={"out.json": r'"ok": true'}),
-    Row(f"check mine.py:attend --backend python {GIVEN}", r"\Aoutput 0: ok "),
-    Row(f"check --backend python {FACTORY}", r"\Aoutput 0: ok "),
-    Row("check weigh.mc --interpret --target fusemax", err=r"\Aerror: unknown backend", code=2),
+    Row(f"check --backend python {MADE}", r"\Aoutput 0: ok "),
+    Row("check weigh.mc --interpret --target h100 --size M=20 --size P=4", r"\AO: ok ", needs="triton"),
     Row("bench --list", r"(?m)^decode "),
-    Row("bench decode --rounds 3 --json -o out.json", r'"case": "decode', r"(?m)^decode ", files={"out.json": '"case"'}),
+    Row("bench decode --rounds 3 --json -o out.json", r'"case": "decode', r"(?m)^decode ",
+        files={"out.json": '"case"'}),
     Row("bench decode --target h100", err=r"\Aerror: target h100 is not this machine's CPU\nhint: ", code=2),
     Row("bench --device cuda --list decode", r"(?m)^decode"),
     Row("bench --device cuda decode --seconds 9 --interpret --tests tests --target a100 -o out.json",
@@ -107,8 +110,7 @@ ROWS = [
     Row("tune weigh.mc --mode full --seconds 7 --workers 3 --target avx2 --size M=9 --json",
         r'"how": "full, 7\.0 s, 3 workers, avx2 , M=9"'),
     Row("tune weigh.mc --backend python --again -o out.txt", err="weigh: ", files={"out.txt": r"\A1 of 1"}),
-    Row(f"tune mine.py:attend {GIVEN} --json", r"M=64"),
-    Row(f"tune {FACTORY} --json", r'"fresh": true'),
+    Row(f"tune {MADE} --json", r"M=64"),
     Row("tune weigh.mc --ray local", r"\A1 of 1", r"on the cluster local"),
     Row("cache", r"\Ausage: memcomp cache COMMAND"),
     Row("cache ls", r"(?m)^\w{12}  1\.000e-03 s \+- 10%"),
@@ -129,6 +131,14 @@ ROWS = [
     Row("cache gc --dry-run --json", r'"dry_run": true'),
     Row("cache stats", r"1 entries, \d+ bytes"),
     Row("cache stats --json", r'"entries": 1'),
+    Row(f"compile {MADE} --size M=40 --strict -o art", r"\Awrote +art\n(.|\n)*M: 8 to 96\n(.|\n)* at M=40\n",
+        files={"art/manifest.json": '"format"'}),
+    Row(f"compile {MADE} --regions --target avx2 --target cpu --backend tvm --json -o art",
+        r'"targets": \[\s*"avx2",\s*"cpu"\s*\]'),
+    Row("run art", r"(?m)^output +\w+ f32\[3, 4, 16\]"),
+    Row("run art --size M=20 --target cpu --repeat 3 --kernel region --json", r'"call_seconds": [\d.e-]+,'),
+    Row("run art --input q=3,4,16 --input k=3,9,16 --input v=3,9,16 -o outs", r"called +in .* ms"),
+    Row("run art --digest 00", err=r"\Aerror: art is another artifact", code=2),
     Row("models", r"(?m)^memcomp\.models\.mha:build +Multi-head attention"),
     Row("models --json", r'"name": "memcomp\.models\.mha:build"'),
     Row("targets", r"(?m)^h100 +triton"),
@@ -151,11 +161,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CONFIG_DIRS", str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path)
     Store(tmp_path / "cache").put(e)
-    before = dict(sys.modules)
     yield tmp_path
-    for name in sys.modules.keys() - before.keys():
-        if name == "mine":
-            del sys.modules[name]
+    sys.modules.pop("mine", None)
 
 
 class StandIn:
@@ -182,7 +189,8 @@ class StandIn:
         if self.ray:
             print(f"on the cluster {self.ray}", file=sys.stderr)
         opened = tunable(program, config=config, sizes=sizes)
-        return Entry(opened.problem, self.environment(config), opened.modelled, Measured(1e-3, 0.1, 5, 0.5, 1.0, how=said))
+        return Entry(opened.problem, self.environment(config), opened.modelled,
+                     Measured(1e-3, 0.1, 5, 0.5, 1.0, how=said))
 
 
 @pytest.fixture
@@ -220,9 +228,30 @@ def outcome(argv: list[str]) -> int:
         return int(ended.code or 0)
 
 
+@pytest.fixture(scope="module")
+def art(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """A directory that `memcomp compile` wrote, made where it is asked for."""
+    place = tmp_path_factory.mktemp("art") / "art"
+
+    def made() -> Path:
+        (place.parent / "mine.py").write_text(MINE)
+        if not place.exists():
+            line = MADE.replace("mine.py", f"{place.parent}/mine.py")
+            assert main(["compile", *shlex.split(line), "-o", str(place)]) == 0
+        return place
+
+    return made
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.line or "alone")
-def test_a_line_prints_what_it_says(row: Row, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_prints_what_it_says(row: Row, place: Path, art: Callable[[], Path],
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    if row.needs:
+        pytest.importorskip(row.needs)
+    if row.line.startswith("run "):
+        shutil.copytree(art(), "art")
+        capsys.readouterr()
     (entry,) = Store(place / "cache").entries()
     code = outcome(shlex.split(row.line.replace("{key}", entry.key[:9])))
     out, err = capsys.readouterr()
@@ -321,7 +350,8 @@ def test_help_tells_of_every_option(path: str, capsys: pytest.CaptureFixture[str
     ("check weigh.mc --size Q=8", "no rank is called 'Q'"),
     ("tune weigh.mc --size M=two", "is not RANK=N"),
 ])
-def test_a_wrong_line_says_what_is_wrong(line: str, wanted: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_line_says_what_is_wrong(line: str, wanted: str, place: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(shlex.split(line)) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and wanted in err and "Traceback" not in err, err
@@ -357,6 +387,42 @@ def test_what_is_exported_says_what_is_open(place: Path, capsys: pytest.CaptureF
     assert main(["show", "a.pt2", "--dynamic", "q.2=2:8"]) == 2 and "says itself" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line, where", [
+    ("check weigh.mc --backend python -o out", "memcomp.oracle.check_program"),
+    ("check weigh.mc --backend python -o out", "os.replace"),
+    ("explain weigh.mc --backend python --html out", "memcomp.page.page"),
+    ("emit weigh.mc --backend python --json -o out", "json.dumps"),
+    (f"compile {MADE} -o out", "memcomp.artifact.pack.Pack._put"),
+    (f"compile {MADE} -o out", "memcomp.artifact.pack.Path.rename")])
+def test_ctrl_c_leaves_what_was_there(line: str, where: str, place: Path, art: Callable[[], Path],
+                                      capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it comes: what is written is there before, or after, never in part."""
+    if line.startswith("compile"):
+        shutil.copytree(art(), "out")
+    else:
+        (place / "out").write_text("old")
+    capsys.readouterr()
+    before = {p: p.read_bytes() if p.is_file() else b"" for p in place.rglob("*") if p.suffix != ".pyc"}
+    module, _, name = where.rpartition(".")
+    calls: list[Any] = []
+
+    def interrupt(*args: Any, **named: Any) -> Any:
+        calls.append(args)
+        if len(calls) == (2 if name == "rename" else 1):
+            raise KeyboardInterrupt
+        return kept(*args, **named)
+
+    owner = resolve_name(module)
+    kept = getattr(owner, name)
+    monkeypatch.setattr(owner, name, interrupt)
+    assert main(shlex.split(line)) == 130
+    out, err = capsys.readouterr()
+    assert calls and not out and err == "interrupted; nothing was written in part\n"
+    monkeypatch.undo()
+    after = {p: p.read_bytes() if p.is_file() else b"" for p in place.rglob("*") if p.suffix != ".pyc"}
+    assert {p: x for p, x in after.items() if "__pycache__" not in p.parts} == before
+
+
 def test_an_error_that_is_memcomp_s_own_is_told_whole(place: Path, capsys: pytest.CaptureFixture[str],
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
@@ -369,7 +435,8 @@ def test_an_error_that_is_memcomp_s_own_is_told_whole(place: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_knows_commands_options_and_names(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_knows_commands_options_and_names(shell: str, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab")
     assert main(["completion", shell]) == 0
     script = tmp_path / "memcomp"
@@ -410,7 +477,7 @@ done
 
 def test_help_is_there_at_once() -> None:
     """Nothing heavy is imported for it: what takes time is torch, TVM, numpy and their like."""
-    code = ("import sys; from memcomp.cli.parser import parser; parser().format_help();"
-            "print(*sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'tvm', 'numpy', 'sympy', 'rich', 'shtab'}))")
+    code = ("import sys; from memcomp.cli.parser import parser; parser().format_help(); print(*sorted("
+            "{m.partition('.')[0] for m in sys.modules} & {'torch', 'tvm', 'numpy', 'sympy', 'rich', 'shtab'}))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -228,6 +228,19 @@ class _Counter(torch.nn.Module):
         return x + self.count
 
 
+def _in_place(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y[:, 1:3] = 0
+    y.add_(1)
+    return y.relu_() * x
+
+
+def test_writes_in_place_are_read_as_values(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    artifact.write(artifact.whole(Function(_in_place, (x,)), [config({**OFF, "strict": True})]), tmp_path / "out")
+    torch.testing.assert_close(load(tmp_path / "out")(x)[0], _in_place(x))
+
+
 @pytest.mark.parametrize(("fn", "kind", "why"), [
     (_Counter(), Refusal, "it writes into count, and an artifact keeps no state"),
     (lambda x: x.nonzero() * 2, Refusal, "depends on data"),

@@ -17,6 +17,7 @@ from memcomp.ir.ops import MONOIDS
 from memcomp.ir.program import close, knobs
 from memcomp.ir.text import parse
 from memcomp.ir.tile import (
+    Best,
     Dim,
     Dot,
     Fold,
@@ -51,6 +52,7 @@ SIMPLE: st.SearchStrategy[Statement] = st.one_of(
     st.builds(Load, NAME, ACCESS), st.builds(Map, NAME, EXPRESSIONS),
     st.builds(Store, ACCESS, NAME, st.none() | EXPRESSIONS),
     st.builds(Fold, NAME, st.sampled_from(sorted(MONOIDS)), several(NAME), EXPRESSIONS, st.booleans()),
+    st.builds(Best, NAME, NAME, NAME, several(NAME), EXPRESSIONS, EXPRESSIONS, st.booleans()),
     st.builds(Dot, NAME, ACCESS, ACCESS, several(NAME), st.booleans(), st.sampled_from(("", "bf16"))))
 STATEMENTS: st.SearchStrategy[Statement] = st.recursive(SIMPLE, lambda s: st.one_of(
     st.builds(Loop, NAME, EXPRESSIONS, EXPRESSIONS, several(s)), st.builds(When, EXPRESSIONS, several(s), several(s))),
@@ -106,7 +108,8 @@ hint: the first line is tiles NAME, or tiles NAME on cpu""",
 a line cannot start with 'loat' here
    3 |   loat S = X[p]
      |   ^^^^
-hint: did you mean 'load'? known: dim, dot, fold, for, grid, if, kernel, load, map, param, sizes, store, tile, when""",
+hint: did you mean 'load'? known: best, dim, dot, fold, for, grid, if, kernel, load, map, param, sizes, store, tile, \
+when""",
     "tiles t\nload S = X[p]\n": """
 a line cannot start with 'load' here
    2 | load S = X[p]
@@ -132,6 +135,11 @@ expected '*', found '+'
    3 |   dot S = {e} A[e] + B[e]
      |                    ^
 hint: write dot S = {e} A[e] * B[e]""",
+    "tiles t\nkernel k\n  best V, I: k = {e} A[e]\n": """
+expected 'at', found the end of the line
+   3 |   best V, I: k = {e} A[e]
+     |                          ^
+hint: write best V, I: k = {m0} X[m0] at m0""",
     "tiles t\nkernel k\n  fold S = som{e} A[e]\n": """
 unknown reduction 'som'
    3 |   fold S = som{e} A[e]

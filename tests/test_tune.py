@@ -81,6 +81,54 @@ def test_noise_does_not_win_over_the_model() -> None:
     assert winners({other: (1.0, 0.2, 9)}, model) == [other]
 
 
+@pytest.mark.parametrize("bad", ["one", "all together"])
+def test_of_a_race_that_does_not_end_only_those_are_blamed_that_do_not_end_alone(bad: str) -> None:
+    from memcomp.tune.search import MODES, Search, Trial
+    from memcomp.tune.tasks import Given
+    from memcomp.workers import FAILED, OK, Answer
+
+    opened = tunable(program(), config=Config(), sizes=SIZES)
+    ways = list(opened.space.choices())[:5]
+    search = Search(opened, MODES["quick"], Given("", (), ()), lambda state: None, begin=time.monotonic(), trials={
+        c: Trial(c, OK, 1e-3 * (1 + n), error=0.1, bound=1.0) for n, c in enumerate(ways)})
+
+    class Racing:
+        place = ""
+
+        def ask(self, job: Any, limit: float) -> Answer:
+            _, racing, _ = job.given
+            if ways[1] in racing if bad == "one" else len(racing) > 1:
+                return Answer(FAILED, "not done after 30 s", lost=True)
+            return Answer(OK, told={"rounds": 9, "medians": [1.0] * len(racing), "spreads": [0.0] * len(racing)})
+
+    timed = search.race(Racing())  # type: ignore[arg-type]
+    if bad == "one":
+        assert ways[1] not in timed and ways[0] in timed and [r.choice for r in search.rejected] == [ways[1]]
+        assert "in the race" in search.rejected[0].why
+    else:
+        assert not timed and not search.rejected
+
+
+def test_equal_programs_of_other_sizes_are_tuned_apart(tmp_path: Path) -> None:
+    """And each is named by where it was found."""
+    from memcomp.cli import given
+    from memcomp.cli.parser import parser
+
+    (tmp_path / "layers.py").write_text(
+        "import torch\n"
+        "def attend(a, b, c):\n"
+        "    f = torch.nn.functional.scaled_dot_product_attention\n"
+        "    return f(a, a, a), f(b, b, b), f(c, c, c)\n"
+        "def made():\n"
+        "    return attend, tuple(torch.randn(1, 2, n, 16) for n in (100, 1000, 120))\n")
+    args = parser().parse_args(["tune", f"{tmp_path / 'layers.py'}:made", *(
+        x for name in "abc" for x in ("--dynamic", f"{name}.2=16:4096"))])
+    found = given.sourced(args)
+    assert len({p.digest for _, p, _ in found}) == 1 == len(given.programs(args))
+    assert sorted(max(sizes.values()) for *_, sizes in found) == [120, 1000], "two of them are near enough"
+    assert all("layers.py:4" in at for at, *_ in found)
+
+
 def test_a_tuned_program_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled with `quick`: measured, kept, taken the next time; a cache that cannot keep it says so."""
     from memcomp.cache import CacheWarning

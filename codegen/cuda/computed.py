@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from memcomp.codegen.cuda.express import CTYPES, Point
 from memcomp.codegen.cuda.inline import substituted
 from memcomp.codegen.cuda.sums import AGAIN, Partial, identity, joined
-from memcomp.ir.expr import Access, Call, Const, Expr, variables
+from memcomp.ir.expr import Access, Call, Expr, variables
 from memcomp.ir.tile import Fold, Map
 
 if TYPE_CHECKING:
@@ -78,10 +78,13 @@ class Computed:
             w.sums.pending[s.tile] = part
 
     def reduce(self, s: Fold, at: Point, total: str, kind: str, zero: str) -> None:
-        """What a thread has of a reduction at one point.  Of a sum of products, the factors that neighbours share (a scale
-        of 32 numbers) are multiplied once with the sum of these neighbours; or once with what else is alike for them."""
+        """What a thread has of a reduction at one point.
+
+        Of a sum of products, the factors that neighbours share (a scale of 32 numbers) are multiplied once with the sum of
+        these neighbours; or once with what else is alike for them.
+        """
         w, found = self.w, self.factors(s, kind)
-        over = next((d for d in reversed(s.over) if self.alike(found, d) and len(self.alike(found, d)) < len(found)), "")
+        over = next((d for d in reversed(s.over) if 0 < len(self.alike(found, d)) < len(found)), "")
         if over:
             shared = self.alike(found, over)
             rest = [f for f in found if f not in shared]

@@ -15,10 +15,11 @@ from memcomp.codegen.cuda.best import WORDS, Bests
 from memcomp.codegen.cuda.computed import Computed
 from memcomp.codegen.cuda.express import CTYPES
 from memcomp.codegen.cuda.inline import inlined
+from memcomp.codegen.cuda.lives import Lives
 from memcomp.codegen.cuda.memory import Memory
 from memcomp.codegen.cuda.place import Places
 from memcomp.codegen.cuda.rows import WIDEST, Held, Rows, moved, vectors
-from memcomp.codegen.cuda.spread import blocks, places, pressure
+from memcomp.codegen.cuda.spread import blocks, places
 from memcomp.codegen.cuda.steps import Steps
 from memcomp.codegen.cuda.sums import Sums
 from memcomp.codegen.cuda.words import HEAD, TAKEN
@@ -70,8 +71,11 @@ def launches(tp: TileProgram, target: Target | str, layout: Layout | None = None
 
 
 def admits(tp: TileProgram, target: Target) -> int:
-    """0: every launch fits its registers; 1: some may spill.  Raises Refusal where one has no text."""
-    return max((int(w.spills) for w in writers(tp, target)), default=0)
+    """0: every launch fits well; 1: one is `poor`; 2: a thread may need a stack.
+
+    Raises Refusal where one has no text.
+    """
+    return max((2 if w.spills else int(w.poor) for w in writers(tp, target)), default=0)
 
 
 def writers(tp: TileProgram, target: Target | str, layout: Layout | None = None) -> list[Writer]:
@@ -99,8 +103,9 @@ class Writer(Places):
                               "the backend triton uses them")
         self.inline = inlined(k)
         self.reach, tiles = vectors(tp, k, rows), Held.tiles(tp, k, rows)
-        block = blocks(k, self.reach, tiles, self.inline)
-        self.pressure = pressure(k, block, tiles, self.inline)
+        lives = Lives.of(k, tiles, self.inline)
+        block = blocks(k, self.reach, lives)
+        self.pressure = lives.pressure(block)
         if self.pressure > block.most:
             raise Refusal(f"{k.name} would hold about {self.pressure:.0f} registers a thread, and there are "
                           f"{block.most} with {32 * block.warps} threads",
@@ -134,6 +139,17 @@ class Writer(Places):
     def spills(self) -> bool:
         """May a thread need a stack?"""
         return self.pressure > self.block.safe
+
+    @property
+    def poor(self) -> bool:
+        """Do several lanes compute of the same numbers, or wait for memory in each step of a loop?"""
+        loops = [s for s in statements(self.k.body) if isinstance(s, Loop)]
+        loads = [s for x in loops for s in statements(x.body) if isinstance(s, Load)]
+        points = {id(s): math.prod(self.k.dim(d).capacity for d in self.k.tile(s.tile).dims) for s in loads}
+        most = max(points.values(), default=0)
+        every = self.block.mask(frozenset(self.block.dims))
+        large = [s for s in loads if 4 * points[id(s)] >= most]
+        return any(every & ~self.block.mask(self.k.tile(s.tile).dims) or id(s) not in self.steps.asked for s in large)
 
     def _argument(self, k: TileKernel, a: Argument) -> Argument:
         """What vectors take for granted."""

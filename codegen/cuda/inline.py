@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memcomp.ir.expr import Access, Call, Expr, walk
-from memcomp.ir.tile import Dot, Fold, Load, Loop, Map, Statement, Store, TileKernel, When, expressions, joins, statements
+from memcomp.ir.tile import (
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Map,
+    Statement,
+    Store,
+    TileKernel,
+    When,
+    expressions,
+    joins,
+    statements,
+)
 from memcomp.ir.tile import made as tiles_of
 
 
@@ -18,8 +31,7 @@ class Inline:
 
 
 def inlined(k: TileKernel) -> dict[str, Inline]:
-    """Tiles that one statement computes, of tiles that a load alone fills, and that one reduction of the same statements
-    reads."""
+    """Tiles that one statement computes, of tiles that a load alone fills, and that one reduction beside it reads."""
     writers: dict[str, list[Statement]] = {}
     readers: dict[str, list[Statement]] = {}
     for s in statements(k.body):

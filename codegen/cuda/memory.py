@@ -94,8 +94,8 @@ class Memory:
     def ask(self, s: Load, room: str) -> None:
         """Bring what a load reads to the thread's places in `room`, without waiting for it.
 
-        Where a thread needs less than 16 bytes of a row, lanes take turns to ask for their neighbours too, each for rows
-        of its own where there are as many.
+        Where a thread needs less than 16 bytes of a row, lanes ask for their neighbours too, each for rows of its own
+        where there are as many.
         """
         w, t = self.w, self.w.k.tile(s.tile)
         row, n = self.read(s), self.together(s)
@@ -117,7 +117,7 @@ class Memory:
                    f"{self.address(s.source, at)} - {lane} * {row.elements}{live});")
 
     def live(self, s: Load, row: Row | None, at: Point, unit: float) -> str:
-        """Arguments that say whether neighbours count, and of more than 16 bytes how many are left, in units a point."""
+        """Arguments that say whether neighbours count, and of more than 16 bytes how many are left (unit: of a point)."""
         w = self.w
         tests = w.live(tuple(d for d in w.k.tile(s.tile).dims if d in variables(s.source)), at)
         live = f", {' && '.join(tests)}" if tests else ""

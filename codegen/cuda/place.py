@@ -1,5 +1,7 @@
-"""Lines of a kernel's text, and where in them the numbers of a tile are: loops over a thread's registers, the register of
-a point, the conditions that it counts."""
+"""Lines of a kernel's text, and where in them the numbers of a tile are.
+
+Loops over a thread's registers, the register of a point, the conditions that it counts.
+"""
 
 from __future__ import annotations
 

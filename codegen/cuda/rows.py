@@ -35,8 +35,8 @@ class Along:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An `Along` as one thread sees it: it reads `elements` neighbours at once, each of which serves `share` of its points,
-    in `groups` that differ; `vector` points each."""
+    """An `Along` as one thread sees it: it reads `elements` neighbours at once, each of which serves `share` of its
+    points, in `groups` that differ; `vector` points each."""
 
     dim: str
     vector: int
@@ -118,24 +118,24 @@ def _along(e: Expr, names: set[str], data: set[str]) -> Along | None:
 def vectors(tp: TileProgram, k: TileKernel, rows: Rows) -> dict[str, int]:
     """How many neighbours along each dim a thread holds together: 16 bytes of the narrowest tensor.
 
-    Where several neighbours read one element these are more; such an element may also be what is common to many, as a
-    scale is, and a thread need not read 16 bytes of those: it counts where nothing that steps read along the dim is
-    more a point.
+    Where several neighbours read one element these are more.  What steps read besides tensors of more than four times
+    its elements and bytes (scales, masks) has no say: a thread need not read 16 bytes of it.
     """
     found: dict[str, int] = {}
-    weight: dict[str, float] = {}
-    read = [(x, BYTES[tp.param(a.tensor).dtype], streamed) for a, dims, streamed in moved(k)
-            if (x := rows.along(a, k)) is not None and x.dim in dims]
-    for x, size, streamed in read:
-        if streamed:
-            weight[x.dim] = max(weight.get(x.dim, 0), size / x.share)
-    for x, size, _ in read:
-        if x.share > 1 and size / x.share < weight.get(x.dim, 0):
+    read = []
+    for a, dims, streamed in moved(k):
+        x, size = rows.along(a, k), BYTES[tp.param(a.tensor).dtype]
+        elements = math.prod(k.dim(d).capacity for d in dims) // (x.share if x is not None else 1)
+        read.append((x if x is not None and x.dim in dims else None, size, elements, streamed))
+    steps = [(n, n * size) for _, size, n, streamed in read if streamed]
+    most, bytes_ = max((n for n, _ in steps), default=0), max((n for _, n in steps), default=0)
+    for x, size, n, streamed in read:
+        if x is None or streamed and 4 * n < most and 4 * n * size < bytes_:
             continue
-        n = WIDEST // size * x.share
-        while n > 1 and (k.dim(x.dim).capacity % n or x.even % max(n // x.share, 1) or x.period % n):
-            n //= 2
-        found[x.dim] = max(found.get(x.dim, 1), n)
+        v = WIDEST // size * x.share
+        while v > 1 and (k.dim(x.dim).capacity % v or x.even % max(v // x.share, 1) or x.period % v):
+            v //= 2
+        found[x.dim] = max(found.get(x.dim, 1), v)
     return found
 
 
@@ -151,8 +151,8 @@ def moved(k: TileKernel) -> Iterator[tuple[Access, tuple[str, ...], bool]]:
 class Held:
     """How a tile lies in registers.
 
-    size: bytes of a number; along: what the load that fills it walks along; alone: does nothing else write it; dtype: its
-    format in memory where numbers may stay as they are stored, else "".
+    size: bytes of a number; along: what the load that fills it walks along; alone: does nothing else write it;
+    dtype: its format in memory where numbers may stay as they are stored, else "".
     """
 
     size: int

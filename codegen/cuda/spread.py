@@ -14,20 +14,29 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
-from memcomp.codegen.cuda.inline import Inline, reads
 from memcomp.ir.expr import Access, Expr, variables, walk
-from memcomp.ir.tile import Best, Dot, Fold, Load, Loop, Statement, Store, TileKernel, When, expressions, made, statements
+from memcomp.ir.tile import (
+    Best,
+    Dot,
+    Fold,
+    Load,
+    Loop,
+    Store,
+    TileKernel,
+    When,
+    expressions,
+    statements,
+)
 
 if TYPE_CHECKING:
-    from memcomp.codegen.cuda.rows import Held
+    from memcomp.codegen.cuda.lives import Lives
 
 LANE_BITS = 5
 MOST, FEW = 255, 128   # registers of a thread: that there are, and that leave room for a second block
-SPARE = 48             # by which `pressure` may be too low
+SPARE = 56             # by which `Lives.pressure` may be too low
 LARGE = 64             # registers of one tile
 MORE = 1.25            # times the least work that threads may do for wider loads and fewer registers
 FILE = 65536           # registers of a processor
-OTHER = 40             # addresses, counts, indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,29 +94,32 @@ class Block:
         return math.prod(self.dims[d].registers for d in dims)
 
 
-def blocks(k: TileKernel, vectors: Mapping[str, int], held: Mapping[str, Held],
-           inline: Mapping[str, Inline]) -> Block:
+def blocks(k: TileKernel, vectors: Mapping[str, int], lives: Lives) -> Block:
     """The spread of a kernel: of those with which registers suffice and threads compute little more than they must, the
     most neighbours, then the least warps, and threads along a row.
 
-    vectors: by dim how many neighbours are read at once; held: how each tile lies in registers; inline: tiles that are
-    computed where they are read.  A thread needs registers for every row that its neighbours are multiplied with: where
-    they do not suffice it has fewer neighbours, and after that, such rows are divided among lanes that hold the same ones.
+    vectors: by dim how many neighbours are read at once.  A thread needs registers for every row that its neighbours
+    are multiplied with: where they do not suffice it has fewer neighbours, and after that, such rows are divided among
+    lanes that hold the same ones.
     """
     meeting = list(_spaces(k))
     streamed = _streamed(k)
-    inner = _rows(k)
-    found: list[tuple[float, Block]] = []
-    fit: list[tuple[float, Block]] = []
+    inner = sorted(_rows(k), key=lambda d: vectors.get(d, 1) == 1)   # lanes side by side read side by side
+    found: dict[tuple[Spread, ...], tuple[float, Block]] = {}
+    fit: list[tuple[int, Block]] = []
     for own, part in product((0, 1, 2), (1, 2, 4)):
         less = {d: max(n // part, 1) for d, n in vectors.items()}
-        tried = [(pressure(k, b, held, inline), b) for warps, lanes in product((0, 1, 2, 3, 4), (3, 4, 5))
-                 for b in (_spread(k, less, meeting, streamed, inner, warps, lanes, own),)]
-        found += tried
-        fit += [(work(k, b), b) for most in (FEW, MOST) for p, b in tried
-                if p <= min(most, b.safe) and _largest(k, b, held, inline) <= LARGE]
+        tried = {}
+        for warps, lanes in product((0, 1, 2, 3, 4), (3, 4, 5)):
+            b = _spread(k, less, meeting, streamed, inner, warps, lanes, own)
+            key = tuple(b.dims.values())
+            if key not in found:
+                found[key] = tried[key] = lives.pressure(b), b
+        fit += [(work(k, b), b) for most in (FEW, MOST) for p, b in tried.values()
+                if p <= min(most, b.safe) and lives.largest(b) <= LARGE]
     least = min((n for n, _ in fit), default=0)
-    return next((b for n, b in fit if n <= MORE * least), min(found, key=lambda x: x[0] - x[1].most)[1])
+    fewest = min(found.values(), key=lambda x: x[0] - x[1].most)[1]
+    return next((b for n, b in fit if n <= MORE * least), fewest)
 
 
 def work(k: TileKernel, b: Block) -> int:
@@ -117,11 +129,6 @@ def work(k: TileKernel, b: Block) -> int:
     body = [s for loop in loops for s in statements(loop.body)] or list(statements(k.body))
     return 32 * b.warps * sum(b.registers((*k.tile(s.tile).dims, *(getattr(s, "over", ())))) for s in body
                               if not isinstance(s, (Load, Store, Loop, When)))
-
-
-def _largest(k: TileKernel, b: Block, held: Mapping[str, Held], inline: Mapping[str, Inline]) -> float:
-    """Registers of the largest tile."""
-    return max((held[t.name].words(b, t.dims) for t in k.tiles if t.name not in inline), default=0)
 
 
 def _spread(k: TileKernel, vectors: Mapping[str, int], meeting: list[frozenset[str]], streamed: set[str],
@@ -186,54 +193,6 @@ def _rows(k: TileKernel) -> list[str]:
                 for d in variables(a.index[-1]) & names:
                     weight[d] = max(weight.get(d, 0), size)
     return sorted(weight, key=lambda d: -weight[d])
-
-
-def pressure(k: TileKernel, b: Block, held: Mapping[str, Held], inline: Mapping[str, Inline]) -> float:
-    """Registers of a thread at the statement that needs most: of tiles that are written before it and read after."""
-    order: list[Statement] = []
-    spans: list[tuple[int, int]] = []
-
-    def visit(body: tuple[Statement, ...]) -> None:
-        for s in body:
-            order.append(s)
-            at = len(order) - 1
-            if isinstance(s, (Loop, When)):
-                visit(s.body)
-            if isinstance(s, When):
-                visit(s.orelse)
-            if isinstance(s, Loop):
-                spans.append((at, len(order) - 1))
-
-    visit(k.body)
-    names = {t.name for t in k.tiles}
-    uses: dict[str, list[int]] = {t: [] for t in names}
-    fresh: dict[str, list[int]] = {t: [] for t in names}
-    for n, s in enumerate(order):
-        read = reads(s) & names
-        for t in read & inline.keys():
-            read |= {x.tensor for x in walk(inline[t].body) if isinstance(x, Access)}
-        for t in made(s):
-            if t not in read:
-                fresh[t].append(n)
-            uses[t].append(n)
-        for t in read:
-            uses[t].append(n)
-    load = [0.0] * len(order)
-    for t, at in uses.items():
-        if not at:
-            continue
-        first, last = min(at), max(at)
-        for lo, hi in spans:
-            inside = [n for n in at if lo <= n <= hi]
-            if inside and not (first >= lo and last <= hi and min(inside) in fresh[t]):
-                first, last = min(first, lo), max(last, hi)
-        dims = k.tile(t).dims
-        size = held[t].words(b, dims)
-        if t in inline:   # the compiler has some of them ready
-            size = max(size / 4, held[t].words(b, tuple(d for d in dims if d in inline[t].over)))
-        for n in range(first, last + 1):
-            load[n] += size
-    return OTHER + max(load, default=0.0)
 
 
 def places(thread: str, bits: tuple[int, ...], vector: int) -> str:

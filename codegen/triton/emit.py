@@ -91,7 +91,7 @@ def settings_of(source: str) -> dict[str, Setting]:
             for name, w, s, programs, special in _TOLD.findall(source)}
 
 
-def admits(tp: TileProgram, target: Target) -> int:
+def admits(tp: TileProgram, target: Target) -> float:
     """0: every launch fits the machine well; more: some spill, or wait (`resources.Need`).  Raises Refusal where one
     does not fit or has no text."""
     emit(tp, target)

@@ -78,9 +78,10 @@ class Need:
     poor: bool
 
     @property
-    def strain(self) -> int:
-        """0: fits well; more: the candidates that are to be taken only where there are no better ones."""
-        return 2 * self.spills + self.poor
+    def strain(self) -> float:
+        """0: fits well; more: the candidates that are to be taken only where there are no better ones; of those that
+        spill, the more the more registers they would take."""
+        return self.poor + (2 + self.registers / 1024 if self.spills else 0)
 
 
 def need(tp: TileProgram, k: TileKernel, target: Target, setting: Setting) -> Need:

@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflat
 
 from memcomp.artifact.plan import Size as Shown
 from memcomp.capture import read_exported
-from memcomp.capture.candidates import OWN_FRAME
+from memcomp.capture.candidates import OWN_FRAME, source
 from memcomp.capture.extent import expression, extent, size_name
 from memcomp.capture.reader import DTYPE, meta
 from memcomp.capture.rest import tidy
+from memcomp.capture.writes import mutates
 from memcomp.inputs import Function
 from memcomp.ir.errors import InputError, Refusal
 from memcomp.ir.expr import Expr, Size, substitute
@@ -68,10 +69,14 @@ def export(given: Function) -> Exported:
     module = fn if isinstance(fn, torch.nn.Module) and len(at) == len(given.inputs) else _Wrapped(fn, given.inputs, at)
     with _stateless(fn), torch.no_grad():
         ep = _exported(module, tuple(given.inputs[i] for i in at), dims)
+    if any(map(mutates, ep.graph.nodes)):
+        ep = ep.run_decompositions({})  # the same operators, and what they wrote in place as values
     signature = ep.graph_signature
     if changed := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
         raise Refusal(f"it writes into {changed[0]}, and an artifact keeps no state", hint="return the new value instead")
     gm = read_exported(ep)
+    if wrong := next(filter(mutates, gm.graph.nodes), None):
+        raise Refusal(f"{wrong.target} writes into a tensor", source(wrong), "compute a new one instead")
     tidy(gm)
     return _read(gm, [given.names[i] for i in at], dims)
 
@@ -164,6 +169,11 @@ def _read(gm: fx.GraphModule, names: Sequence[str], dims: Sequence[Mapping[int, 
                     least = int(known.lower) if known.lower.is_Integer else 0
                     named[s] = Shown(name, labels[i], d, int(divisor), least, most)
                     example[name] = int(x.node.hint) // int(divisor)
+    for n in gm.graph.nodes:
+        shape = meta(n).shape if isinstance(meta(n), torch.Tensor) else ()
+        if any(s not in named for x in shape if not isinstance(e := extent(x), int) for s in e.free_symbols):
+            raise Refusal(f"the shape of what {n.target} makes depends on data", source(n),
+                          "an artifact knows all shapes from those of its inputs")
     out = next(n for n in gm.graph.nodes if n.op == "output")
     found = [(n, x) for n, x in zip(_results(gm), tree_leaves(out.args[0]), strict=True) if x is not None]
     if wrong := [x for _, x in found if not isinstance(x, fx.Node) or not isinstance(meta(x), torch.Tensor)]:

@@ -69,8 +69,10 @@ class Kernel:
         torch: Any = sys.modules.get("torch")
         if torch is not None and inputs and isinstance(inputs[0], torch.Tensor):
             make = _torchs(torch, inputs)
-        else:
+        elif self.device == "cpu":
             make = _fresh
+        else:
+            raise Refusal(f"{self.name} is a kernel for a GPU and takes torch's tensors", self.device)
         outs = [make(*x) for x in call.outputs]
         if call.idle:
             return tuple(outs)

@@ -69,7 +69,8 @@ class Artifact:
 
     def __call__(self, *inputs: Any, **named: Any) -> tuple[Any, ...]:
         """The outputs of the model, or of the only kernel."""
-        return self._only()(*inputs, **named)
+        made: tuple[Any, ...] = self._only()(*inputs, **named)
+        return made
 
     def _only(self) -> Any:
         if self._model is None:

@@ -156,9 +156,9 @@ def _sensible(m: Manifest, where: str) -> None:
             raise InputError(f"{where} has no digest of {path}")
     if len({k.name for k in m.kernels}) < len(m.kernels):
         raise InputError(f"{where} has two kernels of one name")
-    for t in m.targets:
-        if t.device not in ("cpu", "cuda"):
-            raise InputError(f"{where} is for a device {t.device!r}; known: cpu, cuda")
+    for machine in m.targets:
+        if machine.device not in ("cpu", "cuda"):
+            raise InputError(f"{where} is for a device {machine.device!r}; known: cpu, cuda")
     for k in m.kernels:
         names = {r.name for r in k.sizes}
         if not all(_WORD.match(n) for n in names):

@@ -32,7 +32,7 @@ class Array:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.data.shape
+        return tuple(self.data.shape)
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The numbers; f32 of bf16.  Refusal where numpy has none like these."""

@@ -86,27 +86,32 @@ class Pack:
     def write(self, place: str | Path, plan: Plan | None = None) -> str:
         """Write the directory, whole or not at all; the digest of its manifest.  An artifact that is there is replaced;
         InputError where anything else is."""
+        for spec, name in self._kernels.items():
+            if len(spec.code) < len(self._targets):
+                raise InputError(f"{name} has no code for every target: {', '.join(self._targets)}")
         root = Path(place)
         check_place(root / NAME if root.is_dir() else root)
         if root.exists() and not (root / NAME).is_file() and (not root.is_dir() or any(root.iterdir())):
             raise InputError(f"{root} is there and is no artifact",
                              hint="name a directory that is not there, or is empty")
         part = root.with_name(f".{root.name}.{secrets.token_hex(4)}")
+        old = part.with_name(part.name + ".old")
         try:
             files = {path: self._put(part / path, data) for path, data in sorted(self._files.items())}
             kernels = tuple(replace(spec, name=name) for spec, name in self._kernels.items())
             manifest = Manifest(FORMAT, VERSION, self.name, _producer(), files, tuple(self._targets.values()), kernels,
                                 plan)
             (part / NAME).write_text(manifest.text(), encoding="ascii")
-            old = part.with_name(part.name + ".old")
             if root.exists():
                 root.rename(old)
             part.rename(root)
-            shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise InputError(f"cannot write {root}", error.strerror or str(error)) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
+            if old.exists() and not root.exists():  # interrupted in between
+                old.rename(root)
+            shutil.rmtree(old, ignore_errors=True)
         return manifest.own_digest()
 
     @staticmethod

@@ -59,11 +59,11 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return tuple(_read(args[0], v, f"{where}[{n}]") for n, v in enumerate(value))
     if origin is dict:
         return {k: _read(args[1], v, f"{where}.{k}") for k, v in _mapping(value, where).items()}
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         known, given = _hints(kind), _mapping(value, where)
         for name in sorted(given.keys() ^ known.keys()):
             raise InputError(f"{where} {'lacks' if name in known else 'has an unknown field'} {name}")
-        return kind(**{n: _read(t, given[n], f"{where}.{n}") for n, t in known.items()})  # type: ignore[operator]
+        return kind(**{n: _read(t, given[n], f"{where}.{n}") for n, t in known.items()})
     right = {str: isinstance(value, str), bool: isinstance(value, bool),
              int: isinstance(value, int) and not isinstance(value, bool) and -WHOLE < value < WHOLE,
              float: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < WHOLE

@@ -24,26 +24,30 @@ def add(commands: Commands) -> None:
     """Add the parser of `cache` and its own commands to those of `memcomp`."""
     own = commands.family("cache", "Look at tuning results, move them between machines, check them, throw them away.")
 
-    def command(name: str, do: Callable[[argparse.Namespace, Layers], int], text: str) -> argparse.ArgumentParser:
-        p = own.add(name, lambda args: do(args, _layers()), text)
+    def command(name: str, do: Callable[[argparse.Namespace, Layers], int], text: str,
+                example: str = "") -> argparse.ArgumentParser:
+        p = own.add(name, lambda args: do(args, _layers()), text, (f"memcomp cache {name} {example}".rstrip(),))
         as_json(p)
         return p
 
     command("ls", _ls, "List the entries of all layers, one a line.")
-    show = command("show", _show, "Print entries whole.")
-    show.add_argument("key", help="beginning of an entry's key")
-    out = command("export", _export, "Write all entries of the user's layer into one file.")
-    out.add_argument("file", type=Path)
+    show = command("show", _show, "Print entries whole.", "1f2e3d")
+    show.add_argument("key", metavar="KEY", help="beginning of an entry's key")
+    out = command("export", _export, "Write all entries of the user's layer into one file.", "tuned.json")
+    out.add_argument("file", metavar="FILE", type=Path, help="is written, whole or not at all")
     out.add_argument("--all", action="store_true", help="those of the system and of the package too")
-    command("import", _import, "Join a file's entries to the user's layer.").add_argument("file", type=Path)
-    merge = command("merge", _merge, "Merge files of entries into one; their order does not matter.")
-    merge.add_argument("files", type=Path, nargs="+", metavar="file")
-    merge.add_argument("-o", "--output", type=Path, required=True)
-    diff = command("diff", _diff, "Where two files of entries differ; exit code 1 where they do.")
-    diff.add_argument("left", type=Path)
-    diff.add_argument("right", type=Path)
+    into = command("import", _import, "Join a file's entries to the user's layer.", "tuned.json")
+    into.add_argument("file", metavar="FILE", type=Path, help="what `memcomp cache export` or `merge` wrote")
+    merge = command("merge", _merge, "Merge files of entries into one; their order does not matter.",
+                    "here.json there.json -o both.json")
+    merge.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what `export` wrote")
+    merge.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="is written")
+    diff = command("diff", _diff, "Where two files of entries differ; exit code 1 where they do.",
+                   "here.json there.json")
+    diff.add_argument("left", metavar="FILE", type=Path, help="what `export` wrote")
+    diff.add_argument("right", metavar="FILE", type=Path, help="another")
     command("verify", _verify, "Read every file of all layers; exit code 1 where one is no entry.")
-    gc = command("gc", _gc, "Delete entries of other versions of memcomp, and files that are none.")
+    gc = command("gc", _gc, "Delete entries of other versions of memcomp, and files that are none.", "--dry-run")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
     command("stats", _stats, "Entries and bytes by layer and device.")
 

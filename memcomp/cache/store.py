@@ -1,4 +1,4 @@
-"""Folders of entries: `ROOT/v1/ENVIRONMENT/PROBLEM.json`, one file an entry.
+"""Folders of entries: `ROOT/v2/ENVIRONMENT/PROBLEM.json`, one file an entry.
 
 No locks: a file is written beside its place and moved there in one step, so that a reader sees all of it or nothing,
 and of two writers the last one wins with a whole entry.  A file that is damaged, of another version or of another key

@@ -47,6 +47,10 @@ def _full(r: Reader, node: fx.Node, size: Any, fill_value: Any, **_: Any) -> Val
     return _numbers(node, fill_value)
 
 
+def _filled(r: Reader, node: fx.Node, x: Value, value: Any) -> Value:
+    return _numbers(node, value)
+
+
 def _new_full(r: Reader, node: fx.Node, x: Value, size: Any, fill_value: Any, **_: Any) -> Value:
     return _numbers(node, fill_value)
 
@@ -242,6 +246,7 @@ RULES: dict[str, Rule] = {
     **{n: Rule("source", _fill(1)) for n in ("ones", "ones_like", "new_ones")},
     **{n: Rule("source", _fill(0)) for n in ("zeros", "zeros_like", "new_zeros")},
     "full": Rule("source", _full), "full_like": Rule("source", _full), "new_full": Rule("source", _new_full),
+    "fill": Rule("source", _filled),
     "scalar_tensor": Rule("source", _tensor), "tensor": Rule("source", _tensor), "eye": Rule("source", _eye),
     "getitem": Rule("view", _getitem), "index": Rule("index", _index),
     "embedding": Rule("index", _embedding), "index_select": Rule("index", _index_select),

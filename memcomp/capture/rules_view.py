@@ -217,6 +217,23 @@ def insert_unit(x: Value, dim: int) -> Value:
     return Value((*x.dims[:dim], (UNIT,), *x.dims[dim:]), x.dtype, lambda ix: x.at((*ix[:first], *ix[first + 1:])))
 
 
+def _slice_scatter(r: Reader, node: fx.Node, x: Value, src: Value, dim: int = 0, start: Any = None, end: Any = None,
+                   step: Any = 1) -> Value:
+    """x with other elements from `start` on, as many as `src` has."""
+    d = wrap(dim, len(x.dims))
+    n, count, first = x.shape[d], src.shape[d], 0 if start is None else start
+    if step != 1 or not isinstance(first, int) or first < 0 and not isinstance(n, int):
+        raise Refusal("elements that are replaced at run-time places")
+    first = first if not isinstance(n, int) else min(max(first + n if first < 0 else first, 0), n)
+    rest = product(1, n - first - count)
+    return cat(r, [slice_dim(r, x, d, 0, 1, first), src, slice_dim(r, x, d, expression(product(1, first + count)), 1, rest)], d)
+
+
+def _select_scatter(r: Reader, node: fx.Node, x: Value, src: Value, dim: int, index: Any) -> Value:
+    d = wrap(dim, len(x.dims))
+    return _slice_scatter(r, node, x, insert_unit(src, d), d, index)
+
+
 def _dropout(r: Reader, node: fx.Node, x: Value, p: float = 0.5, training: bool = True, inplace: bool = False,
              train: bool | None = None) -> Value:
     if (training if train is None else train) and p > 0:
@@ -237,7 +254,8 @@ RULES: dict[str, Rule] = {
     "chunk": Rule("view", lambda r, node, x, chunks, dim=0: _pieces(r, node, x, dim)),
     "split_with_sizes": Rule("view", _split), "tensor_split": Rule("view", _split), "unbind": Rule("view", _unbind),
     "cat": Rule("view", _cat), "stack": Rule("view", _stack), "repeat": Rule("view", _repeat),
-    "tile": Rule("view", _repeat),
+    "tile": Rule("view", _repeat), "slice_scatter": Rule("view", _slice_scatter),
+    "select_scatter": Rule("view", _select_scatter),
     "repeat_interleave": Rule("view", _repeat_interleave), "flip": Rule("view", _flip),
     "dropout": Rule("view", _dropout), "native_dropout": Rule("view", _native_dropout),
 }

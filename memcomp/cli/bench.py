@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    p = commands.add("bench", run, "Time kernels beside torch's, FlexAttention's and Inductor's on this machine.")
+    p = commands.add("bench", run, "Time kernels beside torch's, FlexAttention's and Inductor's on this machine.", (
+        "memcomp bench --list", "memcomp bench decode --rounds 9 -o decode.json", "memcomp bench --device cuda"))
     options.as_json(p)
     options.target(p)
     p.add_argument("only", nargs="*", metavar="WORD", help="cases whose name holds one of the words; default: all")

@@ -12,7 +12,9 @@ from memcomp.ir.program import Program
 
 
 def add(commands: Commands) -> None:
-    p = commands.add("check", run, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.")
+    p = commands.add("check", run, "Run compiled, eager and in float64, and compare; exit code 1 if wrong.", (
+        "memcomp check memcomp.models.mha:build", "memcomp check program.mc --size M=1000",
+        "memcomp check program.mc --target h100 --interpret"))
     options.given(p, sizes="extent of an open rank or input; default: a program's bound, or 1024")
     options.output(p)
     options.as_json(p)

@@ -11,7 +11,8 @@ from memcomp.ir.errors import OptionError
 
 
 def add(commands: Commands) -> None:
-    p = commands.add("cost", run, "Operations, traffic and time by the cost model.")
+    p = commands.add("cost", run, "Operations, traffic and time by the cost model.", (
+        "memcomp cost program.mc --size M=65536 --target h100", "memcomp cost memcomp.models.mla:build --json"))
     options.given(p, sizes="extent of an open rank or input; default: its bound, or 1024")
     options.output(p)
     options.as_json(p)

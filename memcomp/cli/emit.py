@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    p = commands.add("emit", run, "Print the kernels' source.")
+    p = commands.add("emit", run, "Print the kernels' source.", (
+        "memcomp emit memcomp.models.mha:build", "memcomp emit program.mc --target h100 --backend cuda",
+        "memcomp emit program.mc --target a100 --target h100 --cubin kernels"))
     options.given(p)
     options.output(p)
     options.as_json(p)

@@ -15,7 +15,9 @@ from memcomp.ir.program import Program
 
 
 def add(commands: Commands) -> None:
-    p = commands.add("explain", run, "Passes, kernels and traffic of each region, before and after.")
+    p = commands.add("explain", run, "Passes, kernels and traffic of each region, before and after.", (
+        "memcomp explain memcomp.models.mha:build", "memcomp explain model.pt2 --html model.html",
+        "memcomp explain program.mc --size M=4096 --target cpu --target h100"))
     options.given(p, sizes="extent of an open rank or input; default: a program's bound, or 1024")
     options.output(p)
     options.as_json(p)

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 
 
 def add(commands: Commands) -> None:
-    options.as_json(commands.add("models", models, "List the workloads that come with memcomp."))
-    options.as_json(commands.add("targets", machines, "List the machines that can be compiled for."))
-    commands.add("demo", demo, "A real language model, compiled, run and explained.")
+    options.as_json(commands.add("models", models, "List the workloads that come with memcomp.",
+                                  ("memcomp models",)))
+    options.as_json(commands.add("targets", machines, "List the machines that can be compiled for.",
+                                  ("memcomp targets --json",)))
+    commands.add("demo", demo, "A real language model, compiled, run and explained.", ("memcomp demo",))
 
 
 def models(args: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ from memcomp.ir.errors import OptionError, nearest
 
 
 def add(commands: Commands) -> None:
-    p = commands.add("opt", opt, "Print the rewritten programs.")
+    p = commands.add("opt", opt, "Print the rewritten programs.", (
+        "memcomp opt memcomp.models.mha:build", "memcomp opt program.mc --dump-after reduce_passes"))
     options.given(p)
     options.output(p)
     options.as_json(p)

@@ -20,7 +20,8 @@ _SHAPE = re.compile(r"\d{1,18}(,\d{1,18})*,?")
 
 
 def add(commands: Commands) -> None:
-    p = commands.add("run", run, "Load such a directory, call it, and say what came out.")
+    p = commands.add("run", run, "Load such a directory, call it, and say what came out.", (
+        "memcomp run layer", "memcomp run layer --input x=2,17,64 --repeat 100"))
     p.add_argument("directory", metavar="DIR", type=Path, help="what `memcomp compile` wrote")
     p.add_argument("--input", dest="inputs", metavar="NAME=FILE.npy|SHAPE", action="append", default=[],
                    help="an input: its numbers, or a shape for random ones, e.g. x=2,64; default: random")

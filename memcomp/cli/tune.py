@@ -9,7 +9,8 @@ from memcomp.cli.parser import Commands
 
 
 def add(commands: Commands) -> None:
-    p = commands.add("tune", run, "Measure which way to map each program is fastest, and keep it in the cache.")
+    p = commands.add("tune", run, "Measure which way to map each program is fastest, and keep it in the cache.", (
+        "memcomp tune memcomp.models.mha:build", "memcomp tune program.mc --size M=4096 --mode full"))
     options.given(p, sizes="extent of an open rank or input to measure at; default: a program's bound, or 1024")
     options.output(p)
     options.as_json(p)

@@ -44,6 +44,8 @@ def accept(stage: Stage, s: Einsum, body: Expr, guard: tuple[Expr, ...]) -> Plac
         raise NoLaw(monoid, body, "its places are given")
     if k is not None and extent_of(stage.facts.cascade, k.upper()) is None:
         raise NoLaw(monoid, body, f"a state of {k.upper()} values needs a fixed {k.upper()}")
+    if k is not None and any(extent_of(stage.facts.cascade, v.upper()) is None for v in over[1:]):
+        raise NoLaw(monoid, body, f"a tile of {stage.carried.upper()} holds all of {over[1].upper()}, which has no end")
     if sides.free(body):
         raise NoLaw(monoid, body, "nothing carried to reduce")
     lifted = lift(body, sides, stage.facts, strict=True)

@@ -30,7 +30,7 @@ class Graph:
         self.fake = FakeTensorMode(shape_env=self.env)
         self.root, self.graph = torch.nn.Module(), fx.Graph()
         self.used = set(hints.values())
-        self.literals: dict[fx.Node, torch.Tensor] = {}
+        self.literals: dict[fx.Node, bool | int | float] = {}
         self.name = ""  # of the nodes made next
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -77,17 +77,18 @@ class Graph:
             return torch.nn.Parameter(made, requires_grad=False) if weight else made
 
     def held(self, data: torch.Tensor) -> fx.Node:
-        """A tensor that the module holds; one without dimensions is a number that the user wrote."""
-        name = f"{'weight' if data.ndim else '_tensor_constant'}{len(self.literals)}"
+        """A tensor that is known: a weight, or without dimensions a number that the user wrote."""
+        if not data.ndim:
+            node = self(torch.full, (), data.item(), dtype=data.dtype)
+            self.literals[node] = data.item()
+            return node
+        name = f"weight{len(list(self.root.parameters()))}"
         setattr(self.root, name, torch.nn.Parameter(data, requires_grad=False))
-        node = self._node("get_attr", name, self.empty(tuple(data.shape), data.dtype, bool(data.ndim)))
-        self.literals[node] = data
-        return node
+        return self._node("get_attr", name, self.empty(tuple(data.shape), data.dtype, True))
 
     def plain(self, x: Any) -> Any:
-        """The number that a node without dimensions holds; anything else as it is."""
-        held = self.literals.get(x) if isinstance(x, fx.Node) else None
-        return x if held is None or held.ndim else held.item()
+        """The number that a node holds which the user wrote; anything else as it is."""
+        return self.literals.get(x, x) if isinstance(x, fx.Node) else x
 
     def other(self, target: Any, made: Any, *args: fx.Node) -> fx.Node:
         """A node that gives `made`, by what torch does not know."""

@@ -16,9 +16,6 @@ from memcomp.capture.relax.graph import Graph, value
 from memcomp.capture.relax.table import ROWS, dtype
 from memcomp.ir.errors import Refusal
 
-Bounds = tuple[dict[str, int], dict[str, tuple[int, "int | None"]]]
-
-
 @dataclass(frozen=True)
 class Block:
     """Bindings as a graph.
@@ -230,9 +227,17 @@ class _Reading:
         self.keep(var, self.g.other(outside, made, *named))
 
     def done(self, outputs: Iterable[Any]) -> Block:
-        self.g.graph.output(tuple(self.values[v] for v in outputs if isinstance(self.values.get(v), fx.Node)))
+        self.g.graph.output(tuple(n for v in outputs for n in _flat(self.values.get(v))))
         gm = fx.GraphModule(self.g.root, self.g.graph)
         return Block(gm, self.tensors, self.sizes, self.at, tuple(self.left.values()))
+
+
+def _flat(x: Any) -> Iterator[fx.Node]:
+    """The tensors of a value that may be several."""
+    if isinstance(x, fx.Node):
+        yield x
+    for part in x if isinstance(x, tuple) else ():
+        yield from _flat(part)
 
 
 def _agrees(made: Any, ty: Any, reading: _Reading) -> bool:

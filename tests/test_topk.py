@@ -1,0 +1,277 @@
+"""The best of a row: lists of values and places, on every backend the same as the program's meaning, places too."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memcomp.codegen.lower import lower
+from memcomp.config import Config
+from memcomp.ir.errors import Refusal, VerifyError
+from memcomp.ir.interpret import interpret
+from memcomp.ir.program import Program
+from memcomp.ir.text import parse, show
+from memcomp.ir.tile import Best, TileProgram, statements
+from memcomp.ir.tile_interpret import interpret_tile
+from memcomp.ir.verify import verify
+from memcomp.passes.reduce_passes import reduce_passes
+from memcomp.passes.spell_places import spell_places
+from memcomp.pipeline import map_program
+from tests.mapped import arguments, mapped
+
+torch = pytest.importorskip("torch")
+
+HEAD = "program p\nrank P\nrank M{bound}\nrank N = 3\nrank K = {k}\nin S[P, M]: {dtype}\nin T[P, N]: {dtype}\n" \
+       "in ok[P, M]: bool\nout V[P, K]: {value}\nout I[P, K]: i64\n"
+FORMS = {
+    "row": "V[p, k], I[p, k] = topk{m} S[p, m]\n",
+    "computed": "V[p, k], I[p, k] = topk{m} 2.0*S[p, m] - 1.0\n",
+    "masked": "V[p, k], I[p, k] = topk{m} S[p, m] where ok[p, m]\n",
+    "two ranks": "V[p, k], I[p, k] = topk{n, m} S[p, m] + T[p, n]\n",
+    "causal": "V[p, k], I[p, k] = topk{m} S[p, m] where m <= p\n",
+}
+
+
+def program(form: str, k: int = 4, dtype: str = "f32", bound: str = "") -> Program:
+    value = dtype if dtype == "f64" or dtype[0] == "i" and dtype != "i1" else "f32"
+    return parse(HEAD.format(k=k, dtype=dtype, bound=bound, value="i64" if value[0] == "i" else value) + FORMS[form])
+
+
+def rows(p: int, m: int, seed: int, dtype: str = "f32") -> dict[str, Any]:
+    """Ties, NaN, infinities of both signs, rows of one value: all that a format holds."""
+    rng = np.random.default_rng(seed)
+    s = np.round(rng.standard_normal((p, m)) * 3) / 2
+    if dtype[0] == "i":
+        s = s.astype(np.int64)
+    elif m:
+        s[0, rng.integers(m)] = np.nan
+        s[1 % p] = -np.inf
+        s[2 % p, : m // 2] = -np.inf
+        s[3 % p, rng.integers(m, size=m // 3)] = np.nan
+        s[3 % p, m // 2] = np.inf
+        s[4 % p] = 1.0
+    t = np.arange(p * 3).reshape(p, 3) % 5 / 2
+    return {"S": s, "T": t.astype(s.dtype), "ok": rng.random((p, m)) < 0.6}
+
+
+def exactly(want: dict[str, Any], got: dict[str, Any], data: dict[str, Any], form: str, note: Any) -> None:
+    """Values are equal; so are places, but of points that a guard keeps out, which are only inside the row."""
+    for n in want:
+        a, b = (np.asarray(x[n], np.float64) for x in (want, got))
+        if n == "I" and form in ("causal", "masked"):
+            kept = np.asarray(want["V"], np.float64) != -np.inf
+            assert ((b >= 0) & (b < max(data["S"].shape[1], 1))).all(), (n, note, b)
+            a, b = np.where(kept, a, 0), np.where(kept, b, 0)
+        np.testing.assert_array_equal(a, b, f"{n} {note}")
+
+
+def closed(p: Program, **config: Any) -> Program:
+    return map_program(p, config=Config(**config), sizes={"P": 5, "M": 200})
+
+
+def lists(tp: TileProgram) -> list[Best]:
+    return [s for k in tp.kernels for s in statements(k.body) if isinstance(s, Best)]
+
+
+# -- meaning -----------------------------------------------------------------------------------------------------------
+
+
+def brute(s: Any, k: int) -> tuple[list[float], list[int]]:
+    """By sorting pairs."""
+    order = sorted(range(len(s)), key=lambda m: (s[m] == s[m], 0 if s[m] != s[m] else -s[m], m))[:k]
+    return [s[m] for m in order], order
+
+
+def test_the_meaning_is_a_sort() -> None:
+    data = rows(7, 11, 0)
+    got = interpret(program("row", 5), data)
+    for p in range(7):
+        value, place = brute(data["S"][p], 5)
+        np.testing.assert_array_equal(got["V"][p], value)
+        assert got["I"][p].tolist() == place
+
+
+GIVEN = "program p\nrank P\nrank M\nrank K = 3\nin S[P, M]: f32\nin J[P, M]: i64\nin W[P, K]: f32\nin L[P, K]: i64\n" \
+        "out V[P, K]: f32\nout I[P, K]: i64\n"
+
+
+def test_joining_lists_is_associative_and_commutative() -> None:
+    """`onto` and `at`: however the points of a row are divided, the list is the same."""
+    rng = np.random.default_rng(1)
+    s, j = rng.integers(0, 4, (6, 12)) / 2, np.argsort(rng.random((6, 12)), -1)
+    body = "V[p, k], I[p, k] = topk{m} at(S[p, m], J[p, m])\n"
+    none = {"W": np.full((6, 3), -np.inf), "L": np.full((6, 3), 99)}
+    whole = interpret(parse(GIVEN + body), {"S": s, "J": j} | none)
+    joined = parse(GIVEN + "V[p, k], I[p, k] = topk{m} onto(at(S[p, m], J[p, m]), W[p, k], L[p, k])\n")
+    for parts in ((slice(0, 5), slice(5, 12)), (slice(5, 12), slice(0, 5)), (slice(0, 1), slice(1, 2), slice(2, 12))):
+        held = dict(none)
+        for x in parts:
+            got = interpret(joined, {"S": s[:, x], "J": j[:, x]} | held)
+            held = {"W": got["V"], "L": got["I"]}
+        np.testing.assert_array_equal(held["W"], whole["V"])
+        np.testing.assert_array_equal(held["L"], whole["I"])
+    tp = lower(mapped(joined))
+    got = interpret_tile(tp, {"S": s, "J": j} | none)
+    np.testing.assert_array_equal(got["I"], whole["I"])
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("V[p, k], I[p, k] = topk{m} S[p, m] + at(S[p, m], m)", "'at' stands outermost"),
+    ("V[p, k], I[p, k] = topk{m} at(S[p, m], S[p, m])", "a place is an integer"),
+    ("V[p, k], I[p, k] = topk{m} onto(S[p, m], W[p, 0], L[p, k])", "two lists in the order of 'k'"),
+    ("V[p, k], I[p, k] = topk{m} at(S[p, m], k)", "'k' orders the results"),
+])
+def test_places_are_checked(line: str, message: str) -> None:
+    with pytest.raises(VerifyError, match=message):
+        verify(parse(GIVEN + line + "\n"))
+
+
+@pytest.mark.parametrize("options", [{}, {"splits": 2}, {"splits": 3}])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_streamed_list_is_the_list(form: str, options: dict[str, Any]) -> None:
+    """In tiles shorter than the list, in shares: the same places."""
+    p = program(form, 5)
+    new = reduce_passes(p, tile=(2,), ranks=("M",), **options)
+    assert form in ("two ranks",) or "onto" in show(new)
+    for m in (1, 4, 9, 23):
+        data = rows(5, m, m)
+        exactly(interpret(p, data), interpret(new, data), data, form, (m, options))
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("form", FORMS)
+def test_tiles_say_the_same(form: str, k: int) -> None:
+    """A row as one tile, a row in steps of the mapping, and of the derived loop."""
+    for p in (program(form, k, bound=" <= 64"), program(form, k)):
+        for q in (mapped(spell_places(p)), closed(p)):
+            tp = lower(q)
+            assert lists(tp), show(q)
+            for m in (1, 2, 5, 40) if "64" in show(p) else (1, 2, 5, 300):
+                data = rows(5, m, m + k)
+                exactly(interpret(p, data), interpret_tile(tp, data), data, form, (m, k))
+
+
+# -- backends ----------------------------------------------------------------------------------------------------------
+
+ON = {
+    "python": {},
+    "tvm": {},
+    "cuda": {"target": "h100", "interpret": True},
+    "triton": {"target": "h100", "interpret": True},
+}
+MISSING = {"tvm": "tvm", "triton": "triton"}
+TYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
+
+
+def ready(backend: str) -> dict[str, Any]:
+    if backend in MISSING:
+        pytest.importorskip(MISSING[backend])
+    if backend == "cuda" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip("no C++ compiler: kernels cannot run here")
+    return {"backend": backend, **ON[backend]}
+
+
+def built(p: Program, backend: str) -> tuple[TileProgram, Any]:
+    from memcomp.backends import build, emit
+    from memcomp.stations import observers
+
+    config = Config(**ready(backend))
+    tiles, kernel = emit(closed(p, **ready(backend)), config=config, observe=observers(Config()))
+    return tiles, build(kernel, config)
+
+
+def ran(tp: TileProgram, f: Any, data: dict[str, Any]) -> dict[str, Any]:
+    args, sizes = arguments(tp, data, {})
+    f(*args, *sizes)
+    return {p.name: x.double().numpy() for p, x in zip(tp.params, args, strict=True) if p.role == "out"}
+
+
+@pytest.mark.parametrize("backend", ON)
+@pytest.mark.parametrize(("form", "k", "dtype"), [
+    ("row", 1, "f32"), ("row", 4, "bf16"), ("masked", 3, "f32"), ("computed", 16, "f16"), ("two ranks", 7, "f32"),
+    ("row", 5, "i32"), ("row", 2, "f64"),
+])
+def test_kernels_say_the_same(backend: str, form: str, k: int, dtype: str) -> None:
+    p = program(form, k, dtype)
+    try:
+        tp, f = built(p, backend)
+    except Refusal as why:
+        assert backend == "triton" and dtype in ("f64", "i32") and "32 bits" in str(why)
+        return
+    assert lists(tp)
+    for m in (1, 5, 200):
+        data = rows(5, m, m + k, dtype)
+        stored = {n: torch.from_numpy(x).to(TYPES[dtype]).double().numpy() if x.dtype.kind == "f" else x
+                  for n, x in data.items()}
+        exactly(interpret(p, stored), ran(tp, f, stored), data, form, (m, k, dtype))
+
+
+@pytest.mark.parametrize("backend", ["tvm", "cuda"])
+def test_long_lists_are_lists_or_refused(backend: str) -> None:
+    for k, refused in ((32, False), (33, backend == "cuda")):
+        p = program("row", k)
+        if refused:
+            with pytest.raises(Refusal, match="keeps the 33 best of a row"):
+                built(p, backend)
+            continue
+        tp, f = built(p, backend)
+        data = rows(3, 70, k)
+        exactly(interpret(p, data), ran(tp, f, data), data, "row", k)
+
+
+def test_rows_across_the_lanes() -> None:
+    """Scores of a product: a tile of rows, each with a list of its own."""
+    p = parse("program p\nrank P\nrank M\nrank E = 4\nrank K = 6\nin Q[P, E]: f32\nin X[M, E]: f32\nout V[P, K]: f32\n"
+              "out I[P, K]: i64\nS[p, m] = sum{e} Q[p, e] * X[m, e]\nV[p, k], I[p, k] = topk{m} S[p, m]\n")
+    rng = np.random.default_rng(3)
+    for backend in ("tvm", "cuda"):
+        tp, f = built(p, backend)
+        for n, m in ((1, 7), (37, 150)):
+            data = {"Q": np.round(rng.standard_normal((n, 4)) * 2), "X": np.round(rng.standard_normal((m, 4)) * 2)}
+            exactly(interpret(p, data), ran(tp, f, data), {"S": np.zeros((n, m))}, "row", (backend, n, m))
+
+
+def test_a_stage_may_hold_a_list_beside_sums() -> None:
+    """Greatest probabilities, renormalised: one loop holds the list and nothing of the denominator."""
+    p = parse("program p\nrank P\nrank M\nrank K = 3\nin S[P, M]: f32\nout W[P, K]: f32\nout I[P, K]: i64\n"
+              "GM[p] = max{m} S[p, m]\nSN[p, m] = exp(S[p, m] - GM[p])\nSD[p] = sum{m} SN[p, m]\n"
+              "A[p, m] = SN[p, m] / SD[p]\nV[p, k], I[p, k] = topk{m} A[p, m]\nT[p] = sum{k} V[p, k]\n"
+              "W[p, k] = V[p, k] / T[p]\n")
+    data = {"S": np.random.default_rng(5).standard_normal((4, 300))}
+    want = interpret(p, data)
+    for backend in ("tvm", "cuda"):
+        tp, f = built(p, backend)
+        assert len(tp.kernels) == 1 and len(lists(tp)) == 1
+        got = ran(tp, f, data)
+        np.testing.assert_array_equal(got["I"], want["I"])
+        np.testing.assert_allclose(got["W"], want["W"], 1e-5)
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+def test_lists_of_sixteen_need_no_stack(capability: int) -> None:
+    from memcomp.codegen.cuda.compile import compile_text, compilers
+    from memcomp.codegen.cuda.emit import emit, launches
+
+    if not compilers():
+        pytest.skip("neither NVRTC nor nvcc is here")
+    target = {80: "a100", 89: "rtx4090", 90: "h100", 100: "b200"}[capability]
+    tp = lower(closed(program("row", 16), target=target, backend="cuda"))
+    (binary,) = compile_text(emit(tp, target).source, launches(tp, target), capability)
+    assert binary.resources.stack == 0, binary
+
+
+def test_product_keys_are_one_region() -> None:
+    """Two searches, their sums, the best of these, and the weighted rows they name: no operator is left to torch."""
+    import memcomp
+    from memcomp.models import product_key_memory
+
+    pytest.importorskip("tvm")
+    module, inputs = product_key_memory.build()
+    memcomp.reset()
+    fast = torch.compile(module, backend="memcomp", options={"strict": True})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*inputs), module(*inputs))
+    assert memcomp.stats()["regions"] >= 1 and not memcomp.stats()["fallbacks"]
