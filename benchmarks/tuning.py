@@ -4,8 +4,8 @@
 
 A case is tuned in mode `full`, within S seconds and not its ten minutes.  What `quick` would have tried in its own time
 is among that: those of its candidates that were done when its time for them was over; its race is run anew.  Then the
-choices of all modes take turns in one process.  results/tuning.json is written after each case, and a case that is there
-is not measured again without --again, so a run that was stopped goes on; docs/tuning.md gets the table.
+choices of all modes take turns in one process.  results/tuning.json is written after each case, and a case that is
+there is not measured again without --again, so a run that was stopped goes on; docs/tuning.md gets the table.
 
 Where the cost model's choice is slower than the fastest by no more than half of the spread, a mode takes it: `raw` is
 the choice without this rule.
@@ -79,8 +79,10 @@ def measured(tuner: Tuner, read: Program, sizes: Mapping[str, int], seconds: flo
               "full": found.order[0], "full raw": min(found.timed, key=lambda c: found.timed[c][0])}
     last = raced(tuner, given, list(dict.fromkeys(chosen.values())))
     best = min(t[0] for t in last.values())
-    return {"seconds": {w: last[c][0] for w, c in chosen.items()}, "spread": {w: last[c][1] for w, c in chosen.items()},
-            "regret": {w: last[c][0] / best for w, c in chosen.items()}, "choice": {w: str(c) for w, c in chosen.items()},
+    return {"seconds": {w: last[c][0] for w, c in chosen.items()},
+            "spread": {w: last[c][1] for w, c in chosen.items()},
+            "regret": {w: last[c][0] / best for w, c in chosen.items()},
+            "choice": {w: str(c) for w, c in chosen.items()},
             "mappings": len(search.tunable.space), "tried": len(search.trials), "tried by quick": len(tried),
             "rejected": len(search.rejected)}
 
@@ -89,16 +91,18 @@ def section(saved: Mapping[str, Any]) -> str:
     """The table, what of it is asked for, and how it was made."""
     m, done = saved["machine"], saved["cases"]
     features = ", ".join(f for f in m["features"] if f.startswith(("avx", "amx")))
-    lines = [f"Written by `python benchmarks/tuning.py` from `benchmarks/results/tuning.json`: {len(done)} CPU cases of "
-             f"`memcomp bench`, {saved['seconds']:g} s of `full` each (not its ten minutes: in that time it tried all that "
-             f"it would in {sum(x['tried'] >= x['mappings'] for x in done.values())} of the cases); {m['cores']} cores, "
-             f"{features}. Times over that of the fastest choice of the case, raced in turn in one process; `raw`: without "
-             "the rule that the cost model's choice wins where the measurement cannot tell.", "",
-             "| way to choose | median | worst | cases that are surely slower than `off` |", "|---|---|---|---|"]
+    whole = sum(x["tried"] >= x["mappings"] for x in done.values())
+    lines = [
+        f"Written by `python benchmarks/tuning.py` from `benchmarks/results/tuning.json`: {len(done)} CPU cases of",
+        f"`memcomp bench`, {saved['seconds']:g} s of `full` each (not its ten minutes; {whole} of the cases had every",
+        f"mapping tried); {m['cores']} cores, {features}. Times over that of the case's fastest choice, raced in turn",
+        "in one process; `raw`: without the rule that the cost model's choice wins where the measurement cannot tell.",
+        "", "| way to choose | median | worst | cases that are surely slower than `off` |", "|---|---|---|---|"]
     for way in WAYS:
         regrets = [x["regret"][way] for x in done.values()]
         worse = [n for n, x in done.items() if surely_worse(x, way)]
-        lines.append(f"| {way} | {statistics.median(regrets):.3f} | {max(regrets):.3f} | {', '.join(worse) or 'none'} |")
+        figures = f"{statistics.median(regrets):.3f} | {max(regrets):.3f}"
+        lines.append(f"| {way} | {figures} | {', '.join(worse) or 'none'} |")
     lines += ["", "| case | ms | mappings, tried, by quick | off | quick | quick raw | full | full raw |",
               "|---|---|---|---|---|---|---|---|"]
     for name, x in done.items():

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from memcomp.codegen.lower_pieces import Sizes, normal, ragged_guards, stream
-from memcomp.codegen.lower_places import LEAST, filled
+from memcomp.codegen.lower_places import filled
 from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, rebuild, variables, walk
 from memcomp.ir.ops import MONOIDS
-from memcomp.ir.places import Placed, explicit, order_of, placed, row_major
+from memcomp.ir.places import LEAST, Placed, explicit, order_of, placed, row_major
 from memcomp.ir.program import Group
 from memcomp.ir.simplify import simplify
 from memcomp.ir.tile import Dim

@@ -10,7 +10,6 @@ from memcomp.ir.places import Placed, explicit, order_of, placed, row_major
 from memcomp.ir.simplify import simplify
 from memcomp.ir.tile import NOWHERE
 
-LEAST = -(2**63) + 1  # of integers: what no point has
 
 
 def filled(e: Einsum, values: tuple[Expr, Expr], empty: tuple[Expr, Expr], total: Expr) -> tuple[Expr, Expr]:

@@ -18,6 +18,7 @@ from memcomp.ir.cascade import Cascade, Einsum, Tensor, written_ranks
 from memcomp.ir.expr import Call, Expr, Size, Var, call
 
 MARKS = ("at", "onto")
+LEAST = -(2**63) + 1  # of integers: where a list of them holds nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from memcomp.ir.cascade import Cascade, Knob
@@ -104,8 +105,25 @@ def close(program: Program, choices: dict[str, int]) -> Program:
     def fix(x: Expr | Knob | None) -> Expr | Knob | None:
         return Const(choices[x.name]) if isinstance(x, Knob) and x.name in choices else x
 
-    ranks = tuple(replace(r, extent=fix(r.extent)) for r in program.cascade.ranks)
-    groups = tuple(replace(g, partition=tuple((r, s if (s := fix(size)) is not None else size)
+    return _sized(program, fix)
+
+
+def finer(program: Program, least: int) -> Program:
+    """The program with smaller choices for every knob: half the smallest one and half of that, not below `least`."""
+
+    def more(x: Expr | Knob | None) -> Expr | Knob | None:
+        if not isinstance(x, Knob):
+            return x
+        small = (n for part in (4, 2) if (n := min(x.choices) // part) >= least)
+        return replace(x, choices=(*small, *x.choices))
+
+    return _sized(program, more)
+
+
+def _sized(program: Program, to: Callable[[Expr | Knob | None], Expr | Knob | None]) -> Program:
+    """The program with other extents of ranks and other sizes of parts."""
+    ranks = tuple(replace(r, extent=to(r.extent)) for r in program.cascade.ranks)
+    groups = tuple(replace(g, partition=tuple((r, s if (s := to(size)) is not None else size)
                                               for r, size in g.partition)) for g in program.mapping.groups)
     cascade = replace(program.cascade, ranks=ranks)
     return replace(program, cascade=cascade, mapping=replace(program.mapping, groups=groups))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from memcomp.ir.errors import InputError, VerifyError
 from memcomp.ir.expr import Access, Const, Expr, Size, Var
 from memcomp.ir.ops import MONOIDS, OPS
-from memcomp.ir.places import ordered
+from memcomp.ir.places import LEAST, ordered
 from memcomp.ir.tile import (
     NOWHERE,
     Best,
@@ -199,7 +199,7 @@ class _Task:
         if s.accumulate:
             old = tuple(np.moveaxis(self.tile(n), last, -1) for n in (s.tile, s.place))
         else:
-            least = np.iinfo(np.int64).min if t.dtype == "i64" else -np.inf
+            least = LEAST if t.dtype == "i64" else -np.inf
             old = np.full((*row[:-1], k), least), np.full((*row[:-1], k), NOWHERE)
         got = ordered(np.concatenate([old[0], x], -1), np.concatenate([old[1], at], -1))
         self.tiles[t.name], self.tiles[p.name] = (

@@ -148,8 +148,8 @@ def boundary(where: str, settings: Config, failed: Callable[[str], None] = lambd
         runtime.fall_back(where, why, keeper)
 
 
-def smaller(gm: fx.GraphModule, regions: Sequence[Region], refused: Sequence[Refused],
-            settings: Config) -> tuple[Sequence[Region], Sequence[Refused]]:
+def smaller(gm: fx.GraphModule, regions: Sequence[Region], refused: list[Refused],
+            settings: Config) -> tuple[Sequence[Region], list[Refused]]:
     """What `find_regions` found, with those taken apart that may be and of which nothing can be made."""
     from memcomp.capture.find import find_regions
 

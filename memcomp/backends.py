@@ -156,6 +156,11 @@ def strain(config: Config) -> Callable[[Program], float] | None:
     return found
 
 
+def least_tile(config: Config) -> int:
+    """The smallest size of a tile that the backend has a use for where larger ones do not fit; 0: it has none."""
+    return int(getattr(codegen(backend_of(config)), "LEAST", 0))
+
+
 def lowers(closed: Program) -> float:
     """0 for a program that has a tile form, else infinity."""
     from memcomp.codegen.lower import lower

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from memcomp.backends import device_of, lowers, strain, ways
+from memcomp.backends import device_of, least_tile, lowers, strain, ways
 from memcomp.cache import CacheWarning, Choice, Entry, Layers, environment, layers, present
 from memcomp.choice import TIE, alternatives, seconds
 from memcomp.config import Config
 from memcomp.ir.errors import MemcompError, OptionError, Refusal
-from memcomp.ir.program import Program, close
+from memcomp.ir.program import Program, close, finer, knobs
 from memcomp.sizes import shape_sizes
 from memcomp.stations import Observer, rewrite
 from memcomp.tune.model import modelled
@@ -42,7 +42,12 @@ def opened(program: Program, names: tuple[str, ...], read: Program, sizes: Mappi
     def form(options: Mapping[str, Any], seen: list[tuple[str, object]]) -> Opened:
         mapped = rewrite(program, observe=lambda *x: seen.append(x), names=names, options={"reduce_passes": options})
         extents = shape_sizes(read, mapped, sizes)
-        values = modelled(mapped, extents, fit)
+        values, badly = _fitting(mapped, extents, fit)
+        if badly == math.inf and (least := least_tile(config)):
+            smaller = finer(mapped, least)
+            found, badly = _fitting(smaller, extents, fit)
+            if badly < math.inf:
+                mapped, values = smaller, found
         return Opened(mapped, values, close(mapped, values), seen, extents)
 
     begun: list[tuple[str, object]] = []
@@ -60,6 +65,22 @@ def opened(program: Program, names: tuple[str, ...], read: Program, sizes: Mappi
         except Refusal:  # the first one serves
             continue
     return forms, words, Space({what: f.mapped for what, f in forms.items()}, partial(ways, config=config))
+
+
+def _fitting(mapped: Program, extents: Mapping[str, int],
+             fit: Callable[[Program], float] | None) -> tuple[dict[str, int], float]:
+    """The cost model's values for the knobs, and how badly they fit: 0 where nobody can tell or there is no choice."""
+    least = 0.0 if fit is None or not knobs(mapped) else math.inf
+
+    def noted(closed: Program) -> float:
+        nonlocal least
+        assert fit is not None
+        found = fit(closed)
+        least = min(least, found)
+        return found
+
+    values = modelled(mapped, extents, noted if fit is not None else None)
+    return values, least
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@
     executable = tvm.compile(module, "llvm")
 
 The kernels are compiled here and travel with the module as `external_mods`, which TVM links into what it builds; calls
-are `R.call_dps_packed`, so TVM plans the memory of results and of what a kernel works in.  (They are no PrimFuncs of the
-module: TVM's own pipeline reorders float arithmetic and compiles for the target of the whole module.)  Parallel loops
+are `R.call_dps_packed`, so TVM plans the memory of results and of what a kernel works in.  (They are no PrimFuncs of
+the module: TVM's own pipeline makes x of x + c - c, and compiles for the target of the whole module.)  Parallel loops
 run on TVM's threads.
 """
 
@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from memcomp.config import Config, config
-from memcomp.ir.errors import OptionError, Refusal
+from memcomp.ir.errors import OptionError, Refusal, VerifyError
 
 if TYPE_CHECKING:
     from memcomp.capture.region import Region
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["FuseRegions"]
 
 
-def FuseRegions(target: str = "cpu", *, sizes: Mapping[str, int] | None = None, **options: Any) -> Any:  # noqa: N802
+def FuseRegions(target: str = "cpu", *, sizes: Mapping[str, int] | None = None, **options: Any) -> Any:
     """A pass (`tvm.ir.transform.Pass`) from IRModule to IRModule.
 
     target: a CPU of `memcomp targets`, which the module is run on.  sizes: what symbolic sizes are taken for where ways
@@ -45,6 +45,9 @@ def FuseRegions(target: str = "cpu", *, sizes: Mapping[str, int] | None = None, 
     settings = config({**options, "target": target})
     if backend_of(settings) != "tvm":
         raise OptionError(f"target {target} has kernels that TVM does not call", hint="a CPU, e.g. FuseRegions('cpu')")
+
+    for error in (Refusal, VerifyError):
+        tvm.error.register_error(error)  # so that TVM hands them on as they are
 
     def run(module: Any, _: Any) -> Any:
         return fused(module, settings, dict(sizes or {}))

@@ -13,8 +13,8 @@ FOREIGN = {  # third-party package -> folders (or files) that may import it, bes
     "transformers": ("memcomp",),
     "triton": ("codegen/triton", "codegen/gluon", "models/bench/_flash", "memcomp/artifact"),
     "cuda": ("codegen/cuda", "memcomp/artifact"),
-    "tvm": ("codegen/tvm", "memcomp/artifact", "memcomp/capture/relax"),
-    "tvm_ffi": ("codegen/tvm", "memcomp/artifact", "memcomp/capture/relax"),
+    "tvm": ("codegen/tvm", "memcomp/artifact", "memcomp/capture/relax", "memcomp/relax"),
+    "tvm_ffi": ("codegen/tvm", "memcomp/artifact", "memcomp/capture/relax", "memcomp/relax"),
     "numpy": ("ir", "codegen/python", "codegen/gluon/model", "passes/kv", "memcomp"),
 }
 

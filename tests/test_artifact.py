@@ -357,8 +357,11 @@ def test_places_that_do_not_exist(made: Path) -> None:
     rows = memcomp.load(made)["rows"]
     table = np.arange(40, dtype=np.float32).reshape(10, 4)
     assert np.array_equal(rows(table, np.array([3, 0, 9]))[0], table[[3, 0, 9]])
-    with pytest.raises(IndexError, match="index 10 is out of bounds for a dimension of 10 elements"):
-        rows(table, np.array([3, 10]))
+    for index in (np.array([3, 10]), tensor(np.array([3, 10])), np.array([3, 3, 10, 10])[::2]):
+        with pytest.raises(IndexError, match="index 10 is out of bounds for a dimension of 10 elements"):
+            rows(table, index)
+    with pytest.raises(Refusal, match="takes I as i64, not as bf16"):
+        rows(table, empty("bf16", [3]))
 
 
 def test_a_gpu_among_the_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,6 +412,16 @@ def test_threads_at_the_same_time(made: Path) -> None:
     for t in every:
         t.join()
     assert not wrong
+
+
+def test_a_library_that_is_none(copy: Path) -> None:
+    """Whole, listed, and no kernel: the words of who could not load it."""
+    sound = verified(copy).manifest
+    k = sound.kernels[0]
+    changed(copy, kernels=(replace(k, code=tuple(replace(c, entry="other") for c in k.code)), *sound.kernels[1:]))
+    assert "cannot be loaded" in refused(copy)
+    changed(copy, kernels=(replace(k, code=tuple(replace(c, file="notes/read.me") for c in k.code)),))
+    assert "read.me cannot be loaded" in refused(copy)
 
 
 def test_only_kernels_have_no_call(made: Path) -> None:
@@ -492,6 +505,66 @@ def test_no_compiler_is_needed(made: Path, tmp_path: Path, before: str, how: str
     if not before and threads._library("libgomp.so.1") is None:
         pytest.skip("the system has no libgomp")
     assert how in bare(sys.executable, made, tmp_path, before, PYTHONPATH=str(ROOT))[1]
+
+
+SMOLLM = BARE.partition("q, k, v = ")[0] + """
+(kernel,) = run.kernels.values()
+for p in (2, 33, 257):
+    r = np.random.default_rng(p)
+    q, k, v = (r.standard_normal((1, h, p, 64), dtype=np.float32) for h in (9, 3, 3))
+    s = q.astype("f8") @ np.repeat(k, 3, 1).astype("f8").swapaxes(-1, -2) / 8
+    w = np.exp(np.where(np.tri(p, dtype=bool), s - s.max(-1, keepdims=True), -np.inf))
+    want = w @ np.repeat(v, 3, 1) / w.sum(-1, keepdims=True)
+    o, = kernel(q, k, np.ascontiguousarray(v.swapaxes(1, 2)))
+    assert np.abs(o.swapaxes(1, 2) - want).max() < 1e-5
+print(seconds)
+"""
+
+
+@pytest.mark.slow
+def test_smollm2s_attention(tmp_path: Path) -> None:
+    """Its 30 layers are one kernel, right where no compiler is, and in the model, called from torch."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from memcomp import smollm
+    from memcomp.artifact.compile import regions, write
+    from memcomp.inputs import Function
+    from memcomp.signature import Dim
+
+    try:
+        model = smollm.load().model
+    except InputError as error:
+        pytest.skip(error.what)
+
+    class Body(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Any) -> Any:
+            return self.model(ids, use_cache=False).logits
+
+    example = torch.arange(32)[None]
+    made = regions(Function(Body(), (example,), ({1: Dim("S", 1, 4096)},)), [config({"target": "cpu"})])
+    assert [k.calls for k in made.kernels] == [30]
+    write(made, tmp_path / "smollm2")
+    done = subprocess.run([sys.executable, "-c", SMOLLM, str(tmp_path / "smollm2")], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    (kernel,) = memcomp.load(tmp_path / "smollm2").kernels.values()
+    calls = []
+
+    def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, **_: Any) -> tuple[Any, None]:
+        calls.append(module)
+        return kernel(q, k, v.transpose(1, 2))[0], None
+
+    ids = torch.randint(0, 1000, (1, 77), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        transformers.AttentionInterface.register("artifact", attend)
+        model.set_attn_implementation("artifact")
+        got = model(ids, use_cache=False).logits
+    assert len(calls) == 30 and (got - want).abs().max() < 1e-3 * want.abs().max()
 
 
 @pytest.mark.slow

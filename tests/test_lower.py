@@ -65,7 +65,7 @@ def test_tiles_equal_the_reference(name: str) -> None:
     try:
         tp = lower(mapped(p))
     except Refusal as refusal:
-        assert name in ("delta_rule", "product_key_bag"), refusal
+        assert name == "delta_rule", refusal
         return
     verify_tile(tp)
     sizes = {"T": 64} if name == "paged_decode" else {}

@@ -13,8 +13,6 @@ from memcomp.oracle import measure, tolerance
 
 NAMES = sorted(f.stem for f in (Path(__file__).parent.parent / "models").glob("[a-z]*.py"))
 
-LEFT_TO_TORCH = {"product_key_memory"}  # right, but not yet fused
-
 
 def made(name: str, **options: Any) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     module, inputs = import_module(f"memcomp.models.{name}").build(**options)
@@ -57,5 +55,4 @@ def test_compiled_equals_eager(name: str) -> None:
         bound = tolerance(["f32"], "f32", elements=max(z.numel(), 2), length=None, torch_error=torchs)
         assert bound.admits(error), (error, bound)
     stats = memcomp.stats()
-    if name not in LEFT_TO_TORCH:
-        assert stats["regions"] == stats["launches"] == 1 and not stats["fallbacks"], stats
+    assert stats["regions"] == stats["launches"] == 1 and not stats["fallbacks"], stats

@@ -163,7 +163,6 @@ ON = {
     "triton": {"target": "h100", "interpret": True},
 }
 MISSING = {"tvm": "tvm", "triton": "triton"}
-TYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
 
 
 def ready(backend: str) -> dict[str, Any]:
@@ -189,37 +188,58 @@ def ran(tp: TileProgram, f: Any, data: dict[str, Any]) -> dict[str, Any]:
     return {p.name: x.double().numpy() for p, x in zip(tp.params, args, strict=True) if p.role == "out"}
 
 
+INPUTS = {"S": "f32", "T": "f32", "ok": "bool", "H": "f16", "B": "bf16", "J": "i32", "D": "f64"}
+LINES = {   # of outputs: dtype of the values, length, statement
+    "row": ("f32", 1, "topk{m} S[p, m]"), "masked": ("f32", 3, "topk{m} S[p, m] where ok[p, m]"),
+    "computed": ("f32", 16, "topk{m} 2.0*H[p, m] - 1.0"), "bf16": ("f32", 4, "topk{m} B[p, m]"),
+    "two ranks": ("f32", 7, "topk{n, m} S[p, m] + T[p, n]"), "i32": ("i64", 5, "topk{m} J[p, m]"),
+    "f64": ("f64", 2, "topk{m} D[p, m]"),
+}
+
+
+def several(names: list[str]) -> Program:
+    """All of these in one program."""
+    text, used = "program p\nrank P\nrank M\nrank N = 3\n", " ".join(LINES[n][2] for n in names)
+    text += "".join(f"in {t}[P, {'N' if t == 'T' else 'M'}]: {d}\n" for t, d in INPUTS.items() if f"{t}[" in used)
+    for n, name in enumerate(names):
+        dtype, k, body = LINES[name]
+        text = text.replace("rank P\n", f"rank P\nrank K{n} = {k}\n") + f"out V{n}[P, K{n}]: {dtype}\n" \
+            f"out I{n}[P, K{n}]: i64\n"
+    text += "".join(f"V{n}[p, k{n}], I{n}[p, k{n}] = {LINES[x][2]}\n" for n, x in enumerate(names))
+    return parse(text)
+
+
 @pytest.mark.parametrize("backend", ON)
-@pytest.mark.parametrize(("form", "k", "dtype"), [
-    ("row", 1, "f32"), ("row", 4, "bf16"), ("masked", 3, "f32"), ("computed", 16, "f16"), ("two ranks", 7, "f32"),
-    ("row", 5, "i32"), ("row", 2, "f64"),
-])
-def test_kernels_say_the_same(backend: str, form: str, k: int, dtype: str) -> None:
-    p = program(form, k, dtype)
-    try:
-        tp, f = built(p, backend)
-    except Refusal as why:
-        assert backend == "triton" and dtype in ("f64", "i32") and "32 bits" in str(why)
-        return
-    assert lists(tp)
-    for m in (1, 5, 200):
-        data = rows(5, m, m + k, dtype)
-        stored = {n: torch.from_numpy(x).to(TYPES[dtype]).double().numpy() if x.dtype.kind == "f" else x
-                  for n, x in data.items()}
-        exactly(interpret(p, stored), ran(tp, f, stored), data, form, (m, k, dtype))
+def test_kernels_say_the_same(backend: str) -> None:
+    """Places too, of every dtype, whatever the length of the row."""
+    for names in ([n for n in LINES if n not in ("f64", "i32")], ["i32"], ["f64"]):
+        p = several(names)
+        try:
+            tp, f = built(p, backend)
+        except Refusal as why:
+            assert backend == "triton" and names[0] in ("f64", "i32") and "32 bits" in str(why)
+            continue
+        assert len(lists(tp)) >= len(names)
+        for m in (1, 5, 200):
+            data = rows(5, m, m) | {"J": rows(5, m, m, "i32")["S"]}
+            data |= {n: data["S"] for n in "HBD"}   # halves: every format holds them
+            data = {t.name: data[t.name] for t in p.cascade.inputs()}
+            want, got = interpret(p, data), ran(tp, f, data)
+            for n, name in enumerate(names):
+                pair = ({"V": x[f"V{n}"], "I": x[f"I{n}"]} for x in (want, got))
+                exactly(*pair, {"S": np.zeros((5, m))}, name, (backend, name, m))
 
 
 @pytest.mark.parametrize("backend", ["tvm", "cuda"])
 def test_long_lists_are_lists_or_refused(backend: str) -> None:
-    for k, refused in ((32, False), (33, backend == "cuda")):
-        p = program("row", k)
-        if refused:
-            with pytest.raises(Refusal, match="keeps the 33 best of a row"):
-                built(p, backend)
-            continue
-        tp, f = built(p, backend)
-        data = rows(3, 70, k)
-        exactly(interpret(p, data), ran(tp, f, data), data, "row", k)
+    p = program("row", 33)
+    if backend == "cuda":
+        with pytest.raises(Refusal, match="keeps the 33 best of a row"):
+            built(p, backend)
+        p = program("row", 32)
+    tp, f = built(p, backend)
+    data = rows(3, 70, 0)
+    exactly(interpret(p, data), ran(tp, f, data), data, "row", backend)
 
 
 def test_rows_across_the_lanes() -> None:
@@ -261,17 +281,3 @@ def test_lists_of_sixteen_need_no_stack(capability: int) -> None:
     tp = lower(closed(program("row", 16), target=target, backend="cuda"))
     (binary,) = compile_text(emit(tp, target).source, launches(tp, target), capability)
     assert binary.resources.stack == 0, binary
-
-
-def test_product_keys_are_one_region() -> None:
-    """Two searches, their sums, the best of these, and the weighted rows they name: no operator is left to torch."""
-    import memcomp
-    from memcomp.models import product_key_memory
-
-    pytest.importorskip("tvm")
-    module, inputs = product_key_memory.build()
-    memcomp.reset()
-    fast = torch.compile(module, backend="memcomp", options={"strict": True})
-    with torch.no_grad():
-        torch.testing.assert_close(fast(*inputs), module(*inputs))
-    assert memcomp.stats()["regions"] >= 1 and not memcomp.stats()["fallbacks"]

@@ -14,11 +14,10 @@ from torch import Tensor
 import memcomp
 from memcomp.cache import CacheWarning, Choice, Entry, Measured, Store, environment
 from memcomp.config import Config
-from memcomp.ir.cascade import Rank
 from memcomp.ir.errors import OptionError
 from memcomp.ir.program import Program, knobs
 from memcomp.pipeline import Compiled, compile_program, forget
-from memcomp.tune.space import Space, problem
+from memcomp.tune.space import Space
 
 pytestmark = pytest.mark.usefixtures("fresh", "no_grad")
 
@@ -99,39 +98,6 @@ def test_every_member_of_the_space_and_nothing_else_has_a_program() -> None:
                   Choice("", {**plain.choice.knobs, "more": 1})):
         with pytest.raises(OptionError):
             space.closed(wrong)
-
-
-def renamed(p: Program) -> Program:
-    """Other names of ranks, tensors and the program itself."""
-    from memcomp.ir.text import parse
-
-    text = str(p)
-    names = {r.name for r in p.cascade.ranks}
-    for n in sorted(names, key=len, reverse=True):
-        import re
-
-        text = re.sub(rf"(?<![A-Za-z0-9_]){n}(?![A-Za-z0-9_])", f"{n}X", text)
-        text = re.sub(rf"(?<![A-Za-z0-9_]){n.lower()}(?![A-Za-z0-9_])", f"{n.lower()}x", text)
-    return parse(text)
-
-
-def test_names_make_no_new_key_and_what_a_kernel_reads_does() -> None:
-    plain = made(Config(tune="off"))
-    forget()
-    assert compile_program(renamed(program()), config=Config(tune="off")).problem == plain.problem
-    assert made(Config(tune="off", rest="eager", strict=True, chains="all", dump=())).problem == plain.problem
-    extents = {r.name: 100 for r in program().cascade.ranks if isinstance(r, Rank)}
-    space = Space({"": plain.program})
-
-    def key(**change: Any) -> dict[str, Any]:
-        given: dict[str, Any] = {"general": plain.before, "named": (), "extents": extents, "backend": "",
-                                 "space": space}
-        return problem(**{**given, **change})
-
-    assert key() == key(extents={n: 101 for n in extents}), "one bucket"
-    others = [key(extents={n: 1000 for n in extents}), key(backend="python"), key(general=plain.program),
-              key(named=("M",)), key(space=Space({"other": plain.program}))]
-    assert all(o != key() for o in others)
 
 
 def test_a_compiled_function_takes_it(tmp_path: Path) -> None:

@@ -8,3 +8,4 @@ from memcomp.codegen.cuda.host import interpreted
 __all__ = ["DEVICE", "admits", "compiled", "emit", "interpreted", "launches", "taken"]
 
 DEVICE = "cuda"
+LEAST = 4   # points of a tile along a dim, where tiles of more would need more registers than there are

@@ -28,7 +28,7 @@ template <class T, class I> INLINE bool before(T x, I i, T y, I j) {
 }
 template <class T> struct Lowest { static INLINE T of() { return -INFINITE32; } };
 template <> struct Lowest<double> { static INLINE double of() { return -INFINITE64; } };
-template <> struct Lowest<long long> { static INLINE long long of() { return -0x7fffffffffffffffLL - 1; } };
+template <> struct Lowest<long long> { static INLINE long long of() { return -0x7fffffffffffffffLL; } };
 template <> struct Lowest<int> { static INLINE int of() { return -0x7fffffff - 1; } };
 constexpr int NOWHERE = 0x7fffffff;
 
@@ -45,7 +45,7 @@ template <int K, class T, class I> INLINE void enter(T (&v)[K], I (&p)[K], T x, 
     v[k - 1] = high, v[k] = low, p[k - 1] = first, p[k] = second;
   }
 }
-constexpr int power(int k) { return k < 2 ? 1 : 2 * power((k + 1) / 2); }
+INLINE constexpr int power(int k) { return k < 2 ? 1 : 2 * power((k + 1) / 2); }
 // the best of two sorted lists, sorted
 template <int K, class T, class I> INLINE void merge(T (&v)[K], I (&p)[K], const T (&w)[K], const I (&q)[K]) {
   constexpr int all = power(K);

@@ -80,8 +80,8 @@ class Computed:
     def reduce(self, s: Fold, at: Point, total: str, kind: str, zero: str) -> None:
         """What a thread has of a reduction at one point.
 
-        Of a sum of products, the factors that neighbours share (a scale of 32 numbers) are multiplied once with the sum of
-        these neighbours; or once with what else is alike for them.
+        Of a sum of products, the factors that neighbours share (a scale of 32 numbers) are multiplied once with the sum
+        of these neighbours; or once with what else is alike for them.
         """
         w, found = self.w, self.factors(s, kind)
         over = next((d for d in reversed(s.over) if 0 < len(self.alike(found, d)) < len(found)), "")

@@ -142,14 +142,10 @@ class Writer(Places):
 
     @property
     def poor(self) -> bool:
-        """Do several lanes compute of the same numbers, or wait for memory in each step of a loop?"""
-        loops = [s for s in statements(self.k.body) if isinstance(s, Loop)]
-        loads = [s for x in loops for s in statements(x.body) if isinstance(s, Load)]
-        points = {id(s): math.prod(self.k.dim(d).capacity for d in self.k.tile(s.tile).dims) for s in loads}
-        most = max(points.values(), default=0)
+        """Do several lanes convert the same numbers, or do steps wait for memory for want of shared memory?"""
+        loaded = {t for x in self.inline.values() for t in reads(x.body) if t in self.packed}
         every = self.block.mask(frozenset(self.block.dims))
-        large = [s for s in loads if 4 * points[id(s)] >= most]
-        return any(every & ~self.block.mask(self.k.tile(s.tile).dims) or id(s) not in self.steps.asked for s in large)
+        return self.steps.crowded or any(every & ~self.block.mask(self.k.tile(t).dims) for t in loaded)
 
     def _argument(self, k: TileKernel, a: Argument) -> Argument:
         """What vectors take for granted."""

@@ -117,7 +117,7 @@ class Memory:
                    f"{self.address(s.source, at)} - {lane} * {row.elements}{live});")
 
     def live(self, s: Load, row: Row | None, at: Point, unit: float) -> str:
-        """Arguments that say whether neighbours count, and of more than 16 bytes how many are left (unit: of a point)."""
+        """Arguments that say whether neighbours count, and of more than 16 bytes how many units are left."""
         w = self.w
         tests = w.live(tuple(d for d in w.k.tile(s.tile).dims if d in variables(s.source)), at)
         live = f", {' && '.join(tests)}" if tests else ""

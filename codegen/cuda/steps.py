@@ -23,7 +23,7 @@ class Steps:
 
     def __init__(self, w: Writer, most: int) -> None:
         self.w, self.most, self.shared = w, most, 0
-        self.asked: set[int] = set()   # loads, by identity, that some steps ask for ahead
+        self.crowded = False   # is there a loop whose steps have no room to be asked for ahead?
 
     def when(self, s: When) -> None:
         self.w.sums.settle(s.cond)
@@ -143,10 +143,9 @@ class Steps:
                 break
             found.append((s, size))
             size += n
-        if not found or 2 * size > self.most - OWN:
-            return []
-        self.asked |= {id(s) for s, _ in found}
-        return found
+        fits = 2 * size <= self.most - OWN
+        self.crowded |= not fits
+        return found if fits else []
 
     def rooms_of(self, ahead: list[tuple[Load, int]]) -> tuple[int, int]:
         """How many steps are under way, with the one at hand, and bytes of each: as many as let two blocks share a

@@ -27,7 +27,7 @@ from memcomp.codegen.gluon.group import Group, Places
 from memcomp.codegen.gluon.rows import STAGES, Rows, Slots, Steps
 from memcomp.codegen.gluon.words import HEAD, RESERVED, spoken
 from memcomp.codegen.order import order
-from memcomp.codegen.rounding import rounds
+from memcomp.codegen.rounding import narrow
 from memcomp.codegen.triton.arguments import Arguments, arguments
 from memcomp.codegen.triton.emit import function_names
 from memcomp.codegen.triton.layout import Axis, layout
@@ -61,7 +61,7 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
                       "the triton backend takes it")
     places = units if units is not None else tuple(len(p.shape) - 1 for p in tp.params)
     words: set[str] = set()
-    allowed = rounds(tp)
+    allowed = narrow(tp)
     texts: list[str] = []
     names = function_names(tp)
     for k, name in zip(tp.kernels, names, strict=True):
@@ -130,7 +130,7 @@ class _Launch:
     """Text of one launch: what starts the groups, and the groups."""
 
     def __init__(self, tp: TileProgram, k: TileKernel, machine: Target, units: tuple[int, ...],
-                 allowed: set[tuple[str, str]], words: set[str]) -> None:
+                 allowed: set[tuple[str, str, str]], words: set[str]) -> None:
         self.boxes = boxes(tp, k, units)
         common = given(tp, k, units), allowed, words, Setting(WARPS, STAGES), order(tp, k, machine)
         self.host, self.fetch, self.rows = Group(tp, k, *common), Group(tp, k, *common), Rows(tp, k, *common)

@@ -7,6 +7,7 @@ import math
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
 from memcomp.ir.ops import MONOIDS, OPS
+from memcomp.ir.places import LEAST
 from memcomp.ir.simplify import linear, simplify
 from memcomp.ir.tile import (
     NOWHERE,
@@ -207,7 +208,7 @@ class _Writer:
         if s.accumulate:
             old = [f"np.moveaxis({n}, {last}, -1)" for n in (s.tile, s.place)]
         else:
-            least = "np.iinfo(np.int64).min" if t.dtype == "i64" else "-np.inf"
+            least = str(LEAST) if t.dtype == "i64" else "-np.inf"
             old = [f"np.full(({outer}{k}), {x}, {_DTYPE[d]})" if front else f"np.full({k}, {x}, {_DTYPE[d]})"
                    for x, d in ((least, t.dtype), (NOWHERE, "i64"))]
         got = f"best({k}, ({', '.join(old)}), ({', '.join(parts)}))"

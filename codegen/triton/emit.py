@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from memcomp.codegen.names import Names
 from memcomp.codegen.order import TASK, Order, numbered, order, tasks
-from memcomp.codegen.rounding import rounds
+from memcomp.codegen.rounding import narrow
 from memcomp.codegen.triton.arguments import Arguments, arguments
 from memcomp.codegen.triton.best import best
 from memcomp.codegen.triton.dead import Dead
@@ -28,7 +28,7 @@ from memcomp.codegen.triton.resources import options as settings_to_measure
 from memcomp.codegen.triton.straight import straight
 from memcomp.codegen.triton.words import FUNCTIONS, HEAD, used
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Call, Const, Expr, call, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, call, reads, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.target import BYTES, Target
 from memcomp.ir.target import target as named
@@ -50,6 +50,7 @@ from memcomp.ir.tile import (
     statements,
 )
 
+SPANNED = 1 << 17  # bytes of what a reduction makes of smaller tiles, beyond which registers cannot hold it
 STORED = ("bf16", "f16")  # formats that tensor cores multiply, and that f32 holds exactly
 _FOLDS = {"sum": "tl.sum({}, {})", "prod": "tl.reduce({}, {}, times)", "and": "tl.reduce({}, {}, both)",
           "or": "tl.reduce({}, {}, either)"}
@@ -72,7 +73,7 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
     """
     places = units if units is not None else tuple(len(p.shape) - 1 for p in tp.params)
     words: set[str] = set()
-    allowed = rounds(tp)
+    allowed = narrow(tp)
     machine = named(target) if isinstance(target, str) else target
     launches = list(zip(tp.kernels, function_names(tp), strict=True))
     given = {n: (settings or {}).get(n) or chosen(tp, k, machine) for k, n in launches}
@@ -116,7 +117,7 @@ def function_names(tp: TileProgram) -> list[str]:
 class _Writer:
     """Text of one launch."""
 
-    def __init__(self, tp: TileProgram, k: TileKernel, given: Arguments, allowed: set[tuple[str, str]],
+    def __init__(self, tp: TileProgram, k: TileKernel, given: Arguments, allowed: set[tuple[str, str, str]],
                  words: set[str], setting: Setting, how: Order, boxed: bool = False) -> None:
         self.setting, self.order = setting, how
         self.k, self.given, self.allowed = straight(k), given, allowed
@@ -387,6 +388,12 @@ class _Writer:
         axes, dtype = self.scope.tiles[s.tile], self.scope.dtypes[s.tile]
         gone = self.layout.of(s.over)
         every = tuple(a for a in self.layout.axes if a in axes or a in gone)
+        points = math.prod(a.size for a in every)
+        if points * BYTES[dtype] > SPANNED and not any(
+                set(every) <= set(self.scope.tiles.get(t, ())) for t in reads(s.body)):
+            raise Refusal(f"{s.tile} sums up {points:,} numbers that are made of smaller tiles, and is no product of two "
+                          "matrices that tensor cores read", self.k.name,
+                          "a smaller tile, or operands of f32 or bf16")
         masked = [a for a in gone if self.dead.at(s.body, a) != MONOIDS[s.monoid].identity]
         value = self.filled(s.body, every, dtype, self.live(every, tuple(masked)), self.identity(s.monoid, dtype))
         join = _JOINS.get(s.monoid, "")
@@ -418,7 +425,7 @@ class _Writer:
         axes, dtype = self.scope.tiles[s.tile], self.scope.dtypes[s.tile]
         x, form = self.layout.matrices(self.k, s), self.form(s)
         if x is None or not self.multiplied(s):
-            self.product_sum(s, axes, dtype)
+            self.fold(Fold(s.tile, "sum", s.over, call("mul", s.a, s.b), s.accumulate))
             return
         first = self.operand(x.a, (*x.batch, x.left, x.over), x.over, form)
         second = self.operand(x.b, (*x.batch, x.over, x.right), x.over, form)
@@ -439,7 +446,7 @@ class _Writer:
     def form(self, s: Dot) -> str:
         """The format that tensor cores read both operands in; "" where they cannot serve.
 
-        A computed operand is rounded to bf16 where the other is stored so and `rounding` allows it.
+        A computed operand is rounded to what the other is stored as where `rounding` allows it.
         """
         operands = s.a, s.b
         held = [self.stored.get(x.tensor, "") for x in operands]
@@ -449,8 +456,8 @@ class _Writer:
             return ""
         if held[0] and held[0] == held[1]:
             return held[0]
-        if "bf16" in held and "" in held and (self.k.name, s.tile) in self.allowed:
-            return "bf16"
+        if "" in held and (self.k.name, s.tile, word := max(held)) in self.allowed:
+            return word
         return "f32" if all(self.scope.dtypes[x.tensor] in ("f32", *STORED) for x in operands) else ""
 
     def operand(self, a: Access, want: tuple[Axis, ...], over: Axis, form: str) -> str:
@@ -462,6 +469,8 @@ class _Writer:
                 text = f"tl.where({' & '.join(conditions)}, {text}, 0.0)"
             if form == "bf16":
                 text = f"{self.scope.word('to_bf16')}({text})"
+            elif form == "f16":
+                text = f"tl.cast({text}, tl.float16)"
         elif form == "f32":
             text = f"{text}.to(tl.float32)"
         return self.turned(text, own, want)
@@ -471,11 +480,3 @@ class _Writer:
             return text
         order = [own.index(a) for a in want]
         return f"tl.trans({text}{''.join(f', {n}' for n in order)})"
-
-    def product_sum(self, s: Dot, axes: tuple[Axis, ...], dtype: str) -> None:
-        """A contraction that is no product of matrices of a format that tensor cores read."""
-        points = math.prod(x.size for x in (*axes, *self.layout.of(s.over)))
-        if points * BYTES.get(dtype, 4) > 1 << 18:
-            raise Refusal(f"{s.tile} is no product of two matrices that tensor cores read", self.k.name,
-                          "a smaller tile, or operands of f32 or bf16")
-        self.fold(Fold(s.tile, "sum", s.over, call("mul", s.a, s.b), s.accumulate))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias, Union
 
+from memcomp.codegen.rounding import narrow
 from memcomp.codegen.triton.layout import layout
 from memcomp.codegen.triton.parts import parts
 from memcomp.codegen.triton.straight import straight
@@ -74,7 +75,7 @@ class Loops:
     """The loops of one kernel."""
 
     def __init__(self, tp: TileProgram, k: TileKernel) -> None:
-        self.k, self.layout = straight(k), layout(k)
+        self.k, self.layout, self.narrow = straight(k), layout(k), narrow(tp)
         self.params = {p.name: p.dtype for p in tp.params}
         self.tiles = {t.name: t for t in self.k.tiles}
         self.loads: dict[str, list[Load]] = {}
@@ -123,7 +124,8 @@ class Loops:
             return None
         a, b = x.a.tensor, x.b.tensor
         stored = {self.stored(a), self.stored(b)}
-        exact = not (stored in ({"bf16"}, {"f16"}, {"bf16", ""}) or self.tiles[s.tile].dtype == "i64")
+        rounded = len(stored) == 2 and "" in stored and (self.k.name, s.tile, max(stored)) in self.narrow
+        exact = not (stored in ({"bf16"}, {"f16"}) or rounded or self.tiles[s.tile].dtype == "i64")
         size = 4 if exact else min(self.element(a), self.element(b))
         cut = any(self.k.dim(d).start != Const(0) for d in x.left.dims)
         return Product(s.tile, x.left.size, x.right.size, x.over.size, a, b, size, exact, cut)

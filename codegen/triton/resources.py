@@ -321,7 +321,7 @@ class _Block:
         return 1 + any(a.points < a.size for a in self.loops.layout.of(self.loops.tiles[tile].dims))
 
     def spanned(self, body: Body, s: Step) -> int:
-        """Points at which a reduction multiplies tiles that each lack some of its dims: all of them are there at once."""
+        """Points of a reduction over tiles that each lack some of its dims: all of them are there at once."""
         if not isinstance(s, (Fold, Dot)) or any(p.tile == s.tile for p in body.products):
             return 0
         read = {n.tensor for e in expressions(s) for n in walk(e) if isinstance(n, Access)} & set(self.loops.tiles)

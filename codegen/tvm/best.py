@@ -12,6 +12,7 @@ from dataclasses import replace
 from memcomp.codegen.tvm.express import Expressions
 from memcomp.codegen.tvm.group import lane_of
 from memcomp.codegen.tvm.writer import Point, Writer, plus, times
+from memcomp.ir.places import LEAST
 from memcomp.ir.tile import NOWHERE, Best, Fold
 
 
@@ -51,7 +52,7 @@ class _Loops:
 
     def begin(self, point: Point) -> None:
         w = self.w
-        least = f"i64({-(1 << 63)})" if self.t.dtype == "i64" else "f64(-inf)" if self.t.dtype == "f64" else "f32(-inf)"
+        least = f"i64({LEAST})" if self.t.dtype == "i64" else "f64(-inf)" if self.t.dtype == "f64" else "f32(-inf)"
         with w.repeat("k", f"i64({self.k})") as j:
             w.line(f"{self.value(point, j)} = {least}")
             w.line(f"{self.place(point, j)} = i64({NOWHERE})")

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import fx
@@ -151,7 +150,8 @@ class _Book:
         program = _nameless(region.program)
         if program not in self._why:
             try:
-                self._compiled[program] = {c.target: compile_program(region.program, config=c, sizes=region_sizes(region))
+                sizes = region_sizes(region)
+                self._compiled[program] = {c.target: compile_program(region.program, config=c, sizes=sizes)
                                            for c in self.configs}
                 self._why[program] = ""
             except MemcompError as error:

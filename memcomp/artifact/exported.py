@@ -31,8 +31,8 @@ from memcomp.ir.simplify import simplify
 
 @dataclass(frozen=True)
 class Exported:
-    """labels: names of the inputs; results: of the outputs; sizes: the run-time numbers of the graph, as the inputs' shapes show them; names: of
-    its symbols; example: what they were when it was exported."""
+    """labels: names of the inputs; results: of the outputs; sizes: the run-time numbers of the graph, as the inputs'
+    shapes show them; names: of its symbols; example: what they were when it was exported."""
 
     gm: fx.GraphModule
     inputs: tuple[fx.Node, ...]
@@ -73,7 +73,8 @@ def export(given: Function) -> Exported:
         ep = ep.run_decompositions({})  # the same operators, and what they wrote in place as values
     signature = ep.graph_signature
     if changed := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
-        raise Refusal(f"it writes into {changed[0]}, and an artifact keeps no state", hint="return the new value instead")
+        raise Refusal(f"it writes into {changed[0]}, and an artifact keeps no state",
+                      hint="return the new value instead")
     gm = read_exported(ep)
     if wrong := next(filter(mutates, gm.graph.nodes), None):
         raise Refusal(f"{wrong.target} writes into a tensor", source(wrong), "compute a new one instead")
@@ -88,7 +89,7 @@ def _exported(module: torch.nn.Module, inputs: tuple[Any, ...],
     small = any(x.least < 2 for given in dims for x in given.values())
     for alike in (True, False) if small else (False,):
         try:
-            with oblivious.patch(backed_size_oblivious=alike):
+            with oblivious.patch(backed_size_oblivious=alike):  # type: ignore[attr-defined]
                 return torch.export.export(module, inputs, dynamic_shapes=_dynamic(module, inputs, dims), strict=False)
         except (KeyboardInterrupt, MemoryError, RecursionError):
             raise
@@ -125,13 +126,14 @@ def _stateless(module: Any) -> Iterator[None]:
     """Without the cache of keys and values that Hugging Face's models return beside the logits: it is a state."""
     settings = getattr(module, "config", None)
     before = getattr(settings, "use_cache", None)
-    if before is not None:
-        settings.use_cache = False
+    if settings is None or before is None:
+        yield
+        return
+    settings.use_cache = False
     try:
         yield
     finally:
-        if before is not None:
-            settings.use_cache = before
+        settings.use_cache = before
 
 
 def _dynamic(module: torch.nn.Module, inputs: Sequence[Any], dims: Sequence[Mapping[int, Any]]) -> Any:
@@ -187,8 +189,9 @@ def _read(gm: fx.GraphModule, names: Sequence[str], dims: Sequence[Mapping[int, 
 
 
 def _results(gm: fx.GraphModule) -> list[str]:
-    """What the model calls each of its results ("" where it does not): `logits` of what Hugging Face's models return."""
+    """What the model calls each of its results, a number where it does not: `logits` of Hugging Face's models."""
     spec = gm._out_spec
+    assert spec is not None, gm
     made = tree_unflatten(list(range(spec.num_leaves)), spec)
     return [re.sub(r"\W", "", str(path[-1])) if path else "out" for path, _ in tree_flatten_with_path(made)[0]]
 

@@ -76,13 +76,11 @@ class Kernel:
         outs = [make(*x) for x in call.outputs]
         if call.idle:
             return tuple(outs)
-        for look, bound in zip(self.spec.lookups, call.bounds, strict=True):
-            _look(look, inputs[look.input], bound)
-        work = [make(*x) for x in call.work]
+        rest = (*outs, *[make(*x) for x in call.work], *call.numbers)
         try:
-            self.function(*inputs, *outs, *work, *call.numbers)
+            self._run(inputs, rest, call.bounds)
         except (TypeError, ValueError, BufferError, RuntimeError) as error:
-            self.function(*self._usable(inputs, error), *outs, *work, *call.numbers)
+            self._run(self._usable(inputs, error), rest, call.bounds)
         return tuple(outs)
 
     def work(self, sizes: Mapping[str, int]) -> Shaped:
@@ -92,6 +90,11 @@ class Kernel:
     def arguments(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The numbers at the end of a call of `function`."""
         return tuple(value(e, sizes) for e in self._numbers)
+
+    def _run(self, inputs: Sequence[Any], rest: Sequence[Any], bounds: Sequence[int]) -> None:
+        for look, bound in zip(self.spec.lookups, bounds, strict=True):
+            _look(look, inputs[look.input], bound)
+        self.function(*inputs, *rest)
 
     def _found(self, inputs: Sequence[Any], given: Mapping[str, int]) -> _Call:
         if len(inputs) != len(self.inputs):

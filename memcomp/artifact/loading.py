@@ -119,9 +119,12 @@ def _library(folder: Folder, code: Code) -> tuple[Callable[..., Any], str]:
     except ModuleNotFoundError as error:
         raise Refusal(f"a kernel for a CPU is loaded with {error.name}, which is not installed",
                       hint="pip install memcomp[runtime]") from error
-    module = tvm_ffi.load_module(str(folder.place(code.file).absolute()))
-    pool = threads.install(module, load=True)
-    return module[code.entry], pool
+    try:
+        module = tvm_ffi.load_module(str(folder.place(code.file).absolute()))
+        pool = threads.install(module, load=True)
+        return module[code.entry], pool
+    except (OSError, RuntimeError, AttributeError, ValueError, KeyError) as error:  # another C library, say
+        raise InputError(f"{folder.place(code.file)} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _cubins(folder: Folder, spec: KernelSpec, code: Code) -> Callable[..., Any]:

@@ -116,8 +116,8 @@ class Planner:
             sizes[rank] = held.text(meta(region.inputs[i]).shape[d])
             if divisor != 1:
                 sizes[rank] = f"({sizes[rank]})//{divisor}"
-        for rank, n in region.sizes:
-            sizes[rank] = held.text(meta(n) if isinstance(n, fx.Node) else n)
+        for rank, number in region.sizes:
+            sizes[rank] = held.text(meta(number) if isinstance(number, fx.Node) else number)
         self.steps.append(Step("kernel", kernel, reads, tuple(self._add(n, "buffer") for n in region.outputs), sizes))
 
     def _look(self, x: Any) -> None:

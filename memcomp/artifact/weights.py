@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def _tensor(x: Any, data: mmap.mmap, start: int) -> Array:
     if not dtype:
         raise ValueError(f"the dtype {x['dtype']!r}")
     kind, shape, (first, last) = np.dtype(carrier(dtype)), tuple(map(int, x["shape"])), x["data_offsets"]
-    if last - first != kind.itemsize * int(np.prod(shape, dtype=np.int64)) or not 0 <= first <= last <= len(data) - start:
+    count = prod(shape)
+    if last - first != kind.itemsize * count or not 0 <= first <= last <= len(data) - start:
         raise ValueError(f"the place {first} to {last}")
-    return Array(dtype, np.frombuffer(data, kind, (last - first) // kind.itemsize, start + first).reshape(shape))
+    return Array(dtype, np.frombuffer(data, kind, count, start + first).reshape(shape))

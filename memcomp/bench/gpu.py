@@ -51,6 +51,7 @@ class Plan:
     forms:     words of which a form's name holds one; empty: all forms.
     apart:     jobs run in processes of their own.
     target:    that is compiled for; "": the one most like the device.
+    words:     of which a program's and a family's name holds one; empty: all, and test_gpu.py.
     """
 
     cases: tuple[Case, ...]
@@ -62,6 +63,10 @@ class Plan:
     forms: tuple[str, ...] = ()
     apart: bool = True
     target: str = ""
+    words: tuple[str, ...] = ()
+
+    def asked(self, name: str) -> bool:
+        return not self.words or any(w in name for w in self.words)
 
 
 @dataclass
@@ -87,7 +92,8 @@ class Found:
         return self.begin + share * self.plan.seconds
 
     def line(self, text: str) -> None:
-        self.say(f"{time.monotonic() - self.begin:6.1f} s  {text}")
+        where = "rehearsal " if self.plan.rehearse else ""
+        self.say(f"{where}{time.monotonic() - self.begin:6.1f} s  {text}")
 
     def write(self) -> None:
         self.data["seconds"] = round(time.monotonic() - self.begin, 1)
@@ -197,19 +203,23 @@ def _checks(plan: Plan, found: Found, workers: Sequence[Asked]) -> list[Job]:
                         if not plan.forms or any(w in n for w in plan.forms))
 
     first, rest = plan.cases[:FIRST], plan.cases[FIRST:]
-    programs = sorted((plan.tests / "cases").glob("*.mc")) if plan.tests is not None else []
+    programs = [p for p in _programs(plan.tests) if plan.asked(p.stem)]
     jobs = [*forms(first, True), *(Job("program", (str(p), b)) for p in programs for b in found.backends)]
     jobs += [*forms(first, False), *forms(rest, True), *forms(rest, False)]
     if not plan.rehearse:
-        jobs += [Job("family", (f.name, b)) for f in families() for b in found.backends]
+        jobs += [Job("family", (f.name, b)) for f in families() if plan.asked(f.name) for b in found.backends]
     left = spread(workers, jobs, found.limit, found.until(CHECKING), found.checked)
     return spread(workers[:1], found.again, found.limit, found.until(CHECKING), found.checked) + left
+
+
+def _programs(tests: Path | None) -> list[Path]:
+    return sorted((tests / "cases").glob("*.mc")) if tests is not None else []
 
 
 def _tests(plan: Plan, found: Found) -> threading.Thread | None:
     """The checkout's own tests on a GPU: whole models, with CUDA graphs."""
     file = plan.tests / "test_gpu.py" if plan.tests is not None else None
-    if file is None or not file.exists():
+    if file is None or not file.exists() or plan.words:
         return None
 
     def go() -> None:
@@ -372,13 +382,16 @@ def summary(data: dict[str, Any]) -> Iterator[str]:
             yield text
 
 
-def chosen(words: Sequence[str], small: bool) -> tuple[Case, ...]:
-    """The cases for a GPU whose name holds one of the words, all without words."""
+def chosen(words: Sequence[str], small: bool, tests: Path | None = None) -> tuple[Case, ...]:
+    """The cases for a GPU whose name holds one of the words, all without words; none where only programs of `tests` or
+    families are named so."""
     from memcomp.models.bench import cases
     from memcomp.models.bench.operators import listed
+    from memcomp.models.families import families
 
     found = tuple(c for c in (listed(True) if small else cases("cuda"))
                   if not words or any(w in c.name for w in words))
-    if not found:
+    others = [p.stem for p in _programs(tests)] + ([] if small else [f.name for f in families()])
+    if not found and not any(w in name for w in words for name in others):
         raise OptionError(f"no case is named like {', '.join(map(repr, words))}", hint="`memcomp bench --list`")
     return found

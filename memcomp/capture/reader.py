@@ -304,8 +304,8 @@ class Reader(Reading):
         return name
 
     def _chosen(self, body: Expr, over: Sequence[str], guard: Expr | None) -> tuple[Expr, Expr | None]:
-        """Terms of a sum with their guard.  What the guard asks of computed values, for a whole row at once, is asked in
-        the terms: a sum is linear in them, and the row's value may not be known before all terms were seen."""
+        """Terms of a sum with their guard.  What the guard asks of computed values, for a whole row at once, is asked
+        in the terms: a sum is linear in them, and the row's value may not be known before all terms were seen."""
         parts = conjuncts(guard) if guard is not None else ()
         late = [c for c in parts if reads(c) & set(self.written) and not variables(c) & set(over)]
         if not late:

@@ -116,6 +116,13 @@ def _logic(op: str, bits: str) -> Callable[..., Value]:
     return read
 
 
+def _shift_right(r: Reader, node: fx.Node, a: Operand, b: Operand) -> Value:
+    dtype = dtype_of(node)
+    if not isinstance(b, int) or not 0 <= b < 8 * dtype.itemsize:
+        raise Refusal("a shift by what is no number of the operand's bits")
+    return apply("shr", dtype, *operands(r, node, a, b))
+
+
 def truth(v: Value) -> Value:
     """The value as truth values."""
     if v.dtype == torch.bool:
@@ -301,6 +308,7 @@ RULES: dict[str, Rule] = {
         ("tanh", "tanh"), ("sigmoid", "sigmoid"), ("erf", "erf"),
         ("sin", "sin"), ("cos", "cos"), ("abs", "abs"), ("relu", "relu"), ("square", "square"), ("floor", "floor"))},
     "bitwise_and": Rule("map", _logic("and", "bitand")), "bitwise_or": Rule("map", _logic("or", "bitor")),
+    "bitwise_right_shift": Rule("map", _shift_right),
     "bitwise_xor": Rule("map", lambda r, node, a, b: _compare("ne")(r, node, a, b) if dtype_of(node) == torch.bool
                         else _refuse("exclusive or of integers")),
     "bitwise_not": Rule("map", _not), "logical_not": Rule("map", _not),

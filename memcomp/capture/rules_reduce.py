@@ -209,7 +209,8 @@ def _truths(monoid: str) -> Callable[..., Value]:
                 return known[0]
 
             end = found[1]
-            most = reduced(r, Value(v.dims, torch.float32, inner), "max" if end.value < 0 else "min", dims, keepdim, "G")
+            extreme = "max" if end.value < 0 else "min"
+            most = reduced(r, Value(v.dims, torch.float32, inner), extreme, dims, keepdim, "G")
             return Value(most.dims, torch.bool, lambda ix: make(op, most.at(ix), end))
         return reduced(r, v, monoid, dims, keepdim, "L")
 

@@ -226,7 +226,8 @@ def _slice_scatter(r: Reader, node: fx.Node, x: Value, src: Value, dim: int = 0,
         raise Refusal("elements that are replaced at run-time places")
     first = first if not isinstance(n, int) else min(max(first + n if first < 0 else first, 0), n)
     rest = product(1, n - first - count)
-    return cat(r, [slice_dim(r, x, d, 0, 1, first), src, slice_dim(r, x, d, expression(product(1, first + count)), 1, rest)], d)
+    after = slice_dim(r, x, d, expression(product(1, first + count)), 1, rest)
+    return cat(r, [slice_dim(r, x, d, 0, 1, first), src, after], d)
 
 
 def _select_scatter(r: Reader, node: fx.Node, x: Value, src: Value, dim: int, index: Any) -> Value:

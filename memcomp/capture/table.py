@@ -33,7 +33,7 @@ class Rule:
 
 _OPERATORS = {
     "and_": "bitwise_and", "or_": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not", "inv": "bitwise_not",
-    "truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "not_": "logical_not",
+    "rshift": "bitwise_right_shift", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "not_": "logical_not",
 }
 _HOMES = (torch, torch.nn.functional, torch.Tensor, torch.special, torch.linalg, torch._C._nn, builtins)
 """Where torch's own functions live: a user's function that is only called like one has no rule."""
@@ -47,6 +47,7 @@ _SPELLINGS = {
     "cat": "concat concatenate", "slice": "slice_copy", "narrow": "narrow_copy", "getitem": "__getitem__",
     "index": "_unsafe_index", "softmax": "_softmax special_softmax", "log_softmax": "_log_softmax",
     "bitwise_and": "__and__ logical_and", "bitwise_or": "__or__ logical_or", "bitwise_not": "__invert__ logical_not",
+    "bitwise_right_shift": "__rshift__",
     "mul": "multiply", "div": "divide true_divide", "sub": "subtract", "neg": "negative", "abs": "absolute",
     "gt": "greater", "ge": "greater_equal", "lt": "less", "le": "less_equal", "ne": "not_equal", "clamp": "clip",
     "sigmoid": "special_expit", "dropout": "feature_dropout",

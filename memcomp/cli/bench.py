@@ -75,12 +75,13 @@ def _cuda(args: argparse.Namespace) -> int:
     from memcomp.bench.gpu import Plan, chosen, run
     from memcomp.config import config
 
-    machine, cases = config(options.machine(args)).target, chosen(args.only, args.interpret)
+    machine = config(options.machine(args)).target
+    cases = chosen(args.only, args.interpret, args.tests)
     if args.list:
         print(json.dumps([c.name for c in cases], indent=2) if args.json else "\n".join(c.name for c in cases))
         return 0
     plan = Plan(cases, args.seconds, args.interpret, args.tests, args.output,
-                target="" if machine == "cpu" else machine)
+                target="" if machine == "cpu" else machine, words=tuple(args.only))
     found = run(plan, lambda text: print(text, file=sys.stderr if args.json else sys.stdout, flush=True))
     if args.json:
         print(json.dumps(found.data, indent=2))

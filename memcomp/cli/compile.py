@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     p = commands.add("compile", run, "Write a directory that runs the model, or its regions, without a compiler.", (
         "memcomp compile model.py:layer --input 'x=f32[2,S,64]' --dynamic x.S=1:4096 -o layer",
-        "memcomp compile model.pt2 --target cpu --target h100 --strict -o model"))
+        "memcomp compile model.pt2 --target cpu --target avx2 --strict -o model"))
     options.given(p, sizes="extent of an open input or rank in the example that is compiled with")
     p.add_argument("-o", "--output", dest="directory", metavar="DIR", type=Path, required=True,
                    help="the directory; one that `memcomp compile` wrote is replaced")

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         put(html, explained[0].html())
         return 0
     if len(machines) == 1:
-        return out.write(args, json.dumps(explained[0].json(), indent=2) if args.json else str(explained[0]))
+        return out.write(args, json.dumps(explained[0].json(), indent=2) if args.json else str(explained[0]).rstrip())
     each = list(zip((one["target"] for one in machines), explained, strict=True))
     if args.json:
         return out.write(args, json.dumps([{"target": name, **e.json()} for name, e in each], indent=2))

@@ -80,8 +80,9 @@ def _open(programs: Sequence[Program], sizes: Mapping[str, int]) -> None:
         bounds = [b for p in programs for r, b in _ranks(p).items() if r == name]
         if not bounds:
             fixed = any(r.name == name for p in programs for r in p.cascade.ranks)
+            known = {r for p in programs for r in _ranks(p)}
             raise OptionError(f"the extent of rank {name} is not open" if fixed else f"no rank is called {name!r}",
-                              hint=nearest(name, {r for p in programs for r in _ranks(p)}))
+                              hint=nearest(name, known) if known else "no extent is: --input names those to leave open")
         if any(b is not None and n > b for b in bounds):
             raise OptionError(f"--size {name}={n}: {name} is at most {min(b for b in bounds if b is not None)}")
         if n < 1:

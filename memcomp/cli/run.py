@@ -27,9 +27,11 @@ def add(commands: Commands) -> None:
                    help="an input: its numbers, or a shape for random ones, e.g. x=2,64; default: random")
     p.add_argument("--size", metavar="NAME=N", action="append", default=[], help="an open extent of the random inputs")
     p.add_argument("--kernel", metavar="NAME", help="of a directory of several kernels, which one")
-    p.add_argument("--target", metavar="NAME", help="one of the directory's targets; default: the best for this machine")
+    p.add_argument("--target", metavar="NAME",
+                   help="one of the directory's targets; default: the best for this machine")
     p.add_argument("--digest", metavar="SHA256", help="refuse any directory but that of this digest")
-    p.add_argument("--repeat", metavar="N", type=int, default=0, help="call it N times more, and say how long a call takes")
+    p.add_argument("--repeat", metavar="N", type=int, default=0,
+                   help="call it N times more, and say how long a call takes")
     p.add_argument("-o", "--output", dest="folder", metavar="DIR", type=Path,
                    help="write every output there, as NAME.npy")
     options.as_json(p)
@@ -98,7 +100,8 @@ def _inputs(args: argparse.Namespace, artifact: Artifact, kernel: Any) -> tuple[
 def _sizes(args: argparse.Namespace, artifact: Artifact, kernel: Any) -> dict[str, int]:
     """Extents for what the shapes leave open: asked for, those of the example, or some that are allowed."""
     plan = artifact.plan
-    ranges = {r.name: r for r in (plan.sizes if plan is not None and kernel is artifact else _spec(artifact, kernel).sizes)}
+    plan = plan if kernel is artifact else None
+    ranges: dict[str, Any] = {r.name: r for r in (_spec(artifact, kernel).sizes if plan is None else plan.sizes)}
     asked = dict(_pair("--size", x) for x in args.size)
     found = {}
     for name, text in asked.items():
@@ -107,7 +110,7 @@ def _sizes(args: argparse.Namespace, artifact: Artifact, kernel: Any) -> dict[st
         if not text.isdigit():
             raise OptionError(f"--size {name}={text} is no number", hint=f"e.g. --size {name}=64")
         found[name] = int(text)
-    usual = plan.example if plan is not None and kernel is artifact else {}
+    usual = plan.example if plan is not None else {}
     for name, r in ranges.items():
         least = max(r.least, 64)
         found.setdefault(name, usual.get(name, least if r.most is None else min(least, r.most)))

@@ -107,8 +107,9 @@ def slope(s: Tensor, b: Tensor, h: Tensor, p: Tensor, m: Tensor, slopes: Tensor)
     return s - slopes[h] * (p - m)
 
 
-def listed(small: bool = False) -> Iterator[Case]:
-    """All operators; small: with few rows, keys and columns, for machines without a GPU."""
+def listed(small: bool = False, narrow: bool = True) -> Iterator[Case]:
+    """All operators; small: with few rows and keys, for machines without a GPU, and few columns where they are to be
+    narrow too."""
 
     def one(name: str, fn: Layer, heads: int, kv: int, rows: int, keys: int, dim: int, seen: float,
             rivals: Mapping[str, Rival], out: int = 0, batch: int = 1,
@@ -116,7 +117,8 @@ def listed(small: bool = False) -> Iterator[Case]:
         """seen: the share of pairs of a row and a key that count; more: the dim of heads (-1: none), the tensor."""
         if small:
             batch, heads, kv = min(batch, 2), heads // kv * min(kv, 2), min(kv, 2)
-            rows, keys, dim, out = min(rows, 40), 40 if rows > 1 else 70, max(16, dim // 8), out // 8
+            rows, keys = min(rows, 40), 40 if rows > 1 else 70
+            dim, out = (max(16, dim // 8), out // 8) if narrow else (dim, out)
         columns = dim + (out or dim)
 
         def inputs() -> tuple[Tensor, ...]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from memcomp.ir.cascade import Cascade, Einsum, Rank, Reduce, extent_of
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call
+from memcomp.ir.kinds import kind_of
 from memcomp.ir.ops import MONOIDS
-from memcomp.ir.places import Placed, order_of, placed, row_major
+from memcomp.ir.places import LEAST, Placed, order_of, placed, row_major
 from memcomp.ir.simplify import simplify
 from memcomp.passes._ranks import fresh_rank
 from memcomp.passes.derive.closing import Closing
@@ -64,10 +65,13 @@ def write(w: Writer, state: PlaceState, space: tuple[str, ...], c: Cascade) -> N
     stem, place = state.name[1:], state.place[1:]
     value, where = w.stage.final(state), w.stage.final(replace(state, name=state.place))
     w.dtypes |= dict.fromkeys((state.place, where.tensor), "i64")
-    w.start(state.name, state.vars, Const(MONOIDS[state.monoid].identity))
+    w.start(state.name, state.vars, _identity(c, state))
     index, total = row_major(state.over)
     w.start(state.place, state.vars, Const(0) if state.order is None else total)
     y = w.operand(state.body, "Y" + stem, space, state.guard)
+    if _whole(c, state.body):
+        made = (y.tensor,) if isinstance(y, Access) and c.declared(y.tensor) is None else ()
+        w.dtypes |= dict.fromkeys((state.name, value.tensor, *made), "i64")
     over, guard = w.inside(state.over), w.guarded(state.guard)
     old, kept = (w.at(n, w.now, state.vars) for n in (state.name, state.place))
     new, moved = (w.at(n, w.then, state.vars) for n in (state.name, state.place))
@@ -120,7 +124,7 @@ def close(close: Closing, s: Einsum, found: Places, guard: tuple[Expr, ...]) -> 
         points = stage.final(stage.count(s, guard, tuple(v for v in state.vars if v != state.order)))
         live = call("lt", Var(state.order or ""), points)
     if live is not None:
-        body = call("where", live, body, Const(MONOIDS[s.reduce.monoid].identity))
+        body = call("where", live, body, _identity(c, replace(state, monoid=s.reduce.monoid)))
     filled: Expr | None = None
     if state.order is not None:
         total: Expr = Const(1)
@@ -132,9 +136,21 @@ def close(close: Closing, s: Einsum, found: Places, guard: tuple[Expr, ...]) -> 
             place = call("min", place, simplify(call("sub", total, 1), facts.ranges(), index=True))
     out = []
     empty, nowhere = (0.0 if (d := c.declared(n)) is None else d.empty for n in s.names)
-    for o, x, none in ((s.outs[0], body, Const(empty)), (s.outs[1], place, Const(int(nowhere)))):
+    first = Const(int(empty) if _whole(c, state.body) else empty)
+    for o, x, none in ((s.outs[0], body, first), (s.outs[1], place, Const(int(nowhere)))):
         out.append(Einsum((o,), x if filled is None else call("where", filled, x, none)))
     t = close.finals.term(body)
     if filled is None or empty == 0 and any(x == value and k > 0 for x, k in t.ec):  # exp(-inf) is what empty is
         close.finals.learn(replace(out[0], body=body), body, t)
     return out
+
+
+def _whole(c: Cascade, body: Expr) -> bool:
+    """Are the values integers?  (A tensor that a stage has made holds reals.)"""
+    return kind_of(body, lambda n: "f32" if (t := c.declared(n)) is None else t.dtype) == "int"
+
+
+def _identity(c: Cascade, state: PlaceState) -> Const:
+    """What comes after all values."""
+    x = MONOIDS[state.monoid].identity
+    return Const((LEAST if x < 0 else -LEAST) if _whole(c, state.body) else x)

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, extent_of
 from memcomp.ir.expr import Access, Call, Expr, Size, Var, conjunction, reads, variables, walk
 from memcomp.ir.ops import MONOIDS
+from memcomp.ir.places import order_of
 from memcomp.ir.program import Program
 from memcomp.passes import _ranks
 from memcomp.passes.derive import places
@@ -74,12 +75,15 @@ def _candidates(c: Cascade, ranks: tuple[str, ...] | None) -> list[str]:
     written = {v for t in c.outputs() for s in (*c.writers(t.name), *c.writers(t.name + "'"))
                for o in s.outs for i in o.index for v in variables(i)}
     out: list[tuple[bool, int, bool, int, str]] = []
+    orders = {v for s in c.einsums if (v := order_of(s)) is not None}
+    listed = max((extent_of(c, v.upper()) or 0 for v in orders), default=0)
     for k, r in enumerate(c.ranks):
         mine = [s for s in c.einsums if r.var in s.space()]
         if r.var in loops or not any(reduces(s, r.var) for s in mine):
             continue
-        if ranks is not None and r.name not in ranks:
-            continue
+        fixed = extent_of(c, r.name)
+        if r.name not in ranks if ranks is not None else fixed is not None and fixed <= listed:
+            continue  # who holds a list of the best holds all of it
         looped = any(loops & set(s.space()) for s in mine)
         passes = count(c, _apart(c, loops, r.var) if looped else c.einsums, r.var)
         if looped and passes < 2:
@@ -87,7 +91,6 @@ def _candidates(c: Cascade, ranks: tuple[str, ...] | None) -> list[str]:
         if ranks is None and r.var in written and passes < 3:  # one pass must read what another writes
             continue
         if passes >= 2 or any(_placed(s, r.var) or reduces(s, r.var) and _long(c, s, r.var) for s in mine):
-            fixed = extent_of(c, r.name)
             out.append((fixed is not None and fixed <= _FITS, -passes, fixed is not None, k, r.name))
     return [name for *_, name in sorted(out)]
 

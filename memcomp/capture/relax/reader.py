@@ -1,4 +1,4 @@
-"""Relax bindings -> a graph of torch operators: one node or more for each binding, with TVM's variable kept beside it."""
+"""Relax bindings -> a graph of torch operators: one node or more for each, with TVM's variable kept beside it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.dlpack import from_dlpack
 
 from memcomp.capture.extent import extent, same
 from memcomp.capture.region import Refused
 from memcomp.capture.relax.graph import Graph, value
 from memcomp.capture.relax.table import ROWS, dtype
 from memcomp.ir.errors import Refusal
+
 
 @dataclass(frozen=True)
 class Block:
@@ -134,7 +136,8 @@ class _Reading:
         from tvm import relax
 
         if isinstance(ty, relax.TensorType) and ty.shape is not None and isinstance(ty.shape, relax.ShapeExpr):
-            return self.g.empty(tuple(_folded(e, self.symbol, _apply) for e in ty.shape.values), dtype(ty.dtype), weight)
+            shape = tuple(_folded(e, self.symbol, _apply) for e in ty.shape.values)
+            return self.g.empty(shape, dtype(ty.dtype), weight)
         if isinstance(ty, relax.TupleType):
             return tuple(self.fake(t) for t in ty.fields)
         raise Refusal(f"a value of type {ty}")
@@ -150,7 +153,7 @@ class _Reading:
                 self.sizes[node] = var
             return self.nodes[var]
 
-        made = _folded(e, leaf, self.g)
+        made: int | fx.Node = _folded(e, leaf, self.g)
         if isinstance(made, fx.Node):
             self.sizes.setdefault(made, e)
         return made
@@ -175,7 +178,7 @@ class _Reading:
     def constant(self, x: Any) -> fx.Node:
         known = self.values.get(x)
         if known is None:
-            known = self.values[x] = self.g.held(torch.from_dlpack(x.value))
+            known = self.values[x] = self.g.held(from_dlpack(x.value))
             self.tensors[known] = x
         assert isinstance(known, fx.Node)
         return known
@@ -227,17 +230,18 @@ class _Reading:
         self.keep(var, self.g.other(outside, made, *named))
 
     def done(self, outputs: Iterable[Any]) -> Block:
-        self.g.graph.output(tuple(n for v in outputs for n in _flat(self.values.get(v))))
+        self.g.graph.output(tuple(n for v in outputs for n in self.flat(self.values.get(v))))
         gm = fx.GraphModule(self.g.root, self.g.graph)
         return Block(gm, self.tensors, self.sizes, self.at, tuple(self.left.values()))
 
-
-def _flat(x: Any) -> Iterator[fx.Node]:
-    """The tensors of a value that may be several."""
-    if isinstance(x, fx.Node):
-        yield x
-    for part in x if isinstance(x, tuple) else ():
-        yield from _flat(part)
+    def flat(self, x: Any) -> Iterator[fx.Node]:
+        """The tensors of a value that may be several."""
+        if isinstance(x, fx.Node) and isinstance(value(x), (tuple, list)):
+            x = tuple(ROWS["item"](self.g, None, x, k) for k in range(len(value(x))))
+        if isinstance(x, fx.Node):
+            yield x
+        for part in x if isinstance(x, tuple) else ():
+            yield from self.flat(part)
 
 
 def _agrees(made: Any, ty: Any, reading: _Reading) -> bool:
@@ -297,7 +301,7 @@ def _apply(target: Any, a: Any, b: Any) -> Any:
 
 def _folded(e: Any, leaf: Callable[[Any], Any], apply: Callable[[Any, Any, Any], Any]) -> Any:
     """A size: numbers as they are, variables as `leaf` says, and `apply(operator, left, right)` around them."""
-    from tvm import ir, tirx
+    from tvm import tirx
 
     operators = {tirx.Add: operator.add, tirx.Sub: operator.sub, tirx.Mul: operator.mul,
                  tirx.FloorDiv: operator.floordiv, tirx.FloorMod: operator.mod, tirx.Max: torch.sym_max,

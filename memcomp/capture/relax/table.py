@@ -1,8 +1,8 @@
 """Relax operators as torch operators, one row each: `row(graph, attributes, *arguments)` writes the nodes.
 
-What torch operators mean is said once, by the rules of capture.  The reader compares dtype and shape of what a row makes
-with what TVM says; what torch computes in another dtype (the quotient of integers) is so refused.  Arguments are nodes,
-sizes as numbers or nodes, tuples of these; attributes are those of TVM's operator.
+What torch operators mean is said once, by the rules of capture.  The reader compares dtype and shape of what a row
+makes with what TVM says; what torch computes in another dtype (the quotient of integers) is so refused.  Arguments are
+nodes, sizes as numbers or nodes, tuples of these; attributes are those of TVM's operator.
 """
 
 from __future__ import annotations

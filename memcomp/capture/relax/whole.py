@@ -15,7 +15,8 @@ from memcomp.ir.errors import InputError, nearest
 from memcomp.signature import Dim
 
 
-def function(module: Any, name: str = "main") -> tuple[fx.GraphModule, tuple[torch.Tensor, ...], tuple[dict[int, Dim], ...]]:
+def function(module: Any, name: str = "main") -> tuple[fx.GraphModule, tuple[torch.Tensor, ...],
+                                                       tuple[dict[int, Dim], ...]]:
     """The Relax function `name` of an IRModule (or its only one) as a torch module, tensors to call it with, and which
     of their extents are open, by dim.
 
@@ -29,7 +30,8 @@ def function(module: Any, name: str = "main") -> tuple[fx.GraphModule, tuple[tor
         raise InputError(f"the IRModule has no Relax function {name!r}", hint=nearest(name, known))
     body = found.body
     if not isinstance(body, relax.SeqExpr):
-        raise InputError(f"the Relax function {name!r} is not in normal form", hint="relax.transform.Normalize()(module)")
+        raise InputError(f"the Relax function {name!r} is not in normal form",
+                         hint="relax.transform.Normalize()(module)")
     bounds = {str(n): int(x) for n, x in dict((found.attrs or {}).get("tir_var_upper_bound", {})).items()}
     sizes: dict[str, int] = {}
     for v in relax.analysis.defined_symbolic_vars(found):

@@ -1,0 +1,110 @@
+"""Arrays of a call: numpy's, `memory.Array`s and torch's, as steps take them; what the library's steps do to them."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from memcomp.artifact.memory import NUMPY, Array, carrier
+from memcomp.artifact.plan import Tensor
+from memcomp.ir.errors import InputError, Refusal
+
+
+def held(x: Any, t: Tensor) -> Any:
+    """An input as steps take it: row-major, of the plan's dtype."""
+    if type(x) is np.ndarray and x.flags.carray and _KINDS.get(x.dtype) == t.dtype:
+        return x
+    if is_torch(x):
+        found = _named(str(x.dtype))
+        if x.requires_grad and _graded():
+            raise Refusal("a model of an artifact has no gradient", t.name, "call it under torch.no_grad()")
+        if found == t.dtype:
+            x = x.detach()
+            return x if x.is_contiguous() else x.contiguous()
+    elif isinstance(x, Array):
+        found = x.dtype
+        if found == t.dtype:
+            return Array(found, np.ascontiguousarray(x.data).reshape(x.data.shape))
+    else:
+        x = x if isinstance(x, np.ndarray) else np.asarray(x)
+        found = _KINDS.get(x.dtype) or str(x.dtype)
+        if found == t.dtype:
+            x = x if x.flags.c_contiguous else np.ascontiguousarray(x).reshape(x.shape)
+            return x if x.flags.writeable else Array(found, x)  # DLPack of old has no word for what may only be read
+    raise InputError(f"{t.name} is {found}; the model takes {t.dtype}", hint="convert it first")
+
+
+def _graded() -> bool:
+    import torch
+
+    return torch.is_grad_enabled()
+
+
+_NATURAL = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # where what is negative is very large
+_KINDS = {np.dtype(kind): name for name, kind in NUMPY.items()}
+
+
+def is_torch(x: Any) -> bool:
+    return type(x).__module__.partition(".")[0] == "torch"
+
+
+_TORCH = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3",
+          "float8_e5m2": "e5m2", "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8",
+          "bool": "bool"}
+
+
+def _named(dtype: str) -> str:
+    word = dtype.removeprefix("torch.")
+    return _TORCH.get(word, word)
+
+
+def within(room: Any, at: int, dtype: str, shape: tuple[int, ...]) -> Array:
+    kind = np.dtype(carrier(dtype))
+    end = at + kind.itemsize * prod(shape)
+    return Array(dtype, room[at:end].view(kind).reshape(shape))
+
+
+def strided(x: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:
+    """Part of a row-major array.  Refusal where it would reach out of it."""
+    x = x if isinstance(x, Array) else Array(_KINDS[x.dtype], x)
+    flat = x.data.reshape(-1)
+    reach = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if prod(shape) and (reach >= flat.size or offset < 0 or any(s < 0 for s in strides)):
+        raise Refusal(f"a view of {x} reaches element {reach}")
+    return Array(x.dtype, np.lib.stride_tricks.as_strided(
+        flat[offset:], shape, [s * flat.itemsize for s in strides]))
+
+
+def _numbers(x: Any) -> Any:
+    return x if isinstance(x, np.ndarray) else x.data if isinstance(x, Array) else x.numpy()
+
+
+def _bits(x: Any) -> Any:
+    """The elements as numpy can move them."""
+    if not is_torch(x):
+        return _numbers(x)
+    import torch
+
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).numpy()
+
+
+def copy(source: Any, to: Any) -> None:
+    """The library's copy: bits, of equal dtype and shape."""
+    a, b = _bits(source), _bits(to)
+    word = np.dtype(f"u{a.dtype.itemsize}")
+    np.copyto(b.view(word), a.view(word), casting="no")
+
+
+def look(x: Any, size: int, wraps: bool, ignored: int | None) -> None:
+    """IndexError where an element names a place that does not exist."""
+    index = _numbers(x)
+    if not wraps and index.size and index.view(_NATURAL[index.itemsize]).max() < size:
+        return
+    low = -size if wraps else 0
+    if index.size and (index.min() < low or index.max() >= size):
+        bad = index[(index < low) | (index >= size)]
+        bad = bad if ignored is None else bad[bad != ignored]
+        if bad.size:
+            raise IndexError(f"index {int(bad[0])} is out of bounds for a dimension of {size} elements")

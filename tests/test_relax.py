@@ -1,0 +1,363 @@
+"""The TVM door: Relax modules are inputs, and `FuseRegions` puts memcomp's kernels into what TVM builds."""
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import memcomp
+from memcomp.__main__ import main
+from memcomp.oracle import measure, tolerance
+from memcomp.runtime import Fallback
+
+tvm = pytest.importorskip("tvm")
+
+from tvm import relax  # noqa: E402
+from tvm.relax.frontend.torch import from_exported_program  # noqa: E402
+from tvm.script import ir as I  # noqa: E402
+from tvm.script import relax as R  # noqa: E402
+
+from memcomp.capture.relax import functions, read  # noqa: E402
+from memcomp.capture.relax.table import ROWS  # noqa: E402
+from memcomp.capture.relax.whole import function  # noqa: E402
+from memcomp.relax import FuseRegions  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+NAMES = sorted(f.stem for f in (Path(__file__).parent.parent / "models").glob("[a-z]*.py"))
+QUICK = ("gqa",)  # the others take seconds each
+REFUSED = {  # by from_exported_program itself, which says this
+    "cross_entropy": "amax.default", "mha": "amax.default", "sink": "amax.default", "kv_decode": "IndexPut",
+}
+NOTHING_YET = {"product_key_memory"}  # right, but not yet fused
+
+
+def exported(name: str, **options: Any) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...], Any]:
+    module, inputs = import_module(f"memcomp.models.{name}").build()
+    return module.eval(), inputs, torch.export.export(module.eval(), inputs, **options)
+
+
+def built(module: Any) -> Callable[..., list[torch.Tensor]]:
+    """`main` of a module that TVM's usual pipeline has built; what it gives twice over is the same."""
+    machine = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
+
+    def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        twice = [flat(machine["main"](*(tvm.runtime.from_dlpack(x.contiguous()) for x in inputs))) for _ in range(2)]
+        assert all(map(torch.equal, *twice))
+        return twice[0]
+
+    return run
+
+
+def flat(result: Any) -> list[torch.Tensor]:
+    if isinstance(result, tvm.runtime.Tensor):
+        return [torch.from_dlpack(result).clone()]
+    return [t for part in result for t in flat(part)]
+
+
+def bindings(module: Any) -> list[Any]:
+    return [b for _, f in functions(module) for part in f.body.blocks for b in part.bindings]
+
+
+def called(module: Any) -> list[str]:
+    """What the kernels of a module are called, after TVM has made a kernel of each of its own operators."""
+    found = []
+    for b in bindings(relax.transform.LegalizeOps()(module)):
+        if isinstance(b.value, relax.Call) and str(b.value.op.name) in ("relax.call_tir", "relax.call_dps_packed"):
+            callee = b.value.args[0]
+            found.append(str(getattr(callee, "global_symbol", None) or callee.name_hint))
+    return found
+
+
+def ours(module: Any) -> list[str]:
+    return [name for name in called(module) if name.startswith("memcomp_")]
+
+
+def agree(got: list[torch.Tensor], torchs: Any, exact: Any) -> None:
+    """As near to float64 as torch is, within the oracle's tolerance."""
+    torchs, exact = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (torchs, exact))
+    assert len(got) == len(exact)
+    for x, y, z in zip(got, torchs, exact, strict=True):
+        error, theirs = (measure(t.double().numpy(), z.double().numpy()) for t in (x, y))
+        bound = tolerance(["f32"], "f32", elements=max(z.numel(), 2), length=None, torch_error=theirs)
+        assert bound.admits(error), (error, bound)
+
+
+def planned(module: Any) -> list[str]:
+    """Names of the operators that make memory, after TVM has planned it."""
+    steps = tvm.transform.Sequential([
+        relax.transform.LegalizeOps(), relax.transform.RewriteDataflowReshape(), relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(), relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory()])
+    return [str(b.value.op.name) for b in bindings(steps(module))
+            if isinstance(b.value, relax.Call) and isinstance(b.value.op, tvm.ir.Op)]
+
+
+@pytest.mark.parametrize("name", [
+    n if n in QUICK or n in REFUSED else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_models_with_and_without(name: str) -> None:
+    """Equal outputs, fewer kernels, memory planned by TVM."""
+    module, inputs, program = exported(name)
+    if name in REFUSED:
+        with pytest.raises((AssertionError, ValueError), match=REFUSED[name]):
+            from_exported_program(program)
+        return
+    plain = from_exported_program(program)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if name in NOTHING_YET else "error", Fallback)
+        fused = FuseRegions("cpu", tune="off")(plain)
+    with torch.no_grad():
+        torchs = module(*inputs)
+        exact = copy.deepcopy(module).double()(*(x.double() if x.is_floating_point() else x for x in inputs))
+    agree(built(plain)(*inputs), torchs, exact)
+    if name in NOTHING_YET:
+        assert fused.same_as(plain)
+        return
+    agree(built(fused)(*inputs), torchs, exact)
+    assert len(ours(fused)) == 1 and len(called(fused)) < len(called(plain)) and not ours(plain)
+    with_, without = planned(fused), planned(plain)
+    assert "relax.call_dps_packed" not in with_
+    assert with_.count("relax.memory.alloc_storage") <= without.count("relax.memory.alloc_storage")
+    assert with_.count("relax.builtin.alloc_tensor") == without.count("relax.builtin.alloc_tensor") == 1  # the result
+
+
+def test_one_module_for_all_lengths() -> None:
+    """Symbolic sizes stay symbolic, whatever numbers they take."""
+    length = torch.export.Dim("length", min=2, max=512)
+    module, _, program = exported("causal", dynamic_shapes=({1: length},))
+    fused = FuseRegions("cpu", strict=True, tune="off", sizes={"length": 100})(from_exported_program(program))
+    assert len(ours(fused)) == 1 and "relax.memory.alloc_storage" in planned(fused)
+    run = built(fused)
+    for n in (1, 2, 17, 100, 512):
+        x = torch.randn(2, n, 64, generator=torch.Generator().manual_seed(n))
+        with torch.no_grad():
+            agree(run(x), module(x), copy.deepcopy(module).double()(x.double()))
+    assert run(torch.ones(2, 0, 64))[0].shape == (2, 0, 64)
+
+
+@I.ir_module
+class Mixed:
+    """Two regions, the second reading what the first gives; an operator without a row; one that nobody uses."""
+
+    @R.function
+    def main(x: R.Tensor((2, 8, "n", 16), "float32"), image: R.Tensor((1, 1, 8, 16), "float32")):
+        with R.dataflow():
+            unused = R.nn.softmax(x)  # noqa: F841
+            turned = R.permute_dims(x, [0, 1, 3, 2])
+            scores = R.matmul(x, turned)
+            pool = R.nn.max_pool2d(image, pool_size=[2, 2])
+            weights = R.nn.softmax(R.multiply(scores, R.const(0.25, "float32")))
+            first = R.matmul(weights, x)
+            again = R.matmul(R.sigmoid(R.matmul(first, turned)), first)
+            R.output(first, again, pool)
+        return (first, again, pool)
+
+
+def test_what_has_no_row_stays_with_tvm() -> None:
+    fused = FuseRegions(strict=True, tune="off")(Mixed)
+    assert len(ours(fused)) == 2 and "max_pool2d" in called(fused)
+    assert len(called(fused)) == 3, "nothing is left of what the kernels compute, nor of what nobody uses"
+    (_, f), = functions(Mixed)
+    (block,) = f.body.blocks
+    (left,) = read(f, list(block.bindings), [], {}).left
+    assert left.where == "nn.max_pool2d" and "no row" in left.why
+    generator = torch.Generator().manual_seed(0)
+    x, image = torch.randn(2, 8, 37, 16, generator=generator), torch.randn(1, 1, 8, 16, generator=generator)
+    for wanted, got, near in zip(built(Mixed)(x, image), built(fused)(x, image), (1e-5, 1e-4, 0.0), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=near, atol=near)
+
+
+@I.ir_module
+class Decode:
+    @R.function
+    def main(q: R.Tensor((1, 1, 1, 64), "float32"), k: R.Tensor((1, "n", 1, 64), "float32"),
+             v: R.Tensor((1, "n", 1, 64), "float32")):
+        with R.dataflow():
+            o = R.nn.attention(q, k, v)
+            R.output(o)
+        return o
+
+
+def test_memory_that_kernels_work_in_is_planned_too() -> None:
+    """One query over a long cache goes in shares, whose states lie in memory that TVM gives."""
+    fused = FuseRegions("cpu", sizes={"n": 65536}, tune="off", strict=True)(Decode)
+    call = next(b.value for b in bindings(fused) if isinstance(b.value, relax.Call))
+    assert isinstance(call.ty, relax.TupleType) and len(call.ty.fields) > 1, "a result, and states"
+    q, k, v = (torch.randn(1, n, 1, 64, generator=torch.Generator().manual_seed(n)) for n in (1, 3000, 3000))
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)))
+    torch.testing.assert_close(built(fused)(q, k, v)[0].double(), exact.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def attention(heads: int, size: Any) -> Any:
+    """softmax(q q^T) q over a symbolic length, size of a head as given."""
+    n = tvm.ir.Var("n", "int64")
+    builder, q = relax.BlockBuilder(), relax.Var("q", relax.TensorType((1, heads, n, size), "float32"))
+    with builder.function("main", [q]):
+        with builder.dataflow():
+            scores = builder.emit(relax.op.matmul(q, relax.op.permute_dims(q, [0, 1, 3, 2])))
+            out = builder.emit_output(relax.op.matmul(relax.op.nn.softmax(scores), q))
+        builder.emit_func_output(out)
+    return builder.get()
+
+
+def test_refusals() -> None:
+    module = attention(2, tvm.ir.Var("size", "int64"))
+    with pytest.warns(Fallback, match="stays with TVM: .* extent of rank"):
+        assert FuseRegions(tune="off")(module).same_as(module)
+    with pytest.raises(memcomp.Refusal, match="extent of rank"):
+        FuseRegions(tune="off", strict=True)(module)
+    with pytest.raises(memcomp.OptionError, match="h100"):
+        FuseRegions("h100")
+    with pytest.raises(memcomp.OptionError, match="unknown option 'tun'"):
+        FuseRegions(tun="off")
+
+
+E = relax.op
+SHAPES = {"x": (2, 3, 4), "y": (2, 3, 4), "w": (4,), "m": (2, 4, 5), "h": (2, 6, 3, 8), "b": (2, 3, 6, 6)}
+CASES: dict[str, Callable[..., Any]] = {  # a call of each row's operator
+    **{n: lambda t, n=n: getattr(E.nn if n[:3] == "nn." else E, n.removeprefix("nn."))(t["x"]) for n in (
+        "abs ceil cos erf exp floor negative round sigmoid sign sin square tan tanh trunc isnan isinf isfinite nn.relu "
+        "nn.relu6 nn.silu nn.gelu nn.gelu_tanh nn.leakyrelu nn.softplus flatten zeros_like ones_like sum mean max min "
+        "variance nn.softmax nn.log_softmax tril triu permute_dims").split()},
+    **{n: lambda t, n=n: getattr(E, n)(t["x"], t["y"]) for n in (
+        "add subtract multiply divide maximum minimum equal not_equal greater greater_equal less less_equal "
+        "floor_divide floor_mod").split()},
+    **{n: lambda t, n=n: getattr(E, n)(E.exp(t["x"])) for n in ("log", "rsqrt", "sqrt")},
+    **{n: lambda t, n=n: getattr(E, n)(E.less(t["x"], t["y"]), E.less(t["y"], relax.const(0.5, "float32")))
+       for n in ("logical_and", "logical_or", "logical_xor")},
+    **{n: lambda t, n=n: getattr(E, n)(t["i"], relax.const(1, "int64")) for n in (
+        "bitwise_and", "bitwise_or", "bitwise_xor")},
+    "logical_not": lambda t: E.logical_not(E.less(t["x"], t["y"])), "bitwise_not": lambda t: E.bitwise_not(t["i"]),
+    "power": lambda t: E.power(t["x"], relax.const(2.0, "float32")), "outer": lambda t: E.outer(t["w"], t["w"]),
+    "where": lambda t: E.where(E.less(t["x"], t["y"]), t["x"], relax.const(0.0, "float32")),
+    "broadcast_to": lambda t: E.broadcast_to(t["x"], (5, 2, 3, 4)), "reshape": lambda t: E.reshape(t["x"], (6, 2, -1)),
+    "prod": lambda t: E.prod(t["x"], 1, True), "argmax": lambda t: E.argmax(t["x"], 1),
+    "argmin": lambda t: E.argmin(t["x"], -1, True),
+    "topk": lambda t: E.topk(t["x"], 2, dtype="int64"), "cumsum": lambda t: E.cumsum(t["x"], 1),
+    "take": lambda t: E.take(t["x"], t["i"], axis=1), "strided_slice": lambda t: E.strided_slice(
+        t["x"], [1, 2], [-2, 0], [3, 9223372036854775807], [1, 2]),
+    "split": lambda t: E.split(t["x"], [1, 3], axis=2), "item": lambda t: relax.TupleGetItem(E.split(t["x"], 2, 2), 1),
+    "gather_elements": lambda t: E.gather_elements(t["x"], E.broadcast_to(t["i"], (2, 3, 2)), axis=2),
+    "expand_dims": lambda t: E.expand_dims(t["x"], [0, -1]), "squeeze": lambda t: E.squeeze(
+        E.expand_dims(t["x"], [1]), [1]), "clip": lambda t: E.clip(t["x"], -0.5, 0.5),
+    "full": lambda t: E.full((2, 3), relax.const(True, "bool"), dtype="bool"),
+    "full_like": lambda t: E.full_like(t["x"], relax.const(2.0, "float32")),
+    "concat": lambda t: E.concat([t["x"], t["y"]], 1), "stack": lambda t: E.stack([t["x"], t["y"]], 2),
+    "astype": lambda t: E.astype(t["x"], "int32"), "arange": lambda t: E.arange(2, 11, 3, dtype="int64"),
+    "zeros": lambda t: E.zeros((2, 3), "float32"), "ones": lambda t: E.ones((2, 3), "int64"),
+    "matmul": lambda t: E.matmul(t["x"], t["m"]), "einsum": lambda t: E.einsum([t["x"], t["m"]], "abc,acd->bad"),
+    "nn.attention": lambda t: E.nn.attention(t["h"], t["h"], t["h"], causal_mask="TopLeft"),
+    "nn.attention_bias": lambda t: E.nn.attention(t["h"], t["h"], t["h"], t["b"], scale=0.3),
+    "nn.layer_norm": lambda t: E.nn.layer_norm(t["x"], t["w"], t["w"], [-1]),
+    "nn.rms_norm": lambda t: E.nn.rms_norm(t["x"], t["w"], [-1]),
+}
+
+
+def test_every_row_means_what_tvm_computes() -> None:
+    """Each operator of the table, built by TVM and run by torch as the table says."""
+    assert CASES.keys() == ROWS.keys()
+    generator = torch.Generator().manual_seed(0)
+    given = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    given["i"] = torch.tensor([2, 0])
+    builder = relax.BlockBuilder()
+    for name, case in CASES.items():
+        t = {n: relax.Var(n, relax.TensorType(x.shape, str(x.dtype).removeprefix("torch."))) for n, x in given.items()}
+        with builder.function(name.replace(".", "_"), list(t.values())):
+            with builder.dataflow():
+                out = builder.emit_output(case(t))
+            builder.emit_func_output(out)
+    module = builder.get()
+    machine = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
+    for name in CASES:
+        wanted = flat(machine[name.replace(".", "_")](*(tvm.runtime.from_dlpack(x) for x in given.values())))
+        torchs, _, _ = function(module, name.replace(".", "_"))
+        names = [n.target for n in torchs.graph.nodes if n.op == "placeholder"]
+        got = [x.detach() for x in torchs(*(given[n] for n in names))]
+        assert len(got) == len(wanted), name
+        for x, y in zip(got, wanted, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, msg=lambda why, name=name: f"{name}: {why}")
+
+
+INPUT = """
+from tvm.script import ir as I, relax as R
+
+@I.ir_module
+class Attention:
+    @R.function
+    def main(q: R.Tensor((2, 7, 4, 16), "float32"), k: R.Tensor((2, "n", 4, 16), "float32")):
+        with R.dataflow():
+            o = R.nn.attention(q, k, k)
+            R.output(o)
+        return o
+
+@I.ir_module
+class Pool:
+    @R.function
+    def main(x: R.Tensor((2, 3, 8, 8), "float32")):
+        with R.dataflow():
+            o = R.nn.max_pool2d(x, pool_size=[2, 2])
+            R.output(o)
+        return o
+
+def made():
+    return Attention
+"""
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Relax module is an input as a factory or by its own name; `check` compares it with float64."""
+    (tmp_path / "relaxed.py").write_text(INPUT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "relaxed", raising=False)
+    assert main(["show", "relaxed:Attention"]) == 0
+    text = capsys.readouterr().out
+    assert "in K[B, M, H, E]: f32" in text and "\nrank M\n" in text
+    assert main(["check", "relaxed:made"]) == 0 and "ok" in capsys.readouterr().out
+    assert main(["check", "relaxed:Pool"]) == 2
+    assert "nn.max_pool2d: it has no row" in capsys.readouterr().err
+    assert main(["show", "relaxed:made", "--input", "q=f32[2,7,4,16]"]) == 2
+    assert "says itself what its inputs are" in capsys.readouterr().err
+
+
+ALONE = """
+import sys, threading
+import numpy as np
+import tvm
+from tvm import relax
+q = np.load(sys.argv[2])
+library = tvm.runtime.load_module(sys.argv[1])
+found = []
+def work():
+    machine = relax.VirtualMachine(library, tvm.cpu())
+    found.extend(machine["main"](tvm.runtime.tensor(q)).numpy() for _ in range(20))
+threads = [threading.Thread(target=work) for _ in range(2)]
+[t.start() for t in threads]; [t.join() for t in threads]
+assert len(found) == 40 and all((x == found[0]).all() for x in found)
+assert "memcomp" not in sys.modules
+np.save(sys.argv[3], found[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", ("1", "3"))
+def test_a_library_runs_without_memcomp(threads: str, tmp_path: Path) -> None:
+    """Exported as TVM exports, run in a process that never heard of memcomp, on TVM's threads, by two callers."""
+    import numpy as np
+
+    fused = FuseRegions(tune="off", strict=True)(attention(8, 16))
+    tvm.compile(fused, "llvm").export_library(str(tmp_path / "x.so"))
+    q = torch.randn(1, 8, 200, 16, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "q.npy", q.numpy())
+    done = subprocess.run([sys.executable, "-c", ALONE, *(str(tmp_path / n) for n in ("x.so", "q.npy", "o.npy"))],
+                          env={**os.environ, "TVM_NUM_THREADS": threads}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    exact = torch.nn.functional.scaled_dot_product_attention(*(q.double(),) * 3, scale=1.0)
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "o.npy")).double(), exact, rtol=1e-5, atol=1e-5)
