@@ -330,7 +330,8 @@ class _Grouping:
         total = self.sizes.index(row_major(e.reduce.over)[1])
         full = simplify(call("le", self.sizes.extent(order.upper()), total), index=True)
         if full != Const(True):
-            ends = filled(e, (own[0], own[1]), _empty(self.whole, e), total)
+            empty, nowhere = _empty(self.whole, e)
+            ends = filled(e, (own[0], own[1]), (empty, nowhere), total)
             out += [Op(n, one.dims, self.point(x), phase=one.phase) for n, x in zip(e.names, ends, strict=True)]
         return out
 

@@ -11,7 +11,6 @@ from memcomp.ir.simplify import simplify
 from memcomp.ir.tile import NOWHERE
 
 
-
 def filled(e: Einsum, values: tuple[Expr, Expr], empty: tuple[Expr, Expr], total: Expr) -> tuple[Expr, Expr]:
     """Both results, the rest of a list of too few points left empty, places inside the row."""
     order = order_of(e)
@@ -32,14 +31,15 @@ def stream(e: Einsum, sub: dict[Expr, Expr], over: tuple[str, ...], guard: Expr 
     assert order is not None
     plain = tuple(dict.fromkeys(v for i in e.out.index for v in sorted(variables(i))))
 
-    def at(step: Expr) -> tuple[Access, ...]:
+    def at(step: Expr) -> tuple[Access, Access]:
         lead = tuple(Var(v) for v in plain if v != order)
-        return tuple(Access(f"{n}_run", (*lead, step, Var(order))) for n in e.names)
+        value, place = (Access(f"{n}_run", (*lead, step, Var(order))) for n in e.names)
+        return value, place
 
     first = given.old or (identity, Const(NOWHERE))
     here, there = at(Var(steps.var)), at(call("add", Var(steps.var), 1))
     body = Placed(substitute(given.value, sub), substitute(given.place, sub) if given.place else None, here).body()
-    ends: tuple[Expr, Expr] = at(Size(steps.name))  # type: ignore[assignment]
+    ends: tuple[Expr, Expr] = at(Size(steps.name))
     if given.old is None:
         ends = filled(e, ends, empty, row_major(e.reduce.over)[1])
     return [

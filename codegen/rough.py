@@ -93,8 +93,8 @@ class _Flow:
         for k in tp.kernels:
             self._block(k, k.body, {})
         self.readers: dict[int, set[tuple[int, str]]] = {}
-        for (n, tile), made in self.writers.items():
-            for m in made:
+        for (n, tile), writers in self.writers.items():
+            for m in writers:
                 self.readers.setdefault(m, set()).add((n, tile))
 
     def _block(self, k: TileKernel, body: Iterable[Statement], last: dict[str, set[int]]) -> dict[str, set[int]]:

@@ -1,9 +1,9 @@
 """What a reduction with places reduces: pairs of a value and its place, and what the result starts from.
 
 `topk{m} at(X[p, m], I[m])` gives each point the place `I[m]`, where a plain body has the row-major index over the
-reduced variables; `topk{m} onto(X[p, m], V[p, k], I[p, k])` joins the points to a list that was found before.  Both stand
-outermost, `onto` around `at`.  A list holds the greatest values in falling order, a NaN before all others; of equal
-values the lower place comes first, so joining is associative and commutative.
+reduced variables; points of a row have places of their own.  `topk{m} onto(X[p, m], V[p, k], I[p, k])` joins the points
+to a list that was found before.  Both stand outermost, `onto` around `at`.  A list holds the greatest values in falling
+order, a NaN before all others; of equal values the lower place comes first, so joining is associative and commutative.
 """
 
 from __future__ import annotations

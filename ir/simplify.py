@@ -28,7 +28,6 @@ from memcomp.ir.poly import (
     constant,
     divide,
     plus,
-    single,
     term,
     times,
     to_expr,
@@ -204,7 +203,7 @@ class _Context(Known):
         return to_expr(self._rejoin(self._poly(e)))
 
     def _rejoin(self, p: Poly) -> Poly:
-        """(x // n)*n + x % n = x."""
+        """(x // n)*n + x % n = x; where x is y // a, its quotient stands there as y // (a*n)."""
         for m, c in list(p.items()):
             for a in m:
                 if not (isinstance(a, Call) and a.op == "mod" and m in p):
@@ -212,7 +211,7 @@ class _Context(Known):
                 n = self._poly(a.args[1])
                 rest = without(m, (a,))
                 assert rest is not None
-                pair = times({rest: c}, times(n, single(Call("floordiv", a.args))))
+                pair = times({rest: c}, times(n, self._poly(self._division("floordiv", *a.args))))
                 if pair and all(p.get(k) == v for k, v in pair.items()):
                     p = plus(plus(plus(p, {m: c}, -1), pair, -1), times({rest: c}, self._poly(a.args[0])))
                     return self._rejoin(p)

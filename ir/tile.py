@@ -87,8 +87,8 @@ class Fold:
 class Best:
     """tile[dims], place[dims]: of the points over `over` the greatest values of `body`, and `at` there, as many as dim
     `order` has points.  In falling order: of equal values the lower place first, a NaN before all others; where there
-    are fewer points -inf (of integers, `ir.places.LEAST`) with the place `NOWHERE`.  With `accumulate`, joined to what both
-    tiles hold, which is such a list."""
+    are fewer points -inf (of integers, `ir.places.LEAST`) with the place `NOWHERE`.  With `accumulate`, joined to what
+    both tiles hold, which is such a list."""
 
     tile: str
     place: str

@@ -5,23 +5,26 @@ Results go to stdout (or, whole or not at all, to --output), all else to stderr.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
-from memcomp.cli.parser import parser
-from memcomp.files import check_place
 from memcomp.ir.errors import MemcompError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code, one of `memcomp.cli.parser.CODES`."""
     try:
+        from memcomp.cli.parser import parser
+        from memcomp.files import check_place
+
         args = parser().parse_args(argv)
         for place in filter(None, (getattr(args, "output", None), getattr(args, "html", None))):
             check_place(place)
         code = int(args.run(args))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed (`>&-`)
+            sys.stdout.flush()
         return code
     except MemcompError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -35,15 +38,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; nothing was written in part", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 0
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            print(f"error: the result cannot be written\n{error.strerror}", file=sys.stderr)
+            _mute()
+            return 2
+        if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != "memcomp":
+            print(f"error: this needs {error.name}, which is not installed\nhint: pip install memcomp", file=sys.stderr)
+            return 2
         import traceback
 
         traceback.print_exc()
         print("error: this is a fault of memcomp\nhint: tell us of it, with the lines above and the input",
               file=sys.stderr)
         return 70
+
+
+def _mute() -> None:
+    """What is left in stdout's buffer goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

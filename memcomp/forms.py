@@ -137,8 +137,10 @@ def by_measurement(general: Program, named: tuple[str, ...], read: Program, size
     kept = stores(config)
     if kept is None:
         return None
-    asked = problem(general, named, shape_sizes(read, general, sizes), config.backend, space)
+    asked = problem(general, named, shape_sizes(read, general, sizes), config.backend)
     entry = kept.get(asked, environment(device_of(config)))
+    if entry is not None and entry.choice.form not in space.forms:
+        entry = None  # sizes near these have forms that these have not (shares of a loop)
     if entry is None and config.tune != "cached" and space.open:
         entry = tuned(read, config, sizes, kept, kept.hints(asked, environment(device_of(config))))
     if entry is None:

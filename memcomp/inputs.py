@@ -67,7 +67,7 @@ def _read(spec: str, ask: Asked) -> Program | Function:
     try:
         if spec == "-":
             return _program(sys.stdin.read().removeprefix("\ufeff"))
-        if not path.exists():
+        if not spec or not path.exists():
             if ":" in spec:
                 return _factory(spec, ask)
             raise InputError(f"no such file: {spec}", hint=f"an input is {FORMS}")
@@ -79,6 +79,8 @@ def _read(spec: str, ask: Asked) -> Program | Function:
             return _hugging_face(path, ask)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {spec}", str(error), f"an input is {FORMS}") from error
+    if path.suffix == ".py":
+        raise InputError(f"{spec} holds many things", hint=f"say which: {spec}:name")
     raise InputError(f"cannot tell what {spec} is", hint=f"an input is {FORMS}")
 
 
@@ -180,8 +182,9 @@ def _is_meant(named: Callable[..., Any], ask: Asked) -> bool:
         return False
     needed = [p.name for p in parameters(named) if p.default is p.empty and p.kind not in (
         p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return hasattr(named, "forward") or any(n not in ask.arguments for n in needed) or ask.inputs.keys() <= {
-        p.name for p in parameters(named)}
+    any_number = any(p.kind == p.VAR_POSITIONAL for p in parameters(named))
+    return hasattr(named, "forward") or any_number or any(n not in ask.arguments for n in needed) or (
+        ask.inputs.keys() <= {p.name for p in parameters(named)})
 
 
 def _value(spec: str, factory: Callable[..., Any], name: str, text: str) -> Any:
@@ -284,7 +287,7 @@ def _open_dims(program: Any, args: tuple[Any, ...]) -> tuple[Mapping[int, Dim], 
     import torch
 
     user = program.graph_signature.user_inputs
-    values = [next((n.meta["val"] for n in program.graph.nodes if n.name == name), None) for name in user]
+    values: list[Any] = [next((n.meta["val"] for n in program.graph.nodes if n.name == name), None) for name in user]
     if len(user) != len(args) or not all(isinstance(v, torch.Tensor) for v in (*args, *values)):
         return ()
     found: list[dict[int, Dim]] = []
@@ -292,14 +295,10 @@ def _open_dims(program: Any, args: tuple[Any, ...]) -> tuple[Mapping[int, Dim], 
         found.append({})
         for dim, extent in enumerate(value.shape):
             if isinstance(extent, torch.SymInt) and extent.node.expr.is_Symbol:
-                limits = program.range_constraints.get(extent.node.expr)
-                least, most = (limits.lower, limits.upper) if limits is not None else (0, None)
-                found[-1][dim] = Dim(str(extent), int(least), int(most) if _finite(most) else None)
+                limits = program.range_constraints[extent.node.expr]
+                finite = bool(limits.upper < 1 << 40)
+                found[-1][dim] = Dim(str(extent), int(limits.lower), int(limits.upper) if finite else None)
     return tuple(found) if any(found) else ()
-
-
-def _finite(x: Any) -> bool:
-    return x is not None and bool(x < 1 << 40)
 
 
 def _hugging_face(path: Path, ask: Asked) -> Function:

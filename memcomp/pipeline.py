@@ -86,7 +86,7 @@ def compile_program(read: Program, *, config: Config, sizes: Mapping[str, int] |
                 if mapped not in _BUILT:  # other sizes may be mapped alike
                     _BUILT[mapped] = Compiled(general.digest, before, made.program, tiles, kernel,
                                               build(kernel, chosen), {}, made.choice)
-            asked = problem(general, named, extents, config.backend, made.space)
+            asked = problem(general, named, extents, config.backend)
             _BUILT.setdefault(key, replace(_BUILT[mapped], digest=general.digest, before=before, program=made.program,
                                            problem=asked, choice=made.choice))
         return _READ.setdefault(same, _BUILT[key])
@@ -109,7 +109,7 @@ class Tunable:
 
     @property
     def problem(self) -> dict[str, Any]:
-        return problem(self.general, self.named, self.extents, self.config.backend, self.space)
+        return problem(self.general, self.named, self.extents, self.config.backend)
 
     @property
     def modelled(self) -> Choice:

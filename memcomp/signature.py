@@ -135,45 +135,67 @@ def positional(fn: Callable[..., Any], count: int) -> tuple[str, ...]:
     return tuple(names[i] if i < len(names) else str(i) for i in range(count))
 
 
-def filled(fn: Callable[..., Any], examples: Sequence[Any], ask: Asked) -> tuple[tuple[Any, ...],
-                                                                                 tuple[dict[int, Dim], ...]]:
+def filled(fn: Callable[..., Any], examples: Sequence[Any], ask: Asked
+           ) -> tuple[tuple[Any, ...], tuple[dict[int, Dim], ...]]:
     """The inputs to call `fn` with, and which of their extents are open, by dim.
 
     examples: what stands where nothing is said.  Raises OptionError where what is said does not fit `fn`.
     """
-    named = [p for p in parameters(fn) if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    any_number = not parameters(fn) or any(p.kind == p.VAR_POSITIONAL for p in parameters(fn))
-    names = [p.name for p in named]
-    values: dict[int, Any] = dict(enumerate(examples))
-    ranges, extents = _ranges(ask), {}
-    shapes: dict[int, tuple[int | str, ...]] = {}
-    for name in sorted({d for d in ask.names}, key=[d for s in ask.inputs.values() for d in s.shape].index):
-        extents[name] = _stand_in(Dim(name, *ranges.get(name, ())), ask.sizes.get(name), set(extents.values()))
+    given, places = parameters(fn), _Places(fn, len(examples))
+    ranges = _ranges(ask)
+    extents: dict[str, int] = {}
+    for name in (d for s in ask.inputs.values() for d in s.shape if isinstance(d, str)):
+        if name not in extents:
+            extents[name] = _stand_in(Dim(name, *ranges.get(name, ())), ask.sizes.get(name), set(extents.values()))
+    values, shapes = dict(enumerate(examples)), dict[int, tuple[int | str, ...]]()
     for name, spec in ask.inputs.items():
-        at = _place(name, names, len(examples), any_number)
-        shapes[at] = spec.shape
+        at = places.of(name)
         shape = [d if isinstance(d, int) else extents[d] for d in spec.shape]
-        values[at] = _tensor(name, spec.dtype, shape, values.get(at))
-    end = max([*values, -1]) + 1
-    for at in range(max(end, sum(p.default is p.empty for p in named))):
-        if at in values:
-            continue
-        if at >= len(named) or named[at].default is inspect.Parameter.empty:
-            missing = names[at] if at < len(named) else str(at)
-            raise OptionError(f"no input is given for {missing}", f"inputs: {', '.join(names) or 'any number'}",
-                              f"e.g. --input '{missing}=f32[2,S,64]'")
-        values[at] = named[at].default
+        values[at], shapes[at] = _tensor(name, spec.dtype, shape, values.get(at)), spec.shape
+    needed = sum(p.default is p.empty for p in given if p.name in places.names)
+    for at in range(max(*values, -1, needed - 1) + 1):
+        if at not in values:
+            values[at] = places.default(at)
     dims: list[dict[int, Dim]] = [
         {d: Dim(x, *ranges.get(x, ())) for d, x in enumerate(shapes.get(at, ())) if isinstance(x, str)}
         for at in range(len(values))]
     for (name, dim), (least, most) in ask.dynamic.items():
-        at = _place(name, names, len(values), False)
+        at = places.of(name)
+        if at not in values:
+            raise OptionError(f"--dynamic {name}.{dim}: no input is given for {name}")
         if dim.isdigit():
             dims[at][_dim(name, dim, values[at], least, most)] = Dim(f"{name}_{dim}", least, most)
         elif dim not in shapes.get(at, ()):
             raise OptionError(f"--dynamic {name}.{dim}: {name} has no extent named {dim}",
                               hint=f"name it (--input '{name}=f32[{dim},64]') or give the dim's number")
     return tuple(values[i] for i in range(len(values))), tuple(dims)
+
+
+class _Places:
+    """Where the inputs of a function stand, by name or by number."""
+
+    def __init__(self, fn: Callable[..., Any], examples: int) -> None:
+        given = parameters(fn)
+        named = [p for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.names, self._defaults = [p.name for p in named], [p.default for p in named]
+        more = not given or any(p.kind == p.VAR_POSITIONAL for p in given)
+        self._most = 1000 if more else max(len(named), examples)
+
+    def of(self, name: str) -> int:
+        if name in self.names:
+            return self.names.index(name)
+        if name.isdigit() and int(name) < self._most:
+            return int(name)
+        hint = nearest(name, self.names) if self.names else "its inputs have no names: 0 is the first"
+        raise OptionError(f"the function has no input {name!r}", hint=hint)
+
+    def default(self, at: int) -> Any:
+        """What stands where nothing is given.  Raises OptionError where nothing may."""
+        if at < len(self.names) and self._defaults[at] is not inspect.Parameter.empty:
+            return self._defaults[at]
+        missing = self.names[at] if at < len(self.names) else str(at)
+        raise OptionError(f"no input is given for {missing}", f"inputs: {', '.join(self.names) or 'any number'}",
+                          f"e.g. --input '{missing}=f32[2,S,64]'")
 
 
 def marked(inputs: Sequence[Any], dims: Sequence[Mapping[int, Dim]]) -> tuple[Any, ...]:
@@ -198,14 +220,6 @@ def _ranges(ask: Asked) -> dict[str, tuple[int, int]]:
             raise OptionError(f"--dynamic gives {dim} two ranges, the second for {name}",
                               hint="equal names are equal extents")
     return found
-
-
-def _place(name: str, names: Sequence[str], count: int, any_number: bool) -> int:
-    if name in names:
-        return names.index(name)
-    if name.isdigit() and (int(name) < max(len(names), count) or any_number and int(name) < 1000):
-        return int(name)
-    raise OptionError(f"the function has no input {name!r}", hint=nearest(name, names or range(count)))
 
 
 def _stand_in(x: Dim, size: int | None, taken: set[int]) -> int:

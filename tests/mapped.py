@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from memcomp.codegen.lower import lower
 from memcomp.codegen.lower_pieces import Sizes
+from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, Size, Var
+from memcomp.ir.interpret import interpret
 from memcomp.ir.ops import OPS
 from memcomp.ir.program import Mapping, Program, close, knobs
 from memcomp.ir.text import parse
@@ -85,3 +89,31 @@ def arguments(tp: TileProgram, arrays: dict[str, Any], sizes: dict[str, int]) ->
 def same(got: Any, want: Any, rtol: float, atol: float) -> bool:
     """Equal up to rounding, NaN and infinities in the same places."""
     return got.shape == want.shape and bool(np.allclose(got, want, rtol=rtol, atol=atol, equal_nan=True))
+
+
+def stored_and_back(program: Program, values: dict[str, Any]) -> dict[str, Any]:
+    """Inputs as the formats hold them in which they are stored."""
+    import torch
+
+    from memcomp.binding import DTYPES
+
+    made = {n: torch.from_numpy(np.array(x)).to(DTYPES[program.cascade.tensor(n).dtype]) for n, x in values.items()}
+    return {n: (x.double() if x.is_floating_point() else x).numpy() for n, x in made.items()}
+
+
+def equal(program: Program, values: dict[str, Any], run: Callable[[TileProgram, dict[str, Any], dict[str, int]], Any],
+          refuses: Callable[[TileProgram], Any] = lambda tp: None) -> bool:
+    """Is what `run` gives for a program, with any mapping, what the program says?  Also where there are no tiles, or
+    `refuses` raises a Refusal."""
+    values = stored_and_back(program, values)
+    sizes = {r: n for t in program.cascade.inputs() for r, n in zip(t.ranks, values[t.name].shape, strict=True)}
+    sizes = {r: n for r, n in sizes.items() if program.cascade.rank(r).extent is None}
+    try:
+        p = mapped(program)
+        tp = lower(p)
+        refuses(tp)
+    except Refusal:
+        return True
+    want, got = interpret(p, values, sizes), run(tp, values, sizes)
+    bounds = {n: {"bf16": 2e-2, "f16": 4e-3}.get(program.cascade.tensor(n).dtype, 2e-3) for n in want}
+    return all(same(got[n], want[n], bounds[n], bounds[n]) for n in want)

@@ -17,7 +17,10 @@ from memcomp.capture import Refused, Region, capture, find_regions, read_exporte
 from memcomp.ir.errors import InputError
 from memcomp.ir.interpret import interpret
 from memcomp.ir.text import parse, show
+from memcomp.ir.traversal import passes
 from memcomp.ir.verify import verify
+from memcomp.passes import PIPELINE
+from memcomp.stations import rewrite
 
 INF = math.inf
 
@@ -497,6 +500,25 @@ def test_norms_of_matrices_and_the_greatest_of_long_integers_stay() -> None:
         found, _ = dynamo(lambda n, x: (x * n.amax(-1, keepdim=True)).sum(-1), (x.to(dtype), x))
         regions, _ = find_regions(found, "all")
         assert sum("max" in str(r.program) or "or{" in str(r.program) for r in regions) == many
+
+
+@pytest.mark.parametrize("short", (False, True))
+def test_a_row_without_live_points_is_known_by_its_maximum(short: bool) -> None:
+    """As torch and TVM write attention out: some score is not -inf (or the greatest of integers is 1) just if the
+    greatest is not, and what that asks of a row is asked where the row is finished: one pass."""
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        s = q @ k.mT * 0.3 + bias
+        live = (s == -INF).logical_not()
+        some = live.to(torch.int8).amax(-1, keepdim=True).bool() if short else live.any(-1, keepdim=True)
+        return torch.where(some.logical_not(), 0.0, s.softmax(-1)) @ v
+
+    args = *(torch.randn(2, 3, n, 8, dtype=torch.float64) for n in (5, 7, 7)), torch.randn(5, 7, dtype=torch.float64)
+    args[3][2], args[3][3, 1:] = -INF, -INF
+    gm, given = dynamo(attention, args)
+    (region,), _ = holds(gm, given)
+    names = PIPELINE[:PIPELINE.index("reduce_passes") + 1]
+    after = rewrite(region.program, observe=lambda *_: None, names=names)
+    assert passes(after)["K", "M"] == passes(after)["V", "M"] == 1
 
 
 def test_linear_layers_stay() -> None:

@@ -25,7 +25,7 @@ from tests.test_reduce_passes import same
 # reduced rank is a symbol without a bound, so that no tile holds it
 REFUSED = {(name, 3): "rank P has no bound" for name in ("layernorm_matmul", "groups_joined")} | {
     (name, splits): "has no bound" for splits in (None, 3)
-    for name in ("dequantised", "layernorm_pair", "normalised_keys")} | {
+    for name in ("layernorm_pair", "normalised_keys")} | {
     ("normalised_short", 3): "has no bound"} | {
     (name, splits): "has no tile form" for splits in (None, 3)
     for name in ("greatest_place", "top_renormalised", "median_deviation")}

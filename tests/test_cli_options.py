@@ -316,6 +316,9 @@ def test_help_tells_of_every_option(path: str, capsys: pytest.CaptureFixture[str
     ("show weigh.mc --js", "unknown option '--js'"),
     ("show", "required: INPUT\nhint: memcomp show --help"),
     ("show weigh.mc more.mc", "unknown argument 'more.mc'"),
+    ("show --jsn", "unknown option '--jsn'"),
+    ("show mine.py", "mine.py holds many things\nhint: say which: mine.py:name"),
+    ("show ''", "no such file"),
     ("tune weigh.mc --mode fast", "unknown --mode 'fast'\nhint: known: full, quick"),
     ("tune weigh.mc --workers two", "invalid int value: 'two'"),
     ("completion tcsh", "unknown shell 'tcsh'\nhint: "),
@@ -387,6 +390,19 @@ def test_what_is_exported_says_what_is_open(place: Path, capsys: pytest.CaptureF
     assert main(["show", "a.pt2", "--dynamic", "q.2=2:8"]) == 2 and "says itself" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_result_that_nobody_can_take_is_an_error_and_one_that_nobody_wants_is_none() -> None:
+    call = [sys.executable, "-m", "memcomp", "targets"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: the result cannot be written\n")
+    gone, pipe = os.pipe()
+    os.close(gone)
+    done = subprocess.run(call, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("line, where", [
     ("check weigh.mc --backend python -o out", "memcomp.oracle.check_program"),
     ("check weigh.mc --backend python -o out", "os.replace"),
@@ -432,6 +448,17 @@ def test_an_error_that_is_memcomp_s_own_is_told_whole(place: Path, capsys: pytes
     assert main(["show", "weigh.mc"]) == 70
     err = capsys.readouterr().err
     assert "AssertionError: never" in err and err.splitlines()[-2] == "error: this is a fault of memcomp"
+
+
+@pytest.mark.parametrize("name, code", [("tvm", 2), ("memcomp.nothing", 70)])
+def test_what_is_not_installed_is_named(name: str, code: int, place: Path, capsys: pytest.CaptureFixture[str],
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("memcomp.cli.given.read", fail)
+    assert main(["show", "weigh.mc"]) == code
+    assert ("error: this needs tvm, which is not installed\n" in capsys.readouterr().err) == (code == 2)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

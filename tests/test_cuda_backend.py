@@ -29,14 +29,13 @@ from memcomp.ir.target import target as named
 from memcomp.ir.text import parse
 from memcomp.ir.tile import Kernel, TileProgram
 from memcomp.pipeline import map_program
-from tests.mapped import CHAINS, ONEPASS, arguments, inputs, load, mapped, same, symbols
+from tests.mapped import CHAINS, ONEPASS, arguments, equal, inputs, load, mapped, same, symbols
 from tests.programs import arrays, programs
 from tests.references import CASES as REFERENCES
 
 torch = pytest.importorskip("torch")
 
 GOLDEN = Path(__file__).parent / "golden"
-TORCH = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "i64": torch.int64}
 on_host = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler: kernels cannot run here")
 to_cubin = pytest.mark.skipif(not compilers(), reason="neither NVRTC nor nvcc is here")
 
@@ -79,21 +78,7 @@ def test_kernels_equal_the_reference(name: str) -> None:
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate))
 @given(programs(), st.integers(0, 99))
 def test_any_program(program: Any, seed: int) -> None:
-    stored = {t.name: t.dtype for t in program.cascade.tensors}
-    given_ = {n: torch.from_numpy(np.array(x)).to(TORCH[stored[n]]) for n, x in arrays(program, seed).items()}
-    given_ = {n: (x.double() if x.is_floating_point() else x).numpy() for n, x in given_.items()}
-    sizes = {r: n for t in program.cascade.inputs() for r, n in zip(t.ranks, given_[t.name].shape, strict=True)}
-    sizes = {r: n for r, n in sizes.items() if program.cascade.rank(r).extent is None}
-    try:
-        p = mapped(program)
-        tp = lower(p)
-        emit(tp, "h100")
-    except Refusal:
-        return
-    want, got = interpret(p, given_, sizes), run(tp, given_, sizes)
-    for name in want:
-        tolerance = {"bf16": 2e-2}.get(stored[name], 2e-3)
-        assert same(got[name], want[name], tolerance, tolerance), name
+    assert equal(program, arrays(program, seed), run, lambda tp: emit(tp, "h100"))
 
 
 @on_host

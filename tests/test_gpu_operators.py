@@ -1,5 +1,5 @@
-"""The operators that a GPU is timed with, at their own head sizes and groups, by Triton's interpreter: what comes out is
-what float64 says, within twice the error of torch's own form.
+"""The operators that a GPU is timed with, at their own head sizes and groups, by Triton's interpreter: what comes out
+is what float64 says, within twice the error of torch's own form.
 
 What machine code becomes of them is in `test_gpu_spills`.
 """
@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from memcomp.bench.tasks import OWN, Tasks  # noqa: E402
-from memcomp.models.bench.operators import listed  # noqa: E402
-from memcomp.workers import OK, Job  # noqa: E402
+from memcomp.bench.tasks import OWN, Tasks
+from memcomp.models.bench.operators import listed
+from memcomp.workers import OK, Job
 
 OPERATORS = {c.name: c for c in listed(small=True, narrow=False)}
 QUICK = ("prefill_softcap", "window 256 D 64", "decode group 5", "latent decode 576/512")

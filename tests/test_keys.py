@@ -21,7 +21,8 @@ from memcomp.pipeline import tunable
 
 CASES = Path(__file__).parent / "cases"
 FAST = {"attention_1pass": False, "cascade_2": False, "layer_norm": True, "append": True}  # has it what is not read?
-MORE = ("attention_3pass", "causal_gqa", "softcap_window", "onepass_mla", "paged_decode", "int4_attention", "split_keys")
+MORE = ("attention_3pass", "causal_gqa", "softcap_window", "onepass_mla", "paged_decode", "int4_attention",
+        "split_keys")
 OTHER = {"f32": "bf16", "i64": "i32", "i32": "i64", "exp": "exp2", "tanh": "sigmoid", "rsqrt": "sqrt", "square": "abs",
          "max": "min"}
 LENGTH = 100
@@ -45,11 +46,14 @@ def known(source: str) -> tuple[str, str]:
 
 
 def varied(source: str) -> Iterator[tuple[str, str]]:
-    """The text with one value changed: a number (an extent stays in its bucket), a format, a function."""
+    """The text with one value changed: a number (an extent stays in its bucket), a format, a function.
+
+    Not what says which programs are this one: choices for knobs, bounds, extents that follow from others."""
     head = source.index("\n", source.index("program ")) + 1
     for m in re.finditer(r"(?<![\w.'])(\d+(?:\.\d+)?(?:e-\d+)?)(?![\w.])|\b(" + "|".join(OTHER) + r")\b", source):
         line = source[source.rfind("\n", 0, m.start()) + 1:source.find("\n", m.end())]
-        if m.start() < head or line.startswith(("  ", "mapping")):  # choices make the space, which is a part of the key
+        said = line.startswith("rank") and not re.fullmatch(r"rank \w+ = \d+ *", line)
+        if m.start() < head or said or line.startswith(("  ", "mapping")):
             continue
         if m[2]:
             new = OTHER[m[2]]
@@ -98,7 +102,7 @@ def renamed(p: Program) -> str:
     return out
 
 
-@pytest.mark.parametrize("name", [*FAST, "causal_gqa", "split_keys"])
+@pytest.mark.parametrize("name", ["attention_3pass", "append", "cascade_2", "causal_gqa", "layer_norm"])
 def test_names_and_lengths_that_are_near_make_no_new_key(name: str) -> None:
     """And other lengths do, where a kernel takes lengths at all."""
     p = parse(text(name))

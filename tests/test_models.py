@@ -12,6 +12,7 @@ import memcomp
 from memcomp.oracle import measure, tolerance
 
 NAMES = sorted(f.stem for f in (Path(__file__).parent.parent / "models").glob("[a-z]*.py"))
+LAUNCHES = {"product_key_memory": 2}  # lists of two halves are searched at once, then joined
 
 
 def made(name: str, **options: Any) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
@@ -55,4 +56,4 @@ def test_compiled_equals_eager(name: str) -> None:
         bound = tolerance(["f32"], "f32", elements=max(z.numel(), 2), length=None, torch_error=torchs)
         assert bound.admits(error), (error, bound)
     stats = memcomp.stats()
-    assert stats["regions"] == stats["launches"] == 1 and not stats["fallbacks"], stats
+    assert (stats["regions"], stats["launches"]) == (1, LAUNCHES.get(name, 1)) and not stats["fallbacks"], stats

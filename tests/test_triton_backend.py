@@ -18,13 +18,12 @@ from hypothesis import strategies as st
 
 from memcomp.codegen.lower import lower
 from memcomp.config import Config
-from memcomp.ir.errors import Refusal
 from memcomp.ir.interpret import interpret
 from memcomp.ir.text import parse
 from memcomp.ir.tile import Loop, Statement, TileProgram, When, statements
 from memcomp.ir.tile_interpret import interpret_tile
 from memcomp.pipeline import map_program
-from tests.mapped import CHAINS, ONEPASS, arguments, inputs, load, mapped, same, symbols
+from tests.mapped import CHAINS, ONEPASS, arguments, equal, inputs, load, mapped, same, symbols
 from tests.programs import arrays, programs
 from tests.references import CASES as REFERENCES
 
@@ -38,8 +37,6 @@ from memcomp.codegen.triton import emit, interpreted  # noqa: E402
 from memcomp.codegen.triton.layout import layout  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
-TORCH = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64,
-         "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool}
 
 
 def run(tp: TileProgram, arrays: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
@@ -74,21 +71,7 @@ def test_kernels_equal_the_reference(name: str) -> None:
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate))
 @given(programs(), st.integers(0, 99))
 def test_any_program(program: Any, seed: int) -> None:
-    stored = {t.name: t.dtype for t in program.cascade.tensors}
-    given_ = {n: torch.from_numpy(np.array(x)).to(TORCH[stored[n]]) for n, x in arrays(program, seed).items()}
-    given_ = {n: (x.double() if x.is_floating_point() else x).numpy() for n, x in given_.items()}
-    sizes = {r: n for t in program.cascade.inputs() for r, n in zip(t.ranks, given_[t.name].shape, strict=True)}
-    sizes = {r: n for r, n in sizes.items() if program.cascade.rank(r).extent is None}
-    try:
-        p = mapped(program)
-        tp = lower(p)
-        emit(tp, "h100")
-    except Refusal:
-        return
-    want, got = interpret(p, given_, sizes), run(tp, given_, sizes)
-    for name in want:
-        tolerance = {"bf16": 2e-2, "f16": 4e-3}.get(stored[name], 2e-3)
-        assert same(got[name], want[name], tolerance, tolerance), name
+    assert equal(program, arrays(program, seed), run, lambda tp: emit(tp, "h100"))
 
 
 def test_functions_are_as_exact_as_f32() -> None:

@@ -150,6 +150,15 @@ def test_a_tuned_program_is_not_measured_again(tmp_path: Path, monkeypatch: pyte
     cached = compile_program(program(), config=Config(cache_dir=str(tmp_path)), sizes=SIZES)
     assert calls == ["quick"] and first.choice == again.choice == cached.choice
     assert "by measurement" in cached.program.proofs[-1]
+    monkeypatch.setattr("memcomp.cache.shipped", lambda: Store(tmp_path, False))
+    monkeypatch.setattr("memcomp.workers.Worker._begun", lambda self: pytest.fail("a process was asked to measure"))
+    for mode, cache in (("quick", "on"), ("full", "read"), ("cached", "on")):  # what came with the package is known
+        forget()
+        config = Config(tune=mode, cache=cache, cache_dir=str(tmp_path / "of the user"))
+        assert compile_program(program(), config=config, sizes=SIZES).choice == first.choice
+    assert calls == ["quick"] and not (tmp_path / "of the user").exists(), "no measurement, nothing to keep"
+    monkeypatch.undo()
+    monkeypatch.setattr(Tuner, "tune", counted)
     forget()
     with pytest.warns(CacheWarning, match="not kept"):
         compile_program(program(), config=Config(tune="quick", cache="off"), sizes=SIZES)

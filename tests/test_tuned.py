@@ -69,7 +69,7 @@ def test_what_was_measured_for_something_else_is_not_taken(tmp_path: Path, chang
     if change == "environment":
         e = replace(e, environment={**e.environment, "code": "another"})
     elif change == "problem":
-        e = replace(e, problem={**e.problem, "space": "another"})
+        e = replace(e, problem={**e.problem, "program": "another"})
     Store(tmp_path).put(e)
     far = 5000 if change == "size" else 100
     assert made(Config(cache_dir=str(tmp_path)), M=far, P=100).choice == plain.choice
@@ -84,6 +84,10 @@ def test_a_choice_that_is_no_member_is_not_taken_and_told(tmp_path: Path) -> Non
         assert made(Config(cache_dir=str(tmp_path))).choice == plain.choice
     Store(tmp_path).put(entry(plain, replace(plain.choice, backend="nobody")))
     with pytest.warns(CacheWarning, match="nobody"):
+        assert made(Config(cache_dir=str(tmp_path))).choice == plain.choice
+    Store(tmp_path).put(entry(plain, replace(plain.choice, form="64 shares")))  # sizes near these may have it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert made(Config(cache_dir=str(tmp_path))).choice == plain.choice
 
 

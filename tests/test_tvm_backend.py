@@ -23,7 +23,7 @@ from memcomp.ir.interpret import interpret
 from memcomp.ir.text import parse
 from memcomp.ir.tile import TileProgram
 from memcomp.ir.tile_text import parse_tile
-from tests.mapped import CHAINS, ONEPASS, arguments, inputs, load, mapped, same, symbols
+from tests.mapped import CHAINS, ONEPASS, arguments, equal, inputs, load, mapped, same, symbols
 from tests.programs import arrays, programs
 from tests.references import CASES as REFERENCES
 
@@ -75,20 +75,7 @@ def test_kernels_equal_the_reference(name: str) -> None:
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.reuse, Phase.generate))
 @given(programs(), st.integers(0, 99), st.sampled_from(FORMS))
 def test_any_program(program: Any, seed: int, form: Any) -> None:
-    stored = {t.name: t.dtype for t in program.cascade.tensors}
-    given_ = {n: torch.from_numpy(np.array(x)).to(TORCH[stored[n]]) for n, x in arrays(program, seed).items()}
-    given_ = {n: (x.double() if x.is_floating_point() else x).numpy() for n, x in given_.items()}
-    sizes = {r: n for t in program.cascade.inputs() for r, n in zip(t.ranks, given_[t.name].shape, strict=True)}
-    sizes = {r: n for r, n in sizes.items() if program.cascade.rank(r).extent is None}
-    try:
-        p = mapped(program)
-        tp = lower(p)
-    except Refusal:
-        return
-    want, got = interpret(p, given_, sizes), run(tp, given_, sizes, form)
-    for name in want:
-        tolerance = {"bf16": 2e-2, "f16": 4e-3}.get(stored[name], 2e-3)
-        assert same(got[name], want[name], tolerance, tolerance), name
+    assert equal(program, arrays(program, seed), lambda *x: run(*x, form))
 
 
 # -- stored formats, layouts, arguments --------------------------------------------------------------------------------

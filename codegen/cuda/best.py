@@ -1,8 +1,8 @@
 """The best values of a row and their places: each thread keeps a sorted list of its own points in registers.
 
 A point is compared with the last of the list, and moves up to its place where it comes before that.  Lists of several
-threads are joined where they are first read: of two sorted lists the better of the i-th of one and the i-th from the end
-of the other are the best of both, in an order that a few exchanges sort (Batcher's bitonic merge).
+threads are joined where they are first read: of two sorted lists the better of the i-th of one and the i-th from the
+end of the other are the best of both, in an order that a few exchanges sort (Batcher's bitonic merge).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LONGEST = 32   # values of a list; with their places and a second list while two are joined these are 192 registers
 
 WORDS = r'''
-// does value x with place i come before y with j: the greater one, of equal ones the lower place, a NaN before all others
+// does value x with place i come before y with j: the greater one, of equal ones the lower place, a NaN before all
 template <class T, class I> INLINE bool before(T x, I i, T y, I j) {
   return x > y || (x != x && y == y) || (i < j && (x == y || (x != x && y != y)));
 }

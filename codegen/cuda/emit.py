@@ -174,14 +174,13 @@ class Writer(Places):
             if self.scope.tiles[t] != "i64":
                 continue
             span = self._span([e for e in made if e is None or t not in reads(e)])
-            for e in made if span is not None else ():
-                if e is not None and t in reads(e):  # of what it holds itself: no more than it may hold
-                    self.scope.spans[t] = span
-                    span = span if self._span([e, Const(span[0]), Const(span[1])]) == span else None
-                    del self.scope.spans[t]
-                    break
-            if span is not None and INTEGERS["i32"][0] <= span[0] and span[1] <= INTEGERS["i32"][1]:
-                self.scope.spans[t], self.scope.tiles[t] = span, "int"
+            if span is None or span[0] < INTEGERS["i32"][0] or span[1] > INTEGERS["i32"][1]:
+                continue
+            self.scope.spans[t] = span   # what is made of itself is no more than that
+            if self._span([*made, Const(span[0]), Const(span[1])]) == span:
+                self.scope.tiles[t] = "int"
+            else:
+                del self.scope.spans[t]
 
     def _span(self, made: list[Expr | None]) -> tuple[int, int] | None:
         """The least and the greatest of several values, where all are known."""

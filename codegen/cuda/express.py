@@ -51,7 +51,7 @@ class Scope:
 
     names: Names
     spreads: Mapping[str, Spread]
-    tiles: Mapping[str, str]
+    tiles: dict[str, str]
     params: Mapping[str, str]
     spans: dict[str, Span] = field(default_factory=dict)
     held: Callable[[str, Point], str] = field(default=lambda t, p: "")

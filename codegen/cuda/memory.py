@@ -111,9 +111,8 @@ class Memory:
         with w.points(t.dims, row, runs={own: ("", n)}) as at:
             at |= {own: lane if at[own] == "0" else f"({at[own]} + {lane})"} if own else {}
             live = self.live(s, row, at, 1)
-            if not own:
-                live = f", {lane} == 0" + live.replace(", ", " && ", 1)
-            w.line(f"ask<{WIDEST}, {w.threads}>({room} + {self.spot(s, row, at, first)}, "
+            alone = "" if own else f"if ({lane} == 0) "   # what does not count would be filled with zeros
+            w.line(f"{alone}ask<{WIDEST}, {w.threads}>({room} + {self.spot(s, row, at, first)}, "
                    f"{self.address(s.source, at)} - {lane} * {row.elements}{live});")
 
     def live(self, s: Load, row: Row | None, at: Point, unit: float) -> str:

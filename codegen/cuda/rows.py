@@ -165,11 +165,11 @@ class Held:
         """Of each tile of a kernel."""
         loads: dict[str, Load] = {}
         written: dict[str, int] = {}
-        for s in statements(k.body):
-            for t in made(s):
-                written[t] = written.get(t, 0) + 1
-            if isinstance(s, Load):
-                loads.setdefault(s.tile, s)
+        for x in statements(k.body):
+            for name in made(x):
+                written[name] = written.get(name, 0) + 1
+            if isinstance(x, Load):
+                loads.setdefault(x.tile, x)
         found = {}
         for t in k.tiles:
             size, s = max(4, BYTES[t.dtype]), loads.get(t.name)

@@ -239,7 +239,8 @@ const_cast continue decltype default delete do double dynamic_cast else enum exp
 friend goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected
 public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template
 this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
-xor_eq before Lowest NOWHERE enter power merge Best from_warp threadIdx blockIdx blockDim gridDim warpSize INLINE Block fetch put Sum Prod Max Min And Or combine from_lane
+xor_eq before Lowest NOWHERE enter power merge Best from_warp
+threadIdx blockIdx blockDim gridDim warpSize INLINE Block fetch put Sum Prod Max Min And Or combine from_lane
 AT_ONCE SHARED_BYTES ON_HOST INFINITE32 INFINITE64 NOT_A_NUMBER32 NOT_A_NUMBER64 memcpy
 copy_later ask ask_around asked come take take_around loaded digit
 from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 highest lowest most least mod floordiv sigmoid

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field
 
 from memcomp.codegen.gluon.form import HALF, Form
-from memcomp.codegen.triton.emit import _Writer
 from memcomp.codegen.triton.express import Scope
 from memcomp.codegen.triton.layout import Axis
+from memcomp.codegen.triton.writer import Writer
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Call
 from memcomp.ir.tile import Fold, Loop, Statement, statements
@@ -63,7 +63,7 @@ class Spread(Scope):
         return Scope.call(self, e, axes)
 
 
-class Group(_Writer):
+class Group(Writer):
     """Text of one group of warps.  half: the group's rows are half of a task's, those of number `half`."""
 
     plan: Form

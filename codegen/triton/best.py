@@ -1,5 +1,6 @@
-"""The best values of a row and their places, as Triton text: a value and its place are one integer of 64 bits, which is
-greater the earlier they come, so that the best of a tile and of a list is a maximum, taken as often as the list is long.
+"""The best values of a row and their places, as Triton text: a value and its place are one integer of 64 bits, which
+is greater the earlier they come, so that the best of a tile and of a list is a maximum, taken as often as the list is
+long.
 
 A tile that holds nothing better than the last of all lists is left after one comparison.
 """
@@ -12,13 +13,13 @@ from memcomp.ir.errors import Refusal
 from memcomp.ir.tile import NOWHERE, Best
 
 if TYPE_CHECKING:
-    from memcomp.codegen.triton.emit import _Writer
+    from memcomp.codegen.triton.values import Values
 
 NOTHING = -(2**63)
 EMPTY = (0x807FFFFF - (1 << 32)) << 32   # -inf at NOWHERE, as `packed` gives it
 
 
-def best(w: _Writer, s: Best) -> None:
+def best(w: Values, s: Best) -> None:
     """Write the lines of one statement."""
     axes, dtype = w.scope.tiles[s.tile], w.scope.dtypes[s.tile]
     if dtype != "f32":
@@ -46,7 +47,8 @@ def best(w: _Writer, s: Best) -> None:
     most = points
     for a in reversed(gone):
         most = f"tl.max({most}, {every.index(a)})"
-    w.line(f"{top} = {w.scope.word('most')}({most}, {w.scope.word('most')}(tl.max({left}, {axes.index(order)}), {EMPTY}))")
+    held = f"tl.maximum(tl.max({left}, {axes.index(order)}), {EMPTY})"
+    w.line(f"{top} = tl.maximum({most}, {held})")
     w.line(f"{new} = tl.where({w.scope.local(s.order, axes)} == {step}, {w.scope.spread(top, front, axes)}, {new})")
     w.line(f"{points} = tl.where({points} == {w.scope.spread(top, front, every)}, {NOTHING}, {points})")
     w.line(f"{left} = tl.where({left} == {w.scope.spread(top, front, axes)}, {NOTHING}, {left})")

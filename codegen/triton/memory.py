@@ -22,7 +22,7 @@ from memcomp.ir.tile import (
 )
 
 if TYPE_CHECKING:
-    from memcomp.codegen.triton.emit import _Writer
+    from memcomp.codegen.triton.values import Values
 
 _ELEMENT = {"f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "i64": "tl.int64", "i32": "tl.int32",
             "i16": "tl.int16", "i8": "tl.int8", "u8": "tl.uint8", "bool": "tl.int1"}
@@ -31,7 +31,7 @@ _ELEMENT = {"f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "i64"
 class Memory:
     """What a kernel reads and writes of its params."""
 
-    def __init__(self, w: _Writer) -> None:
+    def __init__(self, w: Values) -> None:
         self.w = w
         self.descriptors: dict[object, str] = {}
         loops = [s for s in statements(w.k.body) if isinstance(s, (Loop, When))]

@@ -154,6 +154,9 @@ def nearest(x):
 FUNCTIONS |= WORDS
 
 
+TAKEN = {"tl", "triton", "INTERPRET", "NAN", *FUNCTIONS}   # names that a text has already
+
+
 def used(names: set[str]) -> list[str]:
     """Sources of the functions of these names and of those that they need, in the table's order."""
     wanted = set(names)

@@ -101,20 +101,23 @@ class _Loops:
     def insert(self, point: Point, value: str) -> None:
         """Put a point where it belongs, if it comes before the last of its list."""
         w = self.w
-        x = w.keep(value, "x")
-        i = w.keep(Expressions(w, point).value(self.s.at, "i64").text, "i")
-        last = f"i64({self.k - 1})"
-        with w.block(f"if before({x}, {i}, {self.value(point, last)}, {self.place(point, last)}):"):
-            self.put(point, last, x, i)
-            if self.k == 1:
-                return
-            v = w.names.fresh("v")
-            with w.block(f"for {v} in T.serial(i64({self.k - 1})):"):
-                up, down = f"({self.k - 2} - {v})", f"({self.k - 1} - {v})"
-                y, j = w.keep(self.value(point, up), "y"), w.keep(self.place(point, up), "i")
-                with w.block(f"if before({x}, {i}, {y}, {j}):"):
-                    self.put(point, down, y, j)
-                    self.put(point, up, x, i)
+        x, last = w.keep(value, "x"), f"i64({self.k - 1})"
+        with w.block(f"if reaches({x}, {self.value(point, last)}):"):
+            i = w.keep(Expressions(w, point).value(self.s.at, "i64").text, "i")
+            with w.block(f"if before({x}, {i}, {self.value(point, last)}, {self.place(point, last)}):"):
+                self.put(point, last, x, i)
+                if self.k > 1:
+                    self.rise(point, x, i)
+
+    def rise(self, point: Point, x: str, i: str) -> None:
+        """The last of a list changes places with what it comes before."""
+        w, v = self.w, self.w.names.fresh("v")
+        with w.block(f"for {v} in T.serial(i64({self.k - 1})):"):
+            up, down = f"({self.k - 2} - {v})", f"({self.k - 1} - {v})"
+            y, j = w.keep(self.value(point, up), "y"), w.keep(self.place(point, up), "i")
+            with w.block(f"if before({x}, {i}, {y}, {j}):"):
+                self.put(point, down, y, j)
+                self.put(point, up, x, i)
 
     def put(self, point: Point, k: str, value: str, place: str) -> None:
         self.w.line(f"{self.value(point, k)} = {value}")

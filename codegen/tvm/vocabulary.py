@@ -189,7 +189,7 @@ def ceildiv(a: Value, b: Value) -> Value:
     return zero - floordiv(zero - a, b)
 
 
-# -- the best of a row: the greatest value first, of equal ones the lower place, a NaN before all others -----------------
+# -- the best of a row: the greatest value first, of equal ones the lower place, a NaN before all others ---------------
 
 
 def reaches(x: Value, last: Value) -> Value:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,6 +19,7 @@ from memcomp.artifact.plan import Plan
 from memcomp.artifact.planner import Planner
 from memcomp.backend import region_sizes
 from memcomp.backends import device_of
+from memcomp.cache import environment
 from memcomp.capture.candidates import source
 from memcomp.capture.find import find_regions
 from memcomp.capture.lookups import ancestors, lookups
@@ -25,6 +27,7 @@ from memcomp.capture.reader import meta
 from memcomp.capture.region import Region
 from memcomp.capture.rest import Foreign, parts
 from memcomp.config import Config
+from memcomp.forms import stores
 from memcomp.inputs import Function
 from memcomp.ir.errors import InputError, MemcompError, OptionError, Refusal
 from memcomp.ir.program import Program
@@ -54,6 +57,7 @@ class Made:
 
     name: str
     kernels: tuple[Kernel, ...]
+    configs: tuple[Config, ...]
     plan: Plan | None = None
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     torch: tuple[tuple[str, str, str], ...] = ()
@@ -83,7 +87,7 @@ def whole(given: Function | Program, configs: Sequence[Config], *, name: str = "
     for part in found:
         planner.add(part, book.kernel(part) if isinstance(part, Region) else "")
     plan = planner.plan()
-    return Made(name, book.kernels(), plan, planner.weights, foreign)
+    return Made(name, book.kernels(), tuple(configs), plan, planner.weights, foreign)
 
 
 def regions(given: Function | Program, configs: Sequence[Config], *, name: str = "regions") -> Made:
@@ -101,13 +105,13 @@ def regions(given: Function | Program, configs: Sequence[Config], *, name: str =
     if not book.found:
         raise InputError("nothing in it is an attention or memory layer that memcomp can express",
                          hint="`memcomp explain` says what was left to torch and why")
-    return Made(name, book.kernels())
+    return Made(name, book.kernels(), tuple(configs))
 
 
 def _program(given: Program, configs: Sequence[Config], name: str) -> Made:
     """A program as a kernel, without a model around it."""
     compiled = {c.target: compile_program(given, config=c) for c in configs}
-    return Made(name, (Kernel(given.name or "kernel", given, compiled, given.name),))
+    return Made(name, (Kernel(given.name or "kernel", given, compiled, given.name),), tuple(configs))
 
 
 def write(made: Made, place: Path) -> str:
@@ -117,18 +121,24 @@ def write(made: Made, place: Path) -> str:
     from memcomp.artifact.pack import Pack
 
     pack = Pack(made.name)
-    tuning = []
     for k in made.kernels:
         pack.kernel(k.read, dict(k.compiled), k.name, k.lookups, k.ranges)
-        tuning += [{"kernel": k.name, "target": t, "form": c.choice.form, "knobs": dict(c.choice.knobs),
-                    "backend": c.kernel.backend, "setting": c.choice.setting, "problem": dict(c.problem)}
-                   for t, c in k.compiled.items()]
+    tuning = [_tuned(k.name, k.compiled[c.target], c) for k in made.kernels for c in made.configs]
     pack.file("tuning.json", (json.dumps(tuning, indent=1, sort_keys=True) + "\n").encode())
     with TemporaryDirectory() as folder:
         if made.weights:
             save_file({n: _alone(t) for n, t in made.weights.items()}, Path(folder) / weights.FILE)
             pack.file(weights.FILE, Path(folder) / weights.FILE)
         return pack.write(place, made.plan)
+
+
+def _tuned(name: str, compiled: Compiled, config: Config) -> dict[str, Any]:
+    """Which way of mapping a kernel was taken, and the entry of the cache that says so; null: the cost model."""
+    kept, choice = stores(config), compiled.choice
+    entry = kept.get(compiled.problem, environment(device_of(config))) if kept and compiled.problem else None
+    return {"kernel": name, "target": config.target, "backend": compiled.kernel.backend, "form": choice.form,
+            "knobs": dict(choice.knobs), "setting": choice.setting,
+            "entry": json.loads(entry.text()) if entry is not None and entry.choice == choice else None}
 
 
 def _alone(t: torch.Tensor) -> torch.Tensor:

@@ -14,13 +14,19 @@ from memcomp.capture.writes import mutates
 PASSES = ("view", "map", "reduce")
 
 
-def decompose(gm: fx.GraphModule) -> None:
+def decompose(gm: fx.GraphModule, everywhere: bool = False) -> None:
     """Rewrite in place each element-wise operator on the way from a contraction that has no rule, where torch knows it
-    as a composition of operators that have one (softplus, gelu, elu, ...).  Everything else stays."""
+    as a composition of operators that have one (softplus, gelu, elu, ...).  Everything else stays.
+
+    everywhere: all operators that make one tensor, wherever they stand.
+    """
     reached: set[fx.Node] = set()
     for node in list(gm.graph.nodes):
         r = table.rule(node)
-        if r is not None and r.kind == "contract":
+        if everywhere:
+            if r is None and _pure(node):
+                _inlined(gm, node)
+        elif r is not None and r.kind == "contract":
             reached.add(node)
         elif any(i in reached for i in node.all_input_nodes):
             if r is not None and r.kind in PASSES:
@@ -34,14 +40,19 @@ def decompose(gm: fx.GraphModule) -> None:
 def _elementwise(node: fx.Node) -> bool:
     """Does it make, without side effects, one real tensor of the shape that its tensors broadcast to?"""
     t = meta(node)
-    if node.op not in ("call_function", "call_method") or mutates(node) or not isinstance(t, torch.Tensor) or \
-            not t.is_floating_point() or not _of_torch(node) or any(meta(u) is None for u in node.all_input_nodes):
+    if not _pure(node) or not t.is_floating_point():
         return False
     shapes = [meta(i).shape for i in node.all_input_nodes if isinstance(meta(i), torch.Tensor)]
     try:
         return tuple(torch.broadcast_shapes(*shapes)) == tuple(t.shape)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return False  # they do not broadcast: a convolution, a normalisation by channel
+
+
+def _pure(node: fx.Node) -> bool:
+    """Is it an operator of torch's that makes one tensor and writes into none?"""
+    return node.op in ("call_function", "call_method") and not mutates(node) and _of_torch(node) and \
+        isinstance(meta(node), torch.Tensor) and all(meta(u) is not None for u in node.all_input_nodes)
 
 
 def _of_torch(node: fx.Node) -> bool:

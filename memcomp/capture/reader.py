@@ -32,7 +32,7 @@ DTYPE = {
 Read: TypeAlias = "Value | tuple[Value, ...]"
 CHEAP = frozenset((
     "add", "sub", "mul", "div", "neg", "max", "min", "where", "real", "int", "abs", "square", "relu", "floor",
-    "floordiv", "mod", "ceildiv", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not"))
+    "floordiv", "mod", "ceildiv", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "bitand", "bitor", "shr"))
 """What may be computed again at every point rather than stored once."""
 SMALL = 64  # a map joins the region where the region's largest tensor is so many times larger
 

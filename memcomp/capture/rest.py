@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from memcomp.capture import table
 from memcomp.capture.candidates import module_path, source
+from memcomp.capture.decompose import decompose
 from memcomp.capture.finish import finish
 from memcomp.capture.lookups import ancestors, lookups
 from memcomp.capture.reader import Reader, meta
@@ -52,13 +53,15 @@ Part: TypeAlias = "Region | Alias | Foreign"
 
 
 def tidy(gm: fx.GraphModule) -> None:
-    """Without what only looks at tensors, conversions that convert nothing, and what nobody reads."""
+    """Without what only looks at tensors, conversions that convert nothing, and what nobody reads; operators without a
+    rule are taken apart where torch can."""
     for n in list(gm.graph.nodes):
         name, of = table.base_name(n), n.args[0] if n.args else None
         if name.rpartition(".")[2] in _SILENT and not n.users:
             gm.graph.erase_node(n)
         elif name == "convert" and isinstance(of, fx.Node) and not mutates(n) and _same(meta(of), meta(n)):
             n.replace_all_uses_with(of)
+    decompose(gm, everywhere=True)
     gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or mutates(n))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from memcomp.cli import given, options
 from memcomp.cli.parser import Commands
 from memcomp.inputs import used
+from memcomp.ir.program import Program
 
 if TYPE_CHECKING:
     from memcomp.artifact.compile import Made
@@ -43,9 +44,14 @@ def run(args: argparse.Namespace) -> int:
         made = make(found, configs, name=args.directory.name)
     digest = artifact.write(made, args.directory)
     told = _told(made, args.directory, digest)
+    dims = () if isinstance(found, Program) else found.dims
+    asked = {x.name.upper(): x.least for given_dims in dims for x in given_dims.values()}
     if args.json:
         print(json.dumps(told, indent=2))
         return 0
+    for name, (least, _) in told["sizes"].items():
+        if asked.get(name, least) < least:
+            print(f"{name} begins at {least}: torch.export takes an extent of 0 or 1 for fixed here", file=sys.stderr)
     for x in told["torch"]:
         print(f"needs torch: {x['operator']} ({x['where']}): {x['why']}", file=sys.stderr)
     print("\n".join(_lines(told)))

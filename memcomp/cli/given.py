@@ -60,8 +60,12 @@ def _regions(args: argparse.Namespace, found: Function) -> list[tuple[str, Progr
             config({"target": target})
     with used(found):  # what is read is the same for every machine, and not every one can be compiled for here
         explained = explain(found.fn, *found.marked(), target="cpu", backend="")
-    for why in explained.refusals:
-        print(f"left to torch: {why.where}: {why.why}", file=sys.stderr)
+    left: dict[str, list[str]] = {}
+    for x in explained.refusals:
+        left.setdefault(x.why, []).append(x.where)
+    for why, places in left.items():
+        more = f" ({len(places) - 1} more like it)" if places[1:] else ""
+        print(f"left to torch: {places[0]}: {why}{more}", file=sys.stderr)
     if not explained.regions:
         raise InputError(f"nothing in {args.input} is an attention or memory layer that memcomp can express",
                          hint="`memcomp explain` says what was left to torch and why")

@@ -33,11 +33,18 @@ def table(args: argparse.Namespace, columns: tuple[str, ...], rows: Sequence[tup
     if args.json:
         print(json.dumps([dict(zip(columns, r, strict=True)) for r in rows], indent=2))
         return 0
+    from io import StringIO
+
     from rich.console import Console
     from rich.table import Table
 
     made = Table(*columns, box=None, pad_edge=False)
     for r in rows:
         made.add_row(*r)
-    Console(width=None if sys.stdout.isatty() else 160).print(made)
+    if sys.stdout.isatty():
+        Console().print(made)
+        return 0
+    text = StringIO()  # a line for each row, for grep and its like
+    Console(file=text, width=10_000, color_system=None).print(made)
+    print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
     return 0

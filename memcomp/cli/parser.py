@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,14 +38,19 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
         self.groups: dict[str, dict[str, str]] = {}  # title -> command -> what it does
+        self.given: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        self.given = list(sys.argv[1:] if args is None else args)
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            known = [o for a in self._actions for o in a.option_strings]
-            raise OptionError(f"{self.prog}: unknown {'option' if rest[0].startswith('-') else 'argument'} {rest[0]!r}",
-                              hint=nearest(rest[0].partition("=")[0], known))
+            self._unknown(rest[0])
         return found, rest
+
+    def _unknown(self, word: str) -> NoReturn:
+        known = [o for a in self._actions for o in a.option_strings]
+        raise OptionError(f"{self.prog}: unknown {'option' if word.startswith('-') else 'argument'} {word!r}",
+                          hint=nearest(word.partition("=")[0], known))
 
     def error(self, message: str) -> NoReturn:
         if wrong := _CHOICE.match(message):
@@ -52,6 +58,10 @@ class Parser(argparse.ArgumentParser):
             if action is not None:
                 what = "command" if isinstance(action.choices, dict) else _called(action)
                 raise OptionError(f"{self.prog}: unknown {what} {wrong[2]!r}", hint=nearest(wrong[2], action.choices))
+        options = [w for w in self.given if w.startswith("--") and w != "--" and not self.groups]
+        for word in options:  # what is missing may be behind what is wrong
+            if not any(word.partition("=")[0] in a.option_strings for a in self._actions):
+                self._unknown(word)
         raise OptionError(f"{self.prog}: {message}", hint=f"{self.prog} --help")
 
     def format_help(self) -> str:

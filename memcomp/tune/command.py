@@ -35,7 +35,8 @@ def tune(programs: Sequence[tuple[str, Program, Mapping[str, int]]], config: Con
     """Tune programs (each with where it was found, and its sizes), one after another; each is kept before the next
     begins.
 
-    ray: address of a cluster whose devices measure, instead of this machine.  Raises OptionError where the cache cannot be written: then nothing would be kept.
+    ray: address of a cluster whose devices measure, instead of this machine.  Raises OptionError where the cache cannot
+    be written: then nothing would be kept.
     """
     stores = layers(config.cache_dir, config.cache)
     if stores.writable is None:

@@ -13,7 +13,7 @@ from itertools import islice, product
 from math import prod
 from typing import Any
 
-from memcomp.cache.entry import Choice, digest
+from memcomp.cache.entry import Choice
 from memcomp.ir.errors import OptionError, nearest
 from memcomp.ir.program import Program, close, knobs
 
@@ -75,19 +75,15 @@ class Space:
                               f"the choice names {', '.join(choice.knobs) or 'none'}")
         return close(form, {own[n]: v for n, v in choice.knobs.items()})
 
-    @property
-    def digest(self) -> str:
-        return digest({words: [list(k.choices) for k in knobs(p)] for words, p in self.forms.items()})
 
-
-def problem(general: Program, named: tuple[str, ...], extents: Mapping[str, int], backend: str,
-            space: Space) -> dict[str, Any]:
-    """What decides which choices there are and which is best, on one machine.
+def problem(general: Program, named: tuple[str, ...], extents: Mapping[str, int], backend: str) -> dict[str, Any]:
+    """What decides which choice is best, on one machine.  Which choices there are follows from it, the machine and the
+    code, but for forms that depend on the very sizes; a choice is looked up in the space before it is taken.
 
     named: ranks whose size no shape shows; extents: of the symbolic ranks; backend: "" where it is open.
     """
     return {"program": general.digest, "named": len(named), "target": general.target, "backend": backend,
-            "extents": dict(buckets(general, extents)), "space": space.digest}
+            "extents": dict(buckets(general, extents))}
 
 
 def buckets(general: Program, extents: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

@@ -83,8 +83,8 @@ def write(w: Writer, state: PlaceState, space: tuple[str, ...], c: Cascade) -> N
             again = Rank(fresh_rank(c, state.order.upper() + "2", {r.name for r in w.more}),
                          c.rank(state.order.upper()).extent)
             w.more.append(again)
-            shares = (Access(a.tensor, (*a.index[:-1], Var(again.var))) for a in ends)
-            w.merge.append(Einsum((value, where), Placed(*shares).body(), Reduce("topk", (w.cut.outer, again.var))))
+            best, at = (Access(a.tensor, (*a.index[:-1], Var(again.var))) for a in ends)
+            w.merge.append(Einsum((value, where), Placed(best, at).body(), Reduce("topk", (w.cut.outer, again.var))))
         return
     best, at = (Access(w.fresh("L" + n), w.step(state.vars)) for n in (stem, place))
     w.body.append(Einsum((best, at), y, Reduce(state.monoid, over), guard))

@@ -303,9 +303,9 @@ def _folded(e: Any, leaf: Callable[[Any], Any], apply: Callable[[Any, Any, Any],
     """A size: numbers as they are, variables as `leaf` says, and `apply(operator, left, right)` around them."""
     from tvm import tirx
 
-    operators = {tirx.Add: operator.add, tirx.Sub: operator.sub, tirx.Mul: operator.mul,
-                 tirx.FloorDiv: operator.floordiv, tirx.FloorMod: operator.mod, tirx.Max: torch.sym_max,
-                 tirx.Min: torch.sym_min}
+    operators: dict[Any, Any] = {
+        tirx.Add: operator.add, tirx.Sub: operator.sub, tirx.Mul: operator.mul, tirx.FloorDiv: operator.floordiv,
+        tirx.FloorMod: operator.mod, tirx.Max: torch.sym_max, tirx.Min: torch.sym_min}
     if isinstance(e, int):
         return e
     if isinstance(e, tirx.IntImm):
