@@ -48,11 +48,11 @@ def _found(load: bool) -> str:
     """Fill the record, which lives as long as the process."""
     global _how, _with_torch
     with _lock:
-        torch = _loaded("libtorch_cpu") if "torch" in sys.modules else None
         first = _runtime[0] is None
-        if first or torch is not None and not _with_torch:
+        if first or "torch" in sys.modules and not _with_torch:
+            torch = _loaded("libtorch_cpu") if "torch" in sys.modules else None
             gomp = _loaded("libgomp") or (_library("libgomp.so.1") if load else None)
-            if gomp is not None:
+            if gomp is not None and (first or torch is not None):
                 # at::get_num_threads: what torch.set_num_threads and the calling thread ask for
                 count = getattr(torch, "_ZN2at15get_num_threadsEv", None) or gomp.omp_get_max_threads
                 _runtime[0], _runtime[1] = (ctypes.cast(f, ctypes.c_void_p).value for f in (gomp.GOMP_parallel, count))

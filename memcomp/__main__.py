@@ -15,6 +15,7 @@ from memcomp.ir.errors import MemcompError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code, one of `memcomp.cli.parser.CODES`."""
+    args = None
     try:
         from memcomp.cli.parser import parser
         from memcomp.files import check_place

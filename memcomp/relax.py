@@ -131,8 +131,9 @@ def _call(graph: Block, region: Region, end: int, settings: Config, kernels: dic
         raise Refusal(f"a kernel needs the extent of rank {open_[0]} as a number", region.source)
     tensors = [_named(graph.tensors, n, region) for n in region.inputs]
     outs = [_named(graph.tensors, n, region) for n in region.outputs]
-    if far := [x for x in (*tensors, *outs) if getattr(x.ty, "vdevice", None) and x.ty.vdevice.target.kind.name != "llvm"]:
-        raise Refusal(f"a kernel for the CPU cannot reach {far[0]}, which is on {far[0].ty.vdevice}", region.source)
+    for x in (*tensors, *outs):
+        if x.ty.vdevice is not None and x.ty.vdevice.target.kind.name != "llvm":
+            raise Refusal(f"a kernel for the CPU cannot reach {x}, which is on {x.ty.vdevice}", region.source)
     symbols = [n if isinstance(n, int) else _named(graph.sizes, n, region) for _, n in region.sizes]
     compiled = compile_program(program, config=settings, sizes=extents)
     needs = taken(program, compiled.tiles, [name for name, _ in region.sizes])

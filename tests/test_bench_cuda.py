@@ -262,6 +262,19 @@ def test_a_rehearsal_leaves_a_whole_record(tmp_path: Path) -> None:
     open_ = Tasks(True).answer(Job("check", ("decode_gqa", OWN))).told["own"][0]["problem"]
     assert store.get(open_, stored["environment"]) is not None and open_["backend"] == ""
     assert any("decode_gqa" in line for line in summary(stored)) and any("checks: 3 ok" in line for line in said)
+    assert all(line.startswith("rehearsal ") for line in said)
+
+
+def test_words_limit_everything(tmp_path: Path) -> None:
+    """Operators, the programs of a folder of tests, families; and the tests of whole models are not for one of them."""
+    tests = Path(__file__).parent
+    assert {c.name for c in chosen(["decode_gqa"], True, tests)} == {"decode_gqa"}
+    assert chosen(["paged_decode"], True, tests) == ()
+    with pytest.raises(OptionError, match="no case is named like 'nothing'"):
+        chosen(["nothing"], True, tests)
+    plan = Plan((), 60.0, True, tests, forms=(OWN + "triton",), apart=False, words=("layer_norm",))
+    found = run(plan, lambda text: None)
+    assert found.data["checks"].keys() == {"program layer_norm"} and not found.data["tests"] and not found.faults
 
 
 def test_nothing_of_a_rehearsal_is_kept_as_a_device_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,9 @@ from tests.test_reduce_passes import same
 # reduced rank is a symbol without a bound, so that no tile holds it
 REFUSED = {(name, 3): "rank P has no bound" for name in ("layernorm_matmul", "groups_joined")} | {
     (name, splits): "has no bound" for splits in (None, 3)
-    for name in ("layernorm_pair", "normalised_keys")} | {
+    for name in ("layernorm_pair", "normalised_keys", "median_deviation")} | {
     ("normalised_short", 3): "has no bound"} | {
-    (name, splits): "has no tile form" for splits in (None, 3)
-    for name in ("greatest_place", "top_renormalised", "median_deviation")}
+    ("greatest_place", splits): "has no tile form" for splits in (None, 3)}
 
 
 @pytest.mark.parametrize("splits", [None, 3])
@@ -43,7 +42,8 @@ def test_tiles_of_a_derived_chain_equal_the_chain(name: str, splits: int | None)
             lower(closed)
         return
     tiles = lower(closed)
-    for p, m in ((6, 25), (3, 10), (3, 0)):
+    rows = ((6, 25), (3, 10)) if name == "top_renormalised" else ((6, 25), (3, 10), (3, 0))  # it reads V at places
+    for p, m in rows:
         inputs = arrays(read, p, m, "plain")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)

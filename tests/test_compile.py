@@ -260,6 +260,29 @@ def test_what_has_no_kernel_runs_in_torch_or_is_refused_with_a_list(tmp_path: Pa
     assert all(map(np.allclose, model(x.numpy()), (t.numpy() for t in _sorting(x))))
 
 
+class _Views(torch.nn.Module):
+    """What torch runs reads views of views, of an input and of a buffer that is itself part of a larger tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(6, 4, generator=torch.Generator().manual_seed(3))[2:])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = x[1:].view(-1, 2, 4)
+        return (rows[:, 1:].sort(-1).values, rows.roll(1, 0), self.table[1:].roll(1, 0), self.table[2:].sort(-1).values,
+                x.exp()[1:, 2:].sort(0).indices)
+
+
+def test_views_for_torch_are_where_they_were(tmp_path: Path) -> None:
+    model, x = _Views(), torch.randn(6, 5, 4)[1:, 0]
+    artifact.write(artifact.whole(Function(model, (x,)), [config(OFF)]), tmp_path / "out")
+    run = load(tmp_path / "out")
+    assert run.plan is not None and any(t.kind == "alias" and t.offset != "0" for t in run.plan.tensors)
+    for y in (x, torch.randn(5, 4)):
+        for got, again, want in zip(run(y), run(y.contiguous().numpy()), model(y), strict=True):
+            assert torch.allclose(got, want) and np.allclose(again, want.numpy())
+
+
 class _Counter(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ TARGETS = bench.TARGETS
 RESULTS: list[dict[str, Any]] = json.loads(bench.RECORD.read_text())["results"]
 CASES = {(c.target, c.name): c for c in bench.cases()}
 SPARE = {80: 0, 89: 0, 90: 1024, 100: 2016}   # bytes that the model may say too many, as docs/gpu.md has it,
-SPARE_MORE = {"f32": 32768, "documents": 64}    # and where an operand is in two parts, or a guard reads data
+SPARE_MORE = {"documents": 64}    # and where a guard reads data
 
 
 @lru_cache(maxsize=64)

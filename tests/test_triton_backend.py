@@ -186,6 +186,20 @@ def prefill() -> TileProgram:
     return lower(map_program(parse(PREFILL), config=Config(target="h100"), sizes=SIZES))
 
 
+def test_far_data_are_beyond_every_point() -> None:
+    """Data of 64 bits are compared with the points of a tile as 32 bits: what lies far off must not come back."""
+    p = parse("program far\nrank P\nrank M\nin V[M]: f32\nin Z[P]: i64\nout A[P]: f32\nout B[P]: f32\n"
+              "A[p] = sum{m} V[m] where m <= Z[p]\nB[p] = sum{m} V[m] where m + 3 == Z[p]\n")
+    z = np.array([-2**40, -2**32 + 3, -1, 0, 2, 5, 69, 70, 2**31, 2**32, 2**32 + 5, 2**62, -2**62])
+    a = {"V": np.random.default_rng(1).standard_normal(70), "Z": z}
+    sizes = {"P": len(z), "M": 70}
+    tp = lower(mapped(p))
+    assert "short(" in emit(tp, "h100").source
+    want, got = interpret(p, a, sizes), run(tp, a, sizes)
+    for out in want:
+        assert same(got[out], want[out], 1e-5, 1e-5), out
+
+
 @pytest.mark.parametrize(("name", "make"), [("prefill", prefill), ("chain", lambda: lower(mapped(load("layer_norm"))))])
 def test_text_is_stable(name: str, make: Any) -> None:
     """GOLDEN=write rewrites the files; read the difference before it is kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,10 +68,11 @@ def export(given: Function) -> Exported:
     at = [i for i, x in enumerate(given.inputs) if isinstance(x, torch.Tensor)]
     dims = [given.dims[i] if i < len(given.dims) else {} for i in at]
     module = fn if isinstance(fn, torch.nn.Module) and len(at) == len(given.inputs) else _Wrapped(fn, given.inputs, at)
-    with _stateless(fn), torch.no_grad():
+    with _stateless(fn), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, about torch's own code
         ep = _exported(module, tuple(given.inputs[i] for i in at), dims)
-    if any(map(mutates, ep.graph.nodes)):
-        ep = ep.run_decompositions({})  # the same operators, and what they wrote in place as values
+        if any(map(mutates, ep.graph.nodes)):
+            ep = ep.run_decompositions({})  # the same operators, and what they wrote in place as values
     signature = ep.graph_signature
     if changed := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
         raise Refusal(f"it writes into {changed[0]}, and an artifact keeps no state",

@@ -43,9 +43,9 @@ class Planner:
     def add(self, part: Part, kernel: str = "") -> None:
         """kernel: of a region."""
         if isinstance(part, Alias):
-            held, x = self.exported, meta(part.node)
+            held, x, base = self.exported, meta(part.node), meta(part.of)
             self._add(part.node, "alias", of=self.name(part.of), strides=tuple(map(held.text, x.stride())),
-                      offset=held.text(x.storage_offset()))
+                      offset=held.text(x.storage_offset() - base.storage_offset()))
         elif isinstance(part, Region):
             self._kernel(part, kernel)
         else:

@@ -91,9 +91,12 @@ class Found:
         """When that share of the time is over."""
         return self.begin + share * self.plan.seconds
 
+    def tell(self, text: str) -> None:
+        """Say it; what is no device's is marked as such, line by line."""
+        self.say(f"rehearsal {text}" if self.plan.rehearse else text)
+
     def line(self, text: str) -> None:
-        where = "rehearsal " if self.plan.rehearse else ""
-        self.say(f"{where}{time.monotonic() - self.begin:6.1f} s  {text}")
+        self.tell(f"{time.monotonic() - self.begin:6.1f} s  {text}")
 
     def write(self) -> None:
         self.data["seconds"] = round(time.monotonic() - self.begin, 1)
@@ -151,11 +154,11 @@ def run(plan: Plan, say: Callable[[str], None] = print) -> Found:
         _tuned(plan, found)
         found.write()
         for text in summary(found.data):
-            say(text)
+            found.tell(text)
         for text in found.faults:
-            say(f"FAULT {text}")
+            found.tell(f"FAULT {text}")
         if found.path is not None:
-            say(f"written to {found.path}")
+            found.tell(f"written to {found.path}")
         return found
     finally:
         for w in workers:

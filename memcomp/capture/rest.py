@@ -34,7 +34,7 @@ _SILENT = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_co
 
 @dataclass(frozen=True)
 class Alias:
-    """A node that shows the memory of another, which is row-major, by its own strides and offset."""
+    """A node that shows the memory of another, which is row-major and no alias, by its own strides and offset."""
 
     node: fx.Node
     of: fx.Node
@@ -174,8 +174,8 @@ class _Cut:
     def _base(self, n: fx.Node) -> fx.Node | None:
         """The node whose row-major memory `n` shows, where that is so."""
         base = n
-        while base.op not in ("placeholder", "get_attr") and _kind(base) == "view" and not (
-                base is not n and base in self.made):
+        while base.op not in ("placeholder", "get_attr") and _kind(base) == "view" and (
+                base is n or isinstance(self.made.get(base, Alias(base, base)), Alias)):
             given = [i for i in base.all_input_nodes if isinstance(meta(i), torch.Tensor)]
             if len(given) != 1:
                 return None
