@@ -195,7 +195,8 @@ def _select(e: Einsum, block: Block, ragged: tuple[Expr, ...], extents: Extents,
         if given.place is not None:
             places = part.evaluate(given.place, live)
         else:
-            places = sum((part.evaluate(Var(v)) * s for v, s in zip(over, strides, strict=True)), np.zeros((), np.int64))
+            each = (part.evaluate(Var(v)) * s for v, s in zip(over, strides, strict=True))
+            places = sum(each, np.zeros((), np.int64))
         places = np.broadcast_to(places, part.shape).reshape(row)
         if given.old is not None:
             lists = Block({**part.only(outer).axes, rank or "": (0, count)}, block.fixed, block.tensor, block.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from memcomp.__main__ import main
-from memcomp.cache import Entry
+from memcomp.cache import Entry, environment
 from memcomp.config import Config
 from memcomp.ir.errors import OptionError
 from memcomp.ir.program import Program
 from memcomp.ir.text import parse
-from memcomp.tune.cluster import tuners
+from memcomp.tune.cluster import Remote, _kinds, tuners
 from memcomp.tune.search import Tuner
 from memcomp.tune.tasks import Given
 from memcomp.workers import Job
@@ -91,7 +92,29 @@ def test_the_command_keeps_what_the_cluster_measured(tmp_path: Path, monkeypatch
     assert first["fresh"] and not known["fresh"] and known["choice"] == first["choice"]
 
 
-def test_without_a_cluster_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(OptionError, match="not installed"), tuners("auto", "cpu"):
-        pass
+def test_without_ray_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("MEMCOMP_CACHE", "on")
+    monkeypatch.setenv("MEMCOMP_CACHE_DIR", str(tmp_path))
+    assert main(["tune", str(FILE), "--ray", "auto"]) == 2
+    assert capsys.readouterr().err.startswith("error: --ray needs Ray, which is not installed")
+
+
+def test_devices_that_differ_are_searched_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """On GPUs each kind for itself; a CPU unlike this machine's, and another memcomp, are left out."""
+    own = environment("cpu")
+
+    def there(**other: object) -> Remote:
+        found = Remote(Timed, "cuda")  # type: ignore[arg-type]
+        found.place, found.environment = f"node {len(other)}", {**own, **other}
+        return found
+
+    a, b, c, d = there(device="A"), there(device="B"), there(device="B"), there()
+    kinds = _kinds([a, b, there(code="another", device="A"), c], "cuda")
+    assert [list(k._asked) for k in kinds] == [[b, c], [a]], "most devices first"
+    assert [k.environment(Config())["device"] for k in kinds] == ["B", "A"]
+    assert capsys.readouterr().err == "left out: node 2: its memcomp is not like this machine's\n"
+    assert [list(k._asked) for k in _kinds([a, d], "cpu")] == [[d]]
+    with pytest.raises(OptionError, match="no device"):
+        _kinds([a], "cpu")

@@ -323,6 +323,19 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "says itself what its inputs are" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_compiled_to_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`memcomp compile` takes a Relax module; what it writes computes what TVM's own build of the module does."""
+    (tmp_path / "relaxed.py").write_text(INPUT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "relaxed", raising=False)
+    assert main(["compile", "relaxed:Attention", "-o", str(tmp_path / "made")]) == 0
+    q, k = (torch.randn(2, n, 4, 16, generator=torch.Generator().manual_seed(n)) for n in (7, 50))
+    (got,) = memcomp.load(tmp_path / "made")(q, k)
+    (wanted,) = built(import_module("relaxed").Attention)(q, k)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 ALONE = """
 import sys, threading
 import numpy as np

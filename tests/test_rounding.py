@@ -1,4 +1,4 @@
-"""Which computed operands GPU kernels round to f16: weights that are exponentials of scores less their maximum, no others."""
+"""Which computed operands GPU kernels round to f16: exponentials of scores less their maximum, and nothing else."""
 
 from __future__ import annotations
 

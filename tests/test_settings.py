@@ -73,7 +73,7 @@ def test_what_is_no_member_is_refused_before_anything_is_written(monkeypatch: py
 
 def test_one_backend_has_its_own_ways_only() -> None:
     assert {c.backend for c in opened("cascade_2", replace(GPU, backend="cuda")).space.choices()} == {""}
-    assert list(ways(case("attention_1pass"), Config())) == [("", "")], "one backend writes for CPUs, and has no settings"
+    assert list(ways(case("attention_1pass"), Config())) == [("", "")], "TVM alone, and without settings"
 
 
 def test_likely_candidates_are_of_all_backends_and_settings() -> None:

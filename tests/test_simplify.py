@@ -118,6 +118,7 @@ def test_laws_the_rewrites_rely_on() -> None:
     assert simplify(split // G, RANGES) == j and simplify(split % G, RANGES) == g
     assert simplify((split // G) * G + split % G, RANGES) == simplify(split, RANGES)
     assert simplify((m // M0) * M0 + m % M0, RANGES) == m
+    assert simplify((m // 32) * 16 + m // 2 % 16) == simplify(m // 2)
     assert simplify((j * 3 + g) // 3, {"g": (0, 3)}) == j
     assert simplify(((j * 3 + g) * 4 + p) // 12, {"g": (0, 3), "p": (0, 4)}) == j
     assert simplify(call("ceildiv", M * M0, M0), RANGES) == M

@@ -13,6 +13,7 @@ from memcomp.ir.expr import Access, walk
 from memcomp.ir.tile import Loop, Statement, TileKernel, When, made
 
 OTHER = 40   # registers for addresses, counts, indices
+TAKEN = 8    # for what is on its way out of stored codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Lives:
             size = self.words(b, t)
             change[first] += size
             change[last + 1] -= size
-        return OTHER + max(accumulate(change), default=0.0)
+        return OTHER + TAKEN * bool(self.inline) + max(accumulate(change), default=0.0)
 
     def largest(self, b: Block) -> float:
         """Registers of the largest tile."""

@@ -15,6 +15,7 @@ from memcomp.codegen.triton.layout import Axis, Layout
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, walk
 from memcomp.ir.tile import (
+    Best,
     Dot,
     Load,
     Loop,
@@ -64,6 +65,9 @@ class Form:
 
 def form(k: TileKernel, layout: Layout) -> Form:
     """The parts of a kernel.  Raises Refusal with what keeps it from having this form."""
+    for s in statements(k.body):
+        if isinstance(s, Best):
+            raise Refusal(f"{s.tile} keeps the best of a row", k.name, ELSE)
     at = [n for n, s in enumerate(k.body) if any(isinstance(x, Dot) for x in statements((s,)))]
     loops = tuple(s for s in k.body[at[0]:at[-1] + 1] if isinstance(s, Loop)) if at else ()
     if not at or len(loops) != at[-1] - at[0] + 1:

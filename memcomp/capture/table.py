@@ -33,7 +33,8 @@ class Rule:
 
 _OPERATORS = {
     "and_": "bitwise_and", "or_": "bitwise_or", "xor": "bitwise_xor", "invert": "bitwise_not", "inv": "bitwise_not",
-    "rshift": "bitwise_right_shift", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "not_": "logical_not",
+    "rshift": "bitwise_right_shift", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder",
+    "not_": "logical_not",
 }
 _HOMES = (torch, torch.nn.functional, torch.Tensor, torch.special, torch.linalg, torch._C._nn, builtins)
 """Where torch's own functions live: a user's function that is only called like one has no rule."""

@@ -11,7 +11,7 @@ from memcomp.cli.parser import Commands
 def add(commands: Commands) -> None:
     p = commands.add("show", show, "Print the programs that are read out of the input.", (
         "memcomp show memcomp.models.mha:build",
-        "memcomp show model.py:attention --input q=f32[1,8,P,64] --input k=f32[1,8,M,64] --input v=f32[1,8,M,64]",
+        "memcomp show model.py:attention --input 'q=f32[1,8,P,64]' --input 'k=f32[1,8,M,64]' --input 'v=f32[1,8,M,64]'",
         "memcomp show config.json --arg num_hidden_layers=2"))
     options.given(p)
     options.output(p)

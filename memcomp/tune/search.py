@@ -24,7 +24,7 @@ from memcomp.cache.entry import ITEMS, TEXT
 from memcomp.choice import seconds as modelled_seconds
 from memcomp.ir.detect import cpu
 from memcomp.ir.errors import OptionError, Refusal
-from memcomp.tune.tasks import Given, Tasks, rows
+from memcomp.tune.tasks import FEW, Given, Tasks, rows
 from memcomp.workers import OK, REFUSED, Answer, Asked, Does, Job, Worker, spread, together
 
 if TYPE_CHECKING:
@@ -149,7 +149,8 @@ class Search:
         while entered:
             left = self.begin + self.mode.seconds - time.monotonic()
             left = max(1.0, min(left, self.mode.seconds * self.mode.share * len(entered) / self.mode.finalists))
-            answer = worker.ask(Job("race", (self.given, tuple(entered), left)), left + LIMIT)
+            least = (FEW + 2) * sum(self.trials[c].seconds for c in entered)  # of slow kernels more than is left
+            answer = worker.ask(Job("race", (self.given, tuple(entered), left)), max(left, least) + LIMIT)
             if answer.state == OK:
                 return {c: (m, s, answer.told["rounds"])
                         for c, m, s in zip(entered, answer.told["medians"], answer.told["spreads"], strict=True)}
