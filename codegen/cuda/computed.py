@@ -95,7 +95,9 @@ class Computed:
                 with w.points((over,), runs={over: (outer[over], run)}) as inner:
                     every = {**at, **outer, **inner}
                     w.line(f"{part} = {part} + {self.term(s, rest, kind, every, zero)};")
-                w.line(f"{total} = {total} + {self.product(shared, kind, {**at, **outer})} * {part};")
+                # where none of them counts, nor does what they share, which may be infinite there
+                counted = self.guarded(s, f"{self.product(shared, kind, {**at, **outer})} * {part}", outer, zero)
+                w.line(f"{total} = {total} + {counted};")
             return
         if along := next((d for d in at if 1 < len(self.alike(found, d)) < len(found)), ""):
             shared = self.alike(found, along)   # first, so that their product is one for all neighbours
@@ -109,7 +111,9 @@ class Computed:
         return [f for f in found if self.w.block.dims[dim].registers > 1 and self.run(f, dim) != 1]
 
     def term(self, s: Fold, found: list[Expr], kind: str, at: Point, zero: str) -> str:
-        value = self.product(found, kind, at)
+        return self.guarded(s, self.product(found, kind, at), at, zero)
+
+    def guarded(self, s: Fold, value: str, at: Point, zero: str) -> str:
         tests = self.w.live(s.over, at)
         return f"({' && '.join(tests)} ? {value} : {zero})" if tests else value
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Const
 from memcomp.ir.program import Program, close, knobs
 
-CANDIDATES = 256
+CANDIDATES = 256  # that are all looked at
+SWEEPS = 4
 
 
 def close_knobs(program: Program, sizes: Mapping[str, int]) -> Program:
@@ -21,6 +22,8 @@ def close_knobs(program: Program, sizes: Mapping[str, int]) -> Program:
 def modelled(program: Program, sizes: Mapping[str, int],
              strain: Callable[[Program], float] | None = None) -> dict[str, int]:
     """A value for every open knob: of the candidate that the cost model says is fastest.
+
+    Beyond `CANDIDATES` not all are looked at: one knob after another, until no change of one is better.
 
     strain: 0 for what fits the machine, more for what fits it badly, infinity for what does not: the fastest candidate
     of the least strain wins.
@@ -37,9 +40,8 @@ def modelled(program: Program, sizes: Mapping[str, int],
     if not open_knobs:
         return {}
     count = math.prod(len(k.choices) for k in open_knobs)
-    if count == 0 or count > CANDIDATES:
-        raise Refusal(f"{count} candidates for the knobs of {program.name}",
-                      hint=f"between 1 and {CANDIDATES} are searched")
+    if count == 0:
+        raise Refusal(f"a knob of {program.name} has no choice")
     machine = target(program.target)
 
     def named(choice: tuple[int, ...]) -> dict[str, int]:
@@ -51,6 +53,9 @@ def modelled(program: Program, sizes: Mapping[str, int],
         spent = cost(closed, dict(sizes), machine)
         return spent.seconds, spent.traffic, spent.again, _idle(closed, sizes), off_middle
 
+    if count > CANDIDATES:
+        return named(_descended([k.choices for k in open_knobs],
+                                lambda x: (strain(close(program, named(x))) if strain else 0.0, *rating(x))))
     candidates = product(*(k.choices for k in open_knobs))
     ranked = [min(candidates, key=rating)] if strain is None else sorted(candidates, key=rating)
     best, least = ranked[0], math.inf
@@ -62,6 +67,24 @@ def modelled(program: Program, sizes: Mapping[str, int],
             if not least:
                 break
     return named(best)
+
+
+def _descended(choices: Sequence[tuple[int, ...]], worth: Callable[[tuple[int, ...]], tuple[float, ...]]
+               ) -> tuple[int, ...]:
+    """Where no change of one knob is better: most knobs belong to one kernel, and kernels add up.  Begins with the
+    smallest tiles, which fit if any do."""
+    best = tuple(min(x) for x in choices)
+    least = worth(best)
+    for _ in range(SWEEPS):
+        before = best
+        for n, values in enumerate(choices):
+            for value in values:
+                other = (*best[:n], value, *best[n + 1:])
+                if other != best and (found := worth(other)) < least:
+                    best, least = other, found
+        if best == before:
+            break
+    return best
 
 
 def _idle(program: Program, sizes: Mapping[str, int]) -> float:

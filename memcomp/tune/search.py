@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 LIMIT = 30.0  # seconds of one candidate
 INTERRUPTED = "interrupted before the race was over"
 LEAST = 2     # candidates that are tried, however long they take
+MEMBERS = 4096  # mappings that the cost model is asked about: of more, those near its own choice
 MAPPINGS = 32  # the likeliest, whose kernels are tried by every backend and with every setting
 
 
@@ -327,7 +328,8 @@ def ranked(t: Tunable, slower: float, hints: Sequence[Choice] = ()) -> list[Choi
         return modelled_seconds(t.space.closed(c), t.forms[c.form].extents)
 
     limit = slower * spent(first)
-    timed = [(s, n, c) for n, c in enumerate(t.space.mappings()) if (s := spent(c)) <= limit or c in hinted]
+    members = t.space.mappings() if len(t.space) <= MEMBERS else dict.fromkeys(t.space.near(first))
+    timed = [(s, n, c) for n, c in enumerate(members) if (s := spent(c)) <= limit or c in hinted]
     likely = [first, *(c for *_, c in sorted(timed, key=lambda x: x[:2]) if c != first)]
     found = [(n + m, n, c) for n, mapping in enumerate(likely)
              for m, c in enumerate(t.space.written(mapping) if n < MAPPINGS else (mapping,))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice, product
+from itertools import combinations, islice, product
 from math import prod
 from typing import Any
 
@@ -39,6 +39,13 @@ class Space:
         for words, p in self.forms.items():
             for values in product(*(k.choices for k in knobs(p))):
                 yield Choice(words, {f"k{n}": v for n, v in enumerate(values)})
+
+    def near(self, choice: Choice) -> Iterator[Choice]:
+        """Those of one form that differ from a choice in two knobs at most."""
+        values = {f"k{n}": k.choices for n, k in enumerate(knobs(self.forms[choice.form]))}
+        for some in (*((k,) for k in values), *combinations(values, 2)):
+            for other in product(*(values[k] for k in some)):
+                yield replace(choice, knobs={**choice.knobs, **dict(zip(some, other, strict=True))})
 
     def written(self, mapping: Choice) -> Iterator[Choice]:
         """The members of a mapping, its own backend's first."""
