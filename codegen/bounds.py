@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, substitute, variables, walk
 from memcomp.ir.simplify import POINTS, linear, simplify
 
 _FLIP = {"gt": "lt", "ge": "le"}
@@ -75,6 +75,17 @@ def total(parts: list[Expr]) -> Expr:
     for p in parts:
         out = call("add", out, p)
     return simplify(out, index=True)
+
+
+def near(e: Expr) -> Expr:
+    """What places are compared with, of which one number of data is a term: with that number no further away than
+    anything can be from every place.  The comparison says the same, and no sum on the way to it wraps around."""
+    terms = linear(e, integers=reads(e)) or {}
+    data = [(t, c) for t, c in terms.items() if t is not None and reads(t)]
+    if len(data) != 1 or abs(data[0][1]) != 1 or abs(terms.get(None, 0)) > POINTS:
+        return e
+    far, told = 4 * POINTS, data[0][0]
+    return substitute(e, {told: call("max", call("min", told, far), -far)}) if isinstance(told, Access) else e
 
 
 def first_step(step: int, least: Expr) -> Expr | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from memcomp.codegen import bounds
 from memcomp.codegen.lower_laws import idle
-from memcomp.codegen.lower_ops import LOOP, PRE, Op
+from memcomp.codegen.lower_ops import LOOP, POST, PRE, Op
 from memcomp.codegen.lower_tiles import Tiles, param_name
 from memcomp.ir.expr import Access, Call, Const, Expr, Var, call, conjunction, reads, variables, walk
 from memcomp.ir.simplify import linear, proves, simplify
@@ -80,6 +80,8 @@ class Limits(Tiles):
         phase = LOOP if self._changes(data) or moving & {*dims} else PRE
         if phase == LOOP and (still or len(dims) > 1 or any(self._computed(n) for n in walk(data))):
             return None
+        if any(self._computed(n, POST) for n in walk(data)):
+            return None  # not known there
         key = (data, monoid)
         if key not in self.scalars:
             name = self.fresh({"max": "greatest", "min": "least", "and": "every", "or": "some"}[monoid])
@@ -95,10 +97,10 @@ class Limits(Tiles):
             isinstance(n, Access) and (n.tensor in moved or self._computed(n)) for n in walk(e)
         )
 
-    def _computed(self, n: Expr) -> bool:
-        """A tile that operations in the loop write?"""
+    def _computed(self, n: Expr, phase: int = LOOP) -> bool:
+        """A tile that operations in the loop, or of another phase, write?"""
         return isinstance(n, Access) and any(
-            o.phase == LOOP and (t := self.tiles.get(self.home[o.target])) is not None and t.name == n.tensor
+            o.phase == phase and (t := self.tiles.get(self.home[o.target])) is not None and t.name == n.tensor
             for o in self.g.ops
         )
 

@@ -86,6 +86,7 @@ def ordered(values: npt.NDArray[Any], places: npt.NDArray[Any], *, rising: bool 
     """Pairs sorted along the last axis: the greatest value first (the least, if rising), the lower place of equal ones,
     a NaN before all others."""
     nan = np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
-    keys = np.where(nan, 0, values if rising else -values)
+    falling = -values if values.dtype.kind == "f" else ~values  # -x is no integer where x is the least one
+    keys = np.where(nan, 0, values if rising else falling)
     first = np.lexsort((places, keys, ~nan), axis=-1)
     return np.take_along_axis(values, first, -1), np.take_along_axis(places, first, -1)

@@ -117,3 +117,13 @@ def equal(program: Program, values: dict[str, Any], run: Callable[[TileProgram, 
     want, got = interpret(p, values, sizes), run(tp, values, sizes)
     bounds = {n: {"bf16": 2e-2, "f16": 4e-3}.get(program.cascade.tensor(n).dtype, 2e-3) for n in want}
     return all(same(got[n], want[n], bounds[n], bounds[n]) for n in want)
+
+
+def far_data() -> tuple[Program, dict[str, Any], dict[str, int]]:
+    """Sums over what lies before a place and at one; places from one end of 64 bits to the other; several tiles."""
+    p = parse("program far\nrank P\nrank M\nin V[M]: f32\nin Z[P]: i64\nout A[P]: f32\nout B[P]: f32\n"
+              "A[p] = sum{m} V[m] where m <= Z[p]\nB[p] = sum{m} V[m] where m + 3 == Z[p]\n")
+    z = np.array([-2**63, -2**63 + 5, -2**62, -2**40, -2**32 + 3, -1, 0, 2, 5, 69, 70, 700, 2**31, 2**32, 2**32 + 5,
+                  2**62, 2**63 - 1])
+    a = {"V": np.random.default_rng(1).standard_normal(700), "Z": z}
+    return p, a, {"P": len(z), "M": 700}

@@ -445,6 +445,14 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     with pytest.raises(InputError, match="is no artifact"):
         pack.write(tmp_path / "mine")
+    (tmp_path / "mine" / NAME).write_text('{"name": "an app of the web"}')
+    with pytest.raises(InputError, match="is no artifact"):
+        pack.write(tmp_path / "mine")
+    shutil.move(tmp_path / "mine" / "thesis.txt", tmp_path / "b" / "kernels")
+    with pytest.raises(InputError, match="has a file that is not the artifact's: kernels/thesis.txt"):
+        pack.write(tmp_path / "b")
+    (tmp_path / "b" / "kernels" / "thesis.txt").unlink()
+    assert pack.write(tmp_path / "b" / "kernels" / "..") == digest
     half = Pack("half")
     half.kernel(parse(DOUBLE), {"cpu": compiled(DOUBLE), "avx2": compiled(DOUBLE, "avx2")})
     half.kernel(parse(ROWS), {"cpu": compiled(ROWS)})

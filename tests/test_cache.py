@@ -370,6 +370,11 @@ def test_a_cache_that_may_not_be_written_says_so(capsys: pytest.CaptureFixture[s
     assert code == 2 and err.startswith("error: the cache is read only or off")
     monkeypatch.setenv("MEMCOMP_CACHE", "off")
     assert told(capsys, "stats")[1] == "the cache is off\n"
+    kept = (folder / "a.json").read_text()
+    for command in (("ls",), ("show", "a"), ("verify",), ("export", folder / "a.json")):
+        code, _, err = told(capsys, *command)
+        assert code == 2 and err.startswith("error: the cache is off"), command
+    assert (folder / "a.json").read_text() == kept
     monkeypatch.setenv("MEMCOMP_CACHE", "sometimes")
     assert told(capsys, "stats")[0] == 2
     assert told(capsys, "import", folder / "nothing.json")[0] == 2

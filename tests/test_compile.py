@@ -283,6 +283,57 @@ def test_views_for_torch_are_where_they_were(tmp_path: Path) -> None:
             assert torch.allclose(got, want) and np.allclose(again, want.numpy())
 
 
+def _strided(shape: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_extents_of_none_and_one_in_any_order(sums: Artifact, data: st.DataObject) -> None:
+    """What strides an extent of 0 or 1 has means nothing, whoever made the array."""
+    shape = tuple(data.draw(st.lists(st.integers(0, 3), min_size=3, max_size=3)))
+    x = _strided(shape, tuple(data.draw(st.permutations(range(3)))))
+    plain = x.numpy() if data.draw(st.booleans()) else np.array(x.numpy())
+    for got, again, want in zip(sums(x), sums(plain), _sums(x), strict=True):
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.tensor(again), want)
+
+
+def _sums(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x.sum(1) + 0.5, x.sum((0, 2)), x * 2
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    place = tmp_path_factory.mktemp("sums") / "sums"
+    given = Function(_sums, (torch.randn(2, 3, 4),), ({d: Dim(n, 0, 9) for d, n in enumerate("ABC")},))
+    artifact.write(artifact.whole(given, [config({**OFF, "strict": True})]), place)
+    return load(place)
+
+
+def test_arrays_of_anybody_are_inputs(sums: Artifact) -> None:
+    import tvm_ffi
+
+    x = torch.randn(2, 3, 4)
+    odd = np.frombuffer(b"x" + x.numpy().tobytes(), np.uint8)[1:].view(np.float32).reshape(2, 3, 4)
+    for y in (tvm_ffi.from_dlpack(x), odd, np.asfortranarray(odd), torch._neg_view(-x)):
+        assert np.allclose(np.asarray(sums(y)[1]), _sums(x)[1].numpy(), atol=1e-6)
+    for wrong, why in ((x.to("meta"), "on meta"), (odd.astype(">f4"), "is >f4"), ([[[1.0]]], "is f64")):
+        with pytest.raises(InputError, match=why):
+            sums(wrong)
+
+
+@pytest.mark.parametrize("fn", [lambda x: x, lambda x: (x.sort().values, x.T)])
+def test_models_without_a_kernel(fn: Any, tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    artifact.write(artifact.whole(Function(fn, (x,)), [config(OFF)]), tmp_path / "out")
+    run = load(tmp_path / "out")
+    assert not run.kernels and run.report.target.name == "cpu" and not run.report.target.features
+    want = fn(x)
+    for got, y in zip(run(x), want if isinstance(want, tuple) else (want,), strict=True):
+        assert torch.equal(got, y)
+
+
 class _Counter(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -311,10 +362,25 @@ def test_writes_in_place_are_read_as_values(tmp_path: Path) -> None:
     (lambda x: x.nonzero() * 2, Refusal, "depends on data"),
     (lambda x: 3, InputError, "returns what is no tensor"),
     (lambda x: x if x.sum() > 0 else -x, InputError, "torch.export does not export it"),
+    (lambda x: (x.T * 2).as_strided((2, 2), (1, 2)), Refusal, "as_strided.* names places in memory"),
+    (lambda x: torch.fft.rfft(x).abs(), Refusal, "is torch.complex64"),
 ])
 def test_models_that_cannot_be_kept(fn: Any, kind: type[Exception], why: str) -> None:
     with pytest.raises(kind, match=why):
         artifact.whole(Function(fn, (torch.randn(3, 4),)), [config(OFF)])
+
+
+def test_why_torch_does_not_export_it_is_said() -> None:
+    given = Function(lambda x: x.unflatten(0, (-1, 2)), (torch.randn(6, 4),), ({0: Dim("N", 2, 9)},))
+    with pytest.raises(InputError, match=r"Constraints violated \(N\)!\n.*% 2"):
+        artifact.whole(given, [config(OFF)])
+
+
+def test_tensors_that_no_input_feeds(tmp_path: Path) -> None:
+    fn = lambda x: (torch.linspace(0, 1, 5), torch.tril_indices(2, 2), torch.full((2,), True), x + 1)  # noqa: E731
+    artifact.write(artifact.whole(Function(fn, (torch.randn(3),)), [config(OFF)]), tmp_path / "out")
+    for got, want in zip(load(tmp_path / "out")(torch.ones(3)), fn(torch.ones(3)), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_a_whole_model_is_for_cpus() -> None:

@@ -108,6 +108,32 @@ def test_decode_equals_the_program(case: Case) -> None:
 
 
 @on_host
+def test_points_beyond_a_row_add_nothing_where_what_they_share_is_infinite() -> None:
+    """The end of a tile has no scales; 1 over none of them is infinite."""
+    p = map_program(parse("""
+program divided
+rank J
+rank M
+rank E = 64
+rank G = 4
+in Q[J, E]: f32
+in K[J, M, E]: i8
+in S[J, M, G]: f32
+out O[J, M]: f32
+O[j, m] = sum{e} Q[j, e] * (K[j, m, e] * recip(S[j, m, e // 16]))
+"""), config=Config(target="h100", backend="cuda"), sizes={"J": 2, "M": 33})
+    tp, rng = lower(p), np.random.default_rng(0)
+    kernel = emit(tp, "h100")
+    assert " * part" in kernel.source and "1.0f /" in kernel.source
+    a = stored_and_back(p, {"Q": rng.normal(size=(2, 64)), "K": rng.integers(-128, 128, (2, 33, 64)),
+                            "S": 1 + rng.random((2, 33, 4))})
+    args, known = arguments(tp, a, {})
+    interpreted(kernel)(*args, *known)
+    got = args[[x.name for x in tp.params].index("O")].double().numpy()
+    assert same(got, interpret(p, a)["O"], 2e-4, 2e-4)
+
+
+@on_host
 def test_lanes_that_ask_for_each_other_meet() -> None:
     """Without the meeting before and after, a lane reads what its neighbour has not brought yet."""
     tp, a = tiles(INT4), values(INT4, 200)

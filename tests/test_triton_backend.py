@@ -23,7 +23,7 @@ from memcomp.ir.text import parse
 from memcomp.ir.tile import Loop, Statement, TileProgram, When, statements
 from memcomp.ir.tile_interpret import interpret_tile
 from memcomp.pipeline import map_program
-from tests.mapped import CHAINS, ONEPASS, arguments, equal, inputs, load, mapped, same, symbols
+from tests.mapped import CHAINS, ONEPASS, arguments, equal, far_data, inputs, load, mapped, same, symbols
 from tests.programs import arrays, programs
 from tests.references import CASES as REFERENCES
 
@@ -188,11 +188,7 @@ def prefill() -> TileProgram:
 
 def test_far_data_are_beyond_every_point() -> None:
     """Data of 64 bits are compared with the points of a tile as 32 bits: what lies far off must not come back."""
-    p = parse("program far\nrank P\nrank M\nin V[M]: f32\nin Z[P]: i64\nout A[P]: f32\nout B[P]: f32\n"
-              "A[p] = sum{m} V[m] where m <= Z[p]\nB[p] = sum{m} V[m] where m + 3 == Z[p]\n")
-    z = np.array([-2**40, -2**32 + 3, -1, 0, 2, 5, 69, 70, 2**31, 2**32, 2**32 + 5, 2**62, -2**62])
-    a = {"V": np.random.default_rng(1).standard_normal(70), "Z": z}
-    sizes = {"P": len(z), "M": 70}
+    p, a, sizes = far_data()
     tp = lower(mapped(p))
     assert "short(" in emit(tp, "h100").source
     want, got = interpret(p, a, sizes), run(tp, a, sizes)

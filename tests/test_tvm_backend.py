@@ -23,7 +23,7 @@ from memcomp.ir.interpret import interpret
 from memcomp.ir.text import parse
 from memcomp.ir.tile import TileProgram
 from memcomp.ir.tile_text import parse_tile
-from tests.mapped import CHAINS, ONEPASS, arguments, equal, inputs, load, mapped, same, symbols
+from tests.mapped import CHAINS, ONEPASS, arguments, equal, far_data, inputs, load, mapped, same, symbols
 from tests.programs import arrays, programs
 from tests.references import CASES as REFERENCES
 
@@ -279,6 +279,15 @@ def test_functions_over_the_whole_range(form: Any) -> None:
         ulp = torch.from_numpy(np.spacing(rounded[finite].abs().clamp(1e-45, 3e38).numpy())).double()
         error = ((y[finite].double() - want[finite]).abs() / ulp).max().item()
         assert error <= ULPS[name], (name, error)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_far_data_are_beyond_every_point(form: Any) -> None:
+    """They are compared with the lanes of a vector as 32 bits, in tiles beside the first too."""
+    p, a, sizes = far_data()
+    want, got = interpret(p, a, sizes), run(lower(mapped(p)), a, sizes, form)
+    for out in want:
+        assert same(got[out], want[out], 1e-5, 1e-5), out
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from memcomp.codegen.bounds import natural, scaled, total
+from memcomp.codegen.bounds import natural, near, scaled, total
 from memcomp.codegen.lower_fuse import kind
 from memcomp.codegen.names import Names
 from memcomp.codegen.triton.layout import Axis, Layout
@@ -102,7 +102,7 @@ class Scope:
         rest = total(scalars)
         for t in moving:
             rest = t if rest == Const(0) else call("add", rest, t)
-        return Call(e.op if sign > 0 else _COMPARED[e.op], (own, rest))
+        return Call(e.op if sign > 0 else _COMPARED[e.op], (own, near(rest)))
 
     def against(self, dim: str, e: Expr, axes: tuple[Axis, ...]) -> str:
         """What a dim is compared with.  Data have 64 bits, the points of a dim are few: one below and one above them

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from memcomp.codegen.bounds import near
 from memcomp.codegen.tvm.writer import Point, Writer
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
@@ -214,7 +215,7 @@ class Expressions:
         got = linear(call("sub", *e.args), p.lane)
         if got is None or got[0] not in (1, -1):
             return None
-        rest = self._value(got[1])
+        rest = self._value(near(got[1]))
         if rest.vec or rest.kind != "i64":
             return None
         # +-(base + l) + rest ? 0

@@ -7,33 +7,37 @@ from typing import Any
 
 import numpy as np
 
-from memcomp.artifact.memory import NUMPY, Array, carrier
+from memcomp.artifact.memory import NUMPY, Array, copied
 from memcomp.artifact.plan import Tensor
 from memcomp.ir.errors import InputError, Refusal
 
 
 def held(x: Any, t: Tensor) -> Any:
     """An input as steps take it: row-major, of the plan's dtype."""
-    if type(x) is np.ndarray and x.flags.carray and _KINDS.get(x.dtype) == t.dtype:
+    if type(x) is np.ndarray and x.flags.carray and _KINDS.get(x.dtype) == t.dtype and _near(x):
         return x
     if is_torch(x):
         found = _named(str(x.dtype))
         if x.requires_grad and _graded():
             raise Refusal("a model of an artifact has no gradient", t.name, "call it under torch.no_grad()")
+        if not x.is_cpu:
+            raise InputError(f"{t.name} is on {x.device}; the model runs on the CPU", hint="move it first")
         if found == t.dtype:
-            x = x.detach()
-            return x if x.is_contiguous() else x.contiguous()
-    elif isinstance(x, Array):
-        found = x.dtype
-        if found == t.dtype:
-            return Array(found, np.ascontiguousarray(x.data).reshape(x.data.shape))
+            x = x.detach().resolve_neg()
+            return x if x.is_contiguous() and (not x.ndim or x.stride(-1) == 1) else x.new_empty(x.shape).copy_(x)
     else:
-        x = x if isinstance(x, np.ndarray) else np.asarray(x)
-        found = _KINDS.get(x.dtype) or str(x.dtype)
+        if not isinstance(x, (np.ndarray, Array)):
+            x = np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
+        found = x.dtype if isinstance(x, Array) else _KINDS.get(x.dtype) or str(x.dtype)
         if found == t.dtype:
-            x = x if x.flags.c_contiguous else np.ascontiguousarray(x).reshape(x.shape)
-            return x if x.flags.writeable else Array(found, x)  # DLPack of old has no word for what may only be read
+            x = x if isinstance(x, Array) else Array(found, x)  # numpy's own DLPack refuses what may only be read
+            return x if x.data.flags.c_contiguous and x.data.flags.aligned and _near(x.data) else copied(x)
     raise InputError(f"{t.name} is {found}; the model takes {t.dtype}", hint="convert it first")
+
+
+def _near(x: np.ndarray[Any, Any]) -> bool:
+    """Is the last stride one element?  Kernels ask for it where the extent is 1 or 0, too."""
+    return not x.ndim or x.strides[-1] == x.itemsize
 
 
 def _graded() -> bool:
@@ -58,12 +62,6 @@ _TORCH = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf1
 def _named(dtype: str) -> str:
     word = dtype.removeprefix("torch.")
     return _TORCH.get(word, word)
-
-
-def within(room: Any, at: int, dtype: str, shape: tuple[int, ...]) -> Array:
-    kind = np.dtype(carrier(dtype))
-    end = at + kind.itemsize * prod(shape)
-    return Array(dtype, room[at:end].view(kind).reshape(shape))
 
 
 def strided(x: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:

@@ -123,6 +123,8 @@ def write(made: Made, place: Path) -> str:
     pack = Pack(made.name)
     for k in made.kernels:
         pack.kernel(k.read, dict(k.compiled), k.name, k.lookups, k.ranges)
+    for c in made.configs if not made.kernels else ():
+        pack.target(c.target)
     tuning = [_tuned(k.name, k.compiled[c.target], c) for k in made.kernels for c in made.configs]
     pack.file("tuning.json", (json.dumps(tuning, indent=1, sort_keys=True) + "\n").encode())
     with TemporaryDirectory() as folder:

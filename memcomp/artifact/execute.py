@@ -17,11 +17,11 @@ import numpy as np
 
 from memcomp.artifact import weights
 from memcomp.artifact.arena import placed
-from memcomp.artifact.arrays import copy, held, is_torch, look, strided, within
+from memcomp.artifact.arrays import copy, held, is_torch, look, strided
 from memcomp.artifact.folder import Folder
 from memcomp.artifact.foreign import by_torch
 from memcomp.artifact.manifest import expression
-from memcomp.artifact.memory import NUMPY, Array, empty, tensor
+from memcomp.artifact.memory import Array, empty, fresh, tensor, within
 from memcomp.artifact.plan import Plan, Step, check, lives, root
 from memcomp.ir.errors import InputError
 from memcomp.ir.expr import Const, Expr
@@ -107,7 +107,7 @@ class Model:
         for name, shape in by.items():
             if len(shape) != len(self.of[name].shape):
                 raise InputError(f"{name} has {len(shape)} dimensions; the model takes {len(self.of[name].shape)}",
-                                 f"its shape is {shape}, the model's ({', '.join(self.of[name].shape)})")
+                                 f"its shape is {tuple(shape)}, the model's ({', '.join(self.of[name].shape)})")
         sizes: dict[str, int] = {}
         for s in self.plan.sizes:
             n = sizes[s.name] = by[s.of][s.dim] // s.divisor
@@ -119,7 +119,7 @@ class Model:
         for name, shape in by.items():
             wanted = tuple(self._at(x, sizes) for x in self.of[name].shape)
             if shape != wanted:
-                raise InputError(f"{name} has the shape {shape}; the model takes {wanted}",
+                raise InputError(f"{name} has the shape {tuple(shape)}; the model takes {wanted}",
                                  ", ".join(self.of[name].shape), "dimensions that differ are named by --dynamic")
         return sizes
 
@@ -206,14 +206,13 @@ class _Bound:
 
     def __call__(self, given: list[Any], torch: bool) -> tuple[Any, ...]:
         if torch:
-            from torch import empty as fresh
+            from torch import empty
 
             from memcomp.dtypes import DTYPES
 
-            given += [fresh(shape, dtype=DTYPES[dtype]) for dtype, shape in self.outs]
+            given += [empty(shape, dtype=DTYPES[dtype]) for dtype, shape in self.outs]
         else:
-            given += [np.empty(shape, NUMPY[dtype]) if dtype in NUMPY else empty(dtype, shape)
-                      for dtype, shape in self.outs]
+            given += [fresh(dtype, shape) for dtype, shape in self.outs]
         for _, base, shape, strides, offset in self.views:
             x = given[base]
             given.append(x.as_strided(shape, strides, offset + x.storage_offset()) if is_torch(x)

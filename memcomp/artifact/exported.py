@@ -118,9 +118,10 @@ class _Wrapped(torch.nn.Module):
 
 
 def _why(error: Exception) -> str:
-    """The line of torch's message that says what is wrong."""
-    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    """What torch's message says is wrong: its first sentence, and the first reason in the list after it."""
+    lines = [x.strip() for x in str(error).splitlines() if x.strip()] or [""]
+    reason = next((x.removeprefix("- ") for x in lines[1:] if x.startswith("- ")), "")
+    return f"{type(error).__name__}: {lines[0].partition(' For more information')[0]}" + f"\n{reason}" * bool(reason)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def verified(place: str | Path, digest: str | None = None) -> Folder:
     root = Path(place)
     if not root.is_dir():
         raise InputError(f"{root} is no directory", hint="`memcomp compile MODEL -o DIR` writes one")
-    found = {path: entry for path, entry in _walk(root, "")}
+    found = dict(entries(root))
     if NAME not in found:
         raise InputError(f"{root} has no {NAME}", hint="`memcomp compile MODEL -o DIR` writes one")
     if found.pop(NAME) > LONGEST:
@@ -61,14 +61,14 @@ def _same(path: Path, f: File, size: int) -> None:
             raise InputError(f"{path} is damaged: it is not what its digest says")
 
 
-def _walk(root: Path, below: str) -> Iterator[tuple[str, int]]:
+def entries(root: Path, below: str = "") -> Iterator[tuple[str, int]]:
     """(path, bytes) of each file.  InputError at what is neither a file nor a folder: no link is followed."""
     try:
-        with os.scandir(root / below) as entries:
-            for e in entries:
+        with os.scandir(root / below) as found:
+            for e in found:
                 path = f"{below}{e.name}"
                 if e.is_dir(follow_symlinks=False):
-                    yield from _walk(root, f"{path}/")
+                    yield from entries(root, f"{path}/")
                 elif e.is_file(follow_symlinks=False):
                     yield path, e.stat(follow_symlinks=False).st_size
                 else:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from memcomp.artifact.manifest import Code, KernelSpec, Lookup, TensorSpec, expression, expressions
-from memcomp.artifact.memory import NUMPY, Array, empty, tensor
+from memcomp.artifact.memory import Array, copied, fresh, tensor
 from memcomp.codegen.launches import value
 from memcomp.ir.errors import Refusal
 from memcomp.sizes import sources
@@ -187,7 +187,7 @@ def _on_cpu(torch: Any) -> Maker:
 
 
 def _fresh(dtype: str, shape: tuple[int, ...], _: tuple[int, ...]) -> Any:
-    return np.empty(shape, NUMPY[dtype]) if dtype in NUMPY else empty(dtype, shape)
+    return fresh(dtype, shape)
 
 
 def _rows(x: Any, seen: Any) -> Any:
@@ -196,9 +196,9 @@ def _rows(x: Any, seen: Any) -> Any:
     for n, stride in zip(reversed(seen.shape), reversed(seen.strides), strict=True):
         rows, step = rows and stride == step, step * n
     if isinstance(x, np.ndarray):
-        return x if rows and x.flags.writeable else x.copy()
+        return x if rows and x.flags.writeable else copied(Array(_DTYPES[x.dtype.name], x)).data
     if isinstance(x, Array):
-        return x if rows else Array(x.dtype, x.data.copy())
+        return x if rows else copied(x)
     torch: Any = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return x if rows else x.new_empty(x.shape).copy_(x)

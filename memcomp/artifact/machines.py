@@ -34,9 +34,9 @@ def why_not(t: Machine) -> str:
     if t.device == "cuda":
         return _no_gpu(t.capability)
     arch = platform.machine().lower().replace("amd64", "x86_64").replace("arm64", "aarch64")
-    if t.arch != arch:
+    if t.arch not in ("", arch):
         return f"it is for {t.arch}, this is {arch}"
-    if t.system != platform.system().lower():
+    if t.system not in ("", platform.system().lower()):
         return f"it is for {t.system}, this is {platform.system().lower()}"
     missing = sorted(set(t.features) - set(cpu().features))
     return f"this processor lacks {', '.join(missing)}" if missing else ""

@@ -37,8 +37,9 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What code needs.  device: "cpu" or "cuda"; of a CPU: arch and system as `platform` names them, in lower case, and
-    its features in the words of `ir.detect`; of a GPU: the compute capability, 90 for 9.0, else 0."""
+    """What code needs.  device: "cpu" or "cuda"; of a CPU: arch and system as `platform` names them, in lower case ("":
+    any, where there is no code), and its features in the words of `ir.detect`; of a GPU: the compute capability, 90 for
+    9.0, else 0."""
 
     name: str
     device: str

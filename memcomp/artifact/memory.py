@@ -72,11 +72,30 @@ def carrier(dtype: str) -> Any:
 
 def empty(dtype: str, shape: Sequence[int]) -> Array:
     """Fresh memory, row-major, from a multiple of 64 bytes."""
+    room = np.empty(prod(shape) * np.dtype(carrier(dtype)).itemsize + LINE, np.uint8)
+    return within(room, -room.ctypes.data % LINE, dtype, shape)
+
+
+def within(room: np.ndarray[Any, Any], at: int, dtype: str, shape: Sequence[int]) -> Array:
+    """The array that lies row by row in `room`, from byte `at` on.  Kernels ask for a last stride of one element even
+    where there is none, and numpy's own strides are 0 there."""
     kind = np.dtype(carrier(dtype))
-    size = prod(shape) * kind.itemsize
-    room = np.empty(size + LINE, np.uint8)
-    start = -room.ctypes.data % LINE
-    return Array(dtype, room[start:start + size].view(kind).reshape(shape))
+    steps = [kind.itemsize * prod(max(1, n) for n in shape[d + 1:]) for d in range(len(shape))]
+    return Array(dtype, np.ndarray(tuple(shape), kind, room, at, steps))
+
+
+def fresh(dtype: str, shape: Sequence[int]) -> Any:
+    """Memory for an output: numpy's array where numpy has the dtype."""
+    if dtype not in NUMPY:
+        return empty(dtype, shape)
+    return empty(dtype, shape).data if 0 in shape else np.empty(shape, NUMPY[dtype])
+
+
+def copied(x: Array) -> Array:
+    """The same elements row by row."""
+    made = empty(x.dtype, x.shape)
+    made.data[...] = x.data
+    return made
 
 
 def tensor(x: Any) -> Any:
@@ -93,8 +112,10 @@ def _name(x: np.ndarray[Any, Any]) -> str:
 
 def _writable(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The same memory; DLPack of old cannot say that it may only be read, and kernels only read their inputs."""
-    if x.flags.writeable or not x.size:
-        return x if x.flags.writeable else x.copy()
+    if x.flags.writeable:
+        return x
+    if not x.size:
+        return within(np.empty(0, np.uint8), 0, _name(x), x.shape).data
     reach = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
     low = x.ctypes.data + sum(r for r in reach if r < 0)
     high = x.ctypes.data + sum(r for r in reach if r > 0) + x.itemsize

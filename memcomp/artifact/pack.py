@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
 import shutil
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import memcomp
+from memcomp.artifact.folder import entries
 from memcomp.artifact.manifest import (
     FORMAT,
     NAME,
@@ -26,6 +28,7 @@ from memcomp.artifact.manifest import (
     TensorSpec,
 )
 from memcomp.artifact.plan import Plan
+from memcomp.artifact.schema import parsed
 from memcomp.backends import codegen
 from memcomp.files import check_place
 from memcomp.ir.errors import InputError, Refusal
@@ -79,6 +82,10 @@ class Pack:
         self._kernels[spec] = made
         return made
 
+    def target(self, name: str) -> None:
+        """A target of a model that has no kernel, and so runs on any CPU; code of a kernel says more."""
+        self._targets.setdefault(name, Machine(name, "cpu"))
+
     def file(self, path: str, data: bytes | Path) -> None:
         """Add a file by its path in the directory: its bytes, or where they are."""
         self._files[path] = data
@@ -89,11 +96,8 @@ class Pack:
         for spec, name in self._kernels.items():
             if len(spec.code) < len(self._targets):
                 raise InputError(f"{name} has no code for every target: {', '.join(self._targets)}")
-        root = Path(place)
-        check_place(root / NAME if root.is_dir() else root)
-        if root.exists() and not (root / NAME).is_file() and (not root.is_dir() or any(root.iterdir())):
-            raise InputError(f"{root} is there and is no artifact",
-                             hint="name a directory that is not there, or is empty")
+        check_directory(Path(place))
+        root = Path(os.path.abspath(place))  # with a name, whatever dots it was given by
         part = root.with_name(f".{root.name}.{secrets.token_hex(4)}")
         old = part.with_name(part.name + ".old")
         try:
@@ -142,6 +146,24 @@ class Pack:
                      for p in tiles.params if p.role == "work")
         return Code(list(self._targets).index(target), self._code[key], kernel.entry, work,
                     tuple(show_expr(table[Size(s)]) for s in tiles.sizes), len(tiles.kernels))
+
+
+def check_directory(root: Path) -> None:
+    """Before any work: can an artifact be written there?  InputError where not, and where a directory would be replaced
+    that holds anything but an artifact: many programs have a manifest.json."""
+    check_place(root / NAME if root.is_dir() else root)
+    if not root.exists() or root.is_dir() and not any(root.iterdir()):
+        return
+    hint = "name a directory that is not there, or is empty"
+    try:
+        given = parsed((root / NAME).read_bytes(), str(root / NAME))
+        listed = {NAME, *given["files"]} if given["format"] == FORMAT else set()
+    except (OSError, InputError, KeyError, TypeError):
+        listed = set()
+    if not listed:
+        raise InputError(f"{root} is there and is no artifact", hint=hint)
+    if other := sorted(path for path, _ in entries(root) if path not in listed):
+        raise InputError(f"{root} has a file that is not the artifact's: {other[0]}", hint=hint)
 
 
 def machine_of(target: str, kernel: Kernel) -> Machine:

@@ -94,7 +94,10 @@ class Planner:
 
     def _add(self, node: fx.Node, kind: str, **more: Any) -> str:
         name = self._called.get(node, str(node)) if kind == "buffer" else str(node)
-        self.names[node] = self._new(name, kind, DTYPE[meta(node).dtype], self.exported.shape(node), **more)
+        dtype = meta(node).dtype
+        if dtype not in DTYPE:
+            raise Refusal(f"{node} is {dtype}", source(node), f"known: {', '.join(DTYPE.values())}")
+        self.names[node] = self._new(name, kind, DTYPE[dtype], self.exported.shape(node), **more)
         return self.names[node]
 
     def _new(self, name: str, kind: str, dtype: str, shape: tuple[str, ...], **more: Any) -> str:
@@ -135,6 +138,9 @@ class Planner:
         target = part.node.target
         if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target._schema.is_mutable:
             raise Refusal(f"{target} can be run by no artifact: {part.why}", source(part.node))
+        if any(a.name == "storage_offset" for a in target._schema.arguments):
+            raise Refusal(f"{target} can be run by no artifact: it names places in memory, and what it reads may lie "
+                          "elsewhere", source(part.node), "index or slice instead")
         reads: list[str] = []
         args = json.dumps([[self._argument(a, reads) for a in part.node.args],
                            {k: self._argument(a, reads) for k, a in part.node.kwargs.items()}])

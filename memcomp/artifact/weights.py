@@ -20,13 +20,13 @@ _NAMES = {"f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16", "e4m3": "F8_
 
 def read(place: Path) -> dict[str, Array]:
     """All tensors, in memory that is the file's.  InputError where it is no such file."""
-    with place.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 8 + int.from_bytes(data[:8], "little")
     try:
+        with place.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 8 + int.from_bytes(data[:8], "little")
         head = json.loads(data[8:start])
         return {n: _tensor(x, data, start) for n, x in head.items() if n != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{place} holds no weights", str(error)) from error
 
 

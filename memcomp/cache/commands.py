@@ -82,14 +82,14 @@ def _line(e: Entry) -> str:
 
 
 def _ls(args: argparse.Namespace, layers: Layers) -> int:
-    found = [(s, e) for s in layers.stores for e in s.entries()]
+    found = [(s, e) for s in _stores(layers) for e in s.entries()]
     _told(args, [{"key": e.key, "place": e.place, "store": str(s.root), "median": e.measured.median} for s, e in found],
           [_line(e) for _, e in found] or ["no entries"])
     return 0
 
 
 def _show(args: argparse.Namespace, layers: Layers) -> int:
-    found = [e for s in layers.stores for e in s.entries() if e.key.startswith(args.key)]
+    found = [e for s in _stores(layers) for e in s.entries() if e.key.startswith(args.key)]
     if not found:
         raise InputError(f"no entry's key begins with {args.key!r}", hint="`memcomp cache ls` lists them")
     print(json.dumps([json.loads(e.text()) for e in found], indent=2))
@@ -97,7 +97,7 @@ def _show(args: argparse.Namespace, layers: Layers) -> int:
 
 
 def _export(args: argparse.Namespace, layers: Layers) -> int:
-    stores = layers.stores if args.all else layers.stores[:1]
+    stores = _stores(layers) if args.all else _stores(layers)[:1]
     found = [e for s in stores for e in s.entries()]
     put(args.file, exported(found))
     _told(args, {"written": len(found)}, [f"{len(found)} entries in {args.file}"])
@@ -138,7 +138,7 @@ def _diff(args: argparse.Namespace, layers: Layers) -> int:
 
 
 def _verify(args: argparse.Namespace, layers: Layers) -> int:
-    found = [f for s in layers.stores for f in s.files()]
+    found = [f for s in _stores(layers) for f in s.files()]
     bad = [f for f in found if f.entry is None]
     _told(args, {"files": len(found), "bad": [{"file": str(f.path), "why": f.why} for f in bad]},
           [*(f"{f.path}: {f.why}" for f in bad), f"{len(found)} files, {len(bad)} of them no entries"])
@@ -174,6 +174,13 @@ def _stats(args: argparse.Namespace, layers: Layers) -> int:
         f", {r['bad']} files are none" if r["bad"] else "") + ("" if r["writable"] else ", read only") + "".join(
         f"\n  {n}: {k}" for n, k in sorted(r["devices"].items())) for r in rows] or ["the cache is off"])  # type: ignore[attr-defined]
     return 0
+
+
+def _stores(layers: Layers) -> tuple[Store, ...]:
+    """All of them; what is off holds no entries that could be told from none (and written over others)."""
+    if not layers.stores:
+        raise OptionError("the cache is off", hint="unset MEMCOMP_CACHE, which says so")
+    return layers.stores
 
 
 def _writable(layers: Layers) -> Store:

@@ -67,7 +67,7 @@ def _inlined(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     tensors = [i for i in node.all_input_nodes if isinstance(meta(i), torch.Tensor)]
-    if len(tensors) != len(node.all_input_nodes) or not all(hasattr(meta(i), "fake_mode") for i in tensors):
+    if len(tensors) != len(node.all_input_nodes) or not all(hasattr(meta(i), "fake_mode") for i in (node, *tensors)):
         return None
 
     def run(*values: torch.Tensor) -> Any:
@@ -78,7 +78,7 @@ def _inlined(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
     known = {op: f for op, f in decomposition_table.items()
              if isinstance(op, torch._ops.OpOverload) and op._opname not in table.rules()}
-    with meta(tensors[0]).fake_mode:
+    with meta(node).fake_mode:
         try:
             inner = make_fx(run, known)(*(meta(i) for i in tensors)).graph
         except (RuntimeError, NotImplementedError, TypeError):

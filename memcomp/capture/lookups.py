@@ -58,8 +58,7 @@ def _of(node: fx.Node) -> Iterator[Lookup]:
     if not isinstance(x, fx.Node) or not isinstance(t := meta(x), torch.Tensor):
         return
     if name == "embedding":
-        places, read = (given["weight"], x) if t.is_floating_point() else (x, given["weight"])
-        yield Lookup(places, read, 0)
+        yield Lookup(given["indices"], x, 0)
     elif name in ("gather", "index_select"):
         yield Lookup(given["index"], x, given["dim"] % max(t.ndim, 1))
     elif name in ("index", "getitem"):

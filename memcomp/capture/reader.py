@@ -293,7 +293,7 @@ class Reader(Reading):
               guard: Expr | None = None, empty: float = 0.0, finite: bool = True, positive: bool = False,
               dtype: str = "") -> str:
         """Append a statement that writes a new temporary with one rank per axis."""
-        if reduce is not None and reduce.monoid == "sum":
+        if reduce is not None and reduce.monoid == "sum" and dtype != "i64":
             body, guard = self._chosen(body, reduce.over, guard)
         name = self.fresh(hint)
         index = tuple(Var(str(f.rank).lower()) for f in axes)

@@ -167,13 +167,11 @@ def _index_select(r: Reader, node: fx.Node, x: Value, dim: int, index: Value) ->
     return gather(r, x, [None] * d + [index])
 
 
-def _embedding(r: Reader, node: fx.Node, x: Value, weight: Value, padding_idx: Any = None, max_norm: Any = None,
+def _embedding(r: Reader, node: fx.Node, x: Value, indices: Value, padding_idx: Any = None, max_norm: Any = None,
                *_: Any, **__: Any) -> Value:
-    """torch.nn.functional takes the places first, the operator that it becomes the table."""
-    table, index = (weight, x) if weight.is_real else (x, weight)
     if max_norm is not None and not isinstance(max_norm, bool):  # scale_grad_by_freq stands there in the operator
         raise Refusal("a table whose rows are scaled when they are read")
-    return gather(r, table, [index])
+    return gather(r, x, [indices])
 
 
 def _gather(r: Reader, node: fx.Node, x: Value, dim: int, index: Value, **_: Any) -> Value:

@@ -132,7 +132,7 @@ def guarded(r: Reader, e: Expr, monoid: str, over: tuple[str, ...]) -> tuple[Exp
     identity = INF if monoid == "argmin" else -INF
     if p.guard is None or p.outside is None or not r.live(p.guard, over):
         return r.absorbed(e), None
-    fits = p.outside.value == identity or monoid != "argmin" and lowest(p.outside)
+    fits = p.outside.value == identity or monoid == "argmax" and lowest(p.outside)  # a top-k may show what is outside
     return (p.inside, p.guard) if fits else (r.absorbed(e), None)
 
 

@@ -225,6 +225,10 @@ def _slice_scatter(r: Reader, node: fx.Node, x: Value, src: Value, dim: int = 0,
     if step != 1 or not isinstance(first, int) or first < 0 and not isinstance(n, int):
         raise Refusal("elements that are replaced at run-time places")
     first = first if not isinstance(n, int) else min(max(first + n if first < 0 else first, 0), n)
+    room = len(range(n)[first:end]) if isinstance(n, int) and isinstance(end, int | None) else count
+    asked = (*x.shape[:d], room, *x.shape[d + 1:])
+    if len(asked) != len(src.shape) or not all(map(same, asked, src.shape)):
+        raise Refusal("elements that are replaced by others than there is room for")
     rest = product(1, n - first - count)
     after = slice_dim(r, x, d, expression(product(1, first + count)), 1, rest)
     return cat(r, [slice_dim(r, x, d, 0, 1, first), src, after], d)
@@ -232,7 +236,8 @@ def _slice_scatter(r: Reader, node: fx.Node, x: Value, src: Value, dim: int = 0,
 
 def _select_scatter(r: Reader, node: fx.Node, x: Value, src: Value, dim: int, index: Any) -> Value:
     d = wrap(dim, len(x.dims))
-    return _slice_scatter(r, node, x, insert_unit(src, d), d, index)
+    end = index + 1 or None if isinstance(index, int) else None
+    return _slice_scatter(r, node, x, insert_unit(src, d), d, index, end)
 
 
 def _dropout(r: Reader, node: fx.Node, x: Value, p: float = 0.5, training: bool = True, inplace: bool = False,

@@ -168,6 +168,11 @@ def normal(r: Rule, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
             args.insert(0, kwargs.pop("condition"))
         elif len(args) > 1 and (node.op == "call_method" or node.target is torch.Tensor.where):
             args[:2] = args[1::-1]  # `x.where(condition, other)`, but `where(condition, x, other)`
+    if base_name(node) == "embedding":  # the table first, as the operator takes it that torch.nn.functional's becomes
+        if "weight" in kwargs:
+            args.insert(0, kwargs.pop("weight"))
+        elif node.target is torch.nn.functional.embedding:
+            args[:2] = args[1::-1]
     if len(args) == 1 or base_name(node) == "where":
         args += [kwargs.pop(k) for k in (*_FIRST, *_SECOND) if k in kwargs]
     try:

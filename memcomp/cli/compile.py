@@ -35,13 +35,15 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from memcomp.artifact import compile as artifact
+    from memcomp.artifact.pack import check_directory
     from memcomp.config import config
 
+    check_directory(args.directory)
     configs = [config(m | {"strict": args.strict}) for m in options.machines(args)]
     found = given.whole(args)
     with used(found):
         make = artifact.regions if args.regions else artifact.whole
-        made = make(found, configs, name=args.directory.name)
+        made = make(found, configs, name=args.directory.resolve().name)
     digest = artifact.write(made, args.directory)
     told = _told(made, args.directory, digest)
     dims = () if isinstance(found, Program) else found.dims
