@@ -7,7 +7,7 @@ operations), `lower_fuse` (fewer tiles) and `lower_emit` (loads, masks, loop bou
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from math import isfinite
 
@@ -108,11 +108,14 @@ def _params(c: Cascade, sizes: Sizes, grouped: list[GroupOps]) -> tuple[Param, .
         return Param(p.name, p.dtype, tuple(shape), role)
 
     out += [stored(t, "out") for t in c.tensors if t.role == "out"]
-    known = {p.name for p in out}
+    known, real = {p.name for p in out}, _real(out)
     for g in grouped:
         for name in g.stores:
             if name.removesuffix("'") not in known:
-                out.append(stored(c.tensor(name), "work"))
+                t = c.tensor(name)
+                if c.declared(t.name) is None and t.dtype == "f32":
+                    t = replace(t, dtype=real)  # what its tile holds: it may be compared with what is computed again
+                out.append(stored(t, "work"))
                 known.add(name)
     return tuple(out)
 
@@ -141,9 +144,9 @@ def _kernel(
     stored = {n: p.dtype for n, p in params.items()}
     for o in g.ops:
         if o.target not in dtype:  # copies of carried tiles, factors of products, parts of what is deep
-            made = {"bool": "bool", "int": "i64"}.get(kind(o.body, {**stored, **dtype}), _real(params))
+            made = {"bool": "bool", "int": "i64"}.get(kind(o.body, {**stored, **dtype}), _real(params.values()))
             dtype[o.target] = dtype.get(o.target.removesuffix("_old")) or made
-    if _real(params) != "f64":
+    if _real(params.values()) != "f64":
         spread(g, dtype, declared)
     home = buffers(g, dtype)
     return Emitter(g, params, dtype, home, pieces).kernel(f"{program.name}_{g.group.name}")
@@ -183,7 +186,7 @@ def _dtypes(c: Cascade, g: GroupOps, params: dict[str, Param]) -> dict[str, str]
         if (t := c.declared(o.target.removesuffix("'"))) is not None:
             out[o.target] = tile_dtype(t.dtype)
     kinds: dict[str, set[str]] = {}
-    real = _real(params)
+    real = _real(params.values())
     for start in ("i64", "i64", real, real):  # what starts with a whole number is an integer until more is known
         for o in g.ops:
             if c.declared(o.target.removesuffix("'")) is None:
@@ -195,6 +198,6 @@ def _dtypes(c: Cascade, g: GroupOps, params: dict[str, Param]) -> dict[str, str]
     return out
 
 
-def _real(params: dict[str, Param]) -> str:
+def _real(params: Iterable[Param]) -> str:
     """dtype of undeclared real tiles: f64 where a param is."""
-    return "f64" if any(p.dtype == "f64" for p in params.values()) else "f32"
+    return "f64" if any(p.dtype == "f64" for p in params) else "f32"

@@ -67,7 +67,9 @@ def fused(module: Any, settings: Config, sizes: Mapping[str, int]) -> Any:
     made = module.clone()
     for name, function in changed.items():
         made.update_func(name, function)
-    return made.with_attr("external_mods", [*(module.get_attr("external_mods") or ()), linked(kernels)])
+    known = list(module.get_attr("external_mods") or ())  # of this pass too, where it has run before
+    new = {name: k for name, k in kernels.items() if not any(m.implements_function(name) for m in known)}
+    return made.with_attr("external_mods", [*known, linked(new)] if new else known)
 
 
 def _function(function: Any, settings: Config, sizes: Mapping[str, int], kernels: dict[str, Kernel]) -> Any:
@@ -135,6 +137,9 @@ def _call(graph: Block, region: Region, end: int, settings: Config, kernels: dic
         if x.ty.vdevice is not None and x.ty.vdevice.target.kind.name != "llvm":
             raise Refusal(f"a kernel for the CPU cannot reach {x}, which is on {x.ty.vdevice}", region.source)
     symbols = [n if isinstance(n, int) else _named(graph.sizes, n, region) for _, n in region.sizes]
+    at = graph.at.get(region.anchor, end)
+    if not graph.writes.isdisjoint(range(min(graph.at.get(n, 0) for n in region.nodes), at)):
+        raise Refusal("an operator in the middle of it writes in place, maybe of what it reads", region.source)
     compiled = compile_program(program, config=settings, sizes=extents)
     needs = taken(program, compiled.tiles, [name for name, _ in region.sizes])
     where = {"t": [SimpleNamespace(shape=list(x.ty.shape.values)) for x in tensors], "s": symbols}
@@ -146,7 +151,6 @@ def _call(graph: Block, region: Region, end: int, settings: Config, kernels: dic
     call = relax.BlockBuilder().normalize(relax.call_dps_packed(
         symbol, [*tensors, *(_size(x, where) for x in needs.sizes)], [*(x.ty for x in outs), *work]))
     kernels.setdefault(symbol, compiled.kernel)
-    at = graph.at.get(region.anchor, end)
     if len(outs) + len(work) == 1:
         return _Call(at, (relax.VarBinding(outs[0], call),))
     whole = relax.DataflowVar(symbol, call.ty)

@@ -1,6 +1,7 @@
 """What every test stands on: no hub, no threads fighting for two cores, a compile cache of its own."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MEMCOMP_CACHE"] = "off"  # what was tuned on this machine decides no test
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins without
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # OpenMP pools spin: more threads than cores cost 3x
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 

@@ -19,6 +19,7 @@ from memcomp.ir import ops
 from memcomp.ir.cascade import Cascade, Einsum, Rank, Reduce, Tensor
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, transform, walk
 from memcomp.ir.interpret import interpret
+from memcomp.ir.places import MARKS
 from memcomp.ir.program import Program, knobs
 from memcomp.passes.reduce_passes import reduce_passes
 
@@ -26,7 +27,8 @@ P, M = Var("p"), Var("m")
 X, Y, C = Access("X", (P, M)), Access("Y", (M,)), Access("C", (P,))
 GIVEN = (Tensor("X", ("P", "M"), role="in"), Tensor("Y", ("M",), role="in"), Tensor("C", ("P",), role="in"))
 UNARY = tuple(n for n, o in ops.OPS.items() if o.arity == 1 and o.result in ("real", "same"))
-BINARY = tuple(n for n, o in ops.OPS.items() if o.arity == 2 and o.result in ("real", "same") and n != "pow")
+BINARY = tuple(n for n, o in ops.OPS.items()
+               if o.arity == 2 and o.result in ("real", "same") and n not in ("pow", *MARKS))
 GUARDS: tuple[Expr | None, ...] = (None, None, None, call("le", M, P), call("lt", Y, Const(0.7)))
 TILES = (3, 5, 2)
 INF = float("inf")

@@ -47,7 +47,7 @@ def test_recorded_launches_fit_their_machine() -> None:
                 assert launch["shared"] <= there, (name, machine, launch)
 
 
-@pytest.mark.parametrize("machine", ["a100", "h100", "b200"])
+@pytest.mark.parametrize("machine", [pytest.param("a100", marks=pytest.mark.slow), "h100", "b200"])
 def test_latent_decoding_takes_no_more_shared_memory_than_foretold(machine: str) -> None:
     """Rows of 576 are longer than a descriptor fetches."""
     (launch, *_) = bench.compiled(OPERATORS["latent decode 576/512"], machine)["launches"]

@@ -24,6 +24,7 @@ from tvm import relax  # noqa: E402
 from tvm.relax.frontend.torch import from_exported_program  # noqa: E402
 from tvm.script import ir as I  # noqa: E402
 from tvm.script import relax as R  # noqa: E402
+from tvm.script import tirx as X  # noqa: E402
 
 from memcomp.capture.relax import functions, read  # noqa: E402
 from memcomp.capture.relax.table import ROWS  # noqa: E402
@@ -169,6 +170,72 @@ def test_what_has_no_row_stays_with_tvm() -> None:
     x, image = torch.randn(2, 8, 37, 16, generator=generator), torch.randn(1, 1, 8, 16, generator=generator)
     for wanted, got, near in zip(built(Mixed)(x, image), built(fused)(x, image), (1e-5, 1e-4, 0.0), strict=True):
         torch.testing.assert_close(got, wanted, rtol=near, atol=near)
+
+
+def test_names_of_tvms_are_no_names_of_pythons() -> None:
+    """Names that no Python function could give its parameters, and equal ones."""
+    x, y = torch.randn(2, 1, 2, 9, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    for names in (("lambda", "p.0"), ("x", "x"), ("max", "inf"), ("size", "x y")):
+        builder, given = relax.BlockBuilder(), [relax.Var(n, relax.TensorType(x.shape, "float32")) for n in names]
+        with builder.function("main", given):
+            with builder.dataflow():
+                scores = builder.emit(relax.op.matmul(given[0], relax.op.permute_dims(given[1], [0, 1, 3, 2])), "a-b")
+                out = builder.emit_output(relax.op.matmul(relax.op.nn.softmax(scores), given[1]), "return")
+            builder.emit_func_output(out)
+        fused = FuseRegions(tune="off", strict=True)(builder.get())
+        assert len(ours(fused)) == 1
+        wanted = torch.softmax(x @ y.mT, -1) @ y
+        torch.testing.assert_close(built(fused)(x, y)[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+@I.ir_module
+class InPlace:
+    @X.prim_func(s_tir=True)
+    def clear(x: X.Buffer((1, 2, 9, 8), "float32")):
+        for i, j, k, n in X.grid(1, 2, 9, 8):
+            with X.sblock("b"):
+                a, b, c, d = X.axis.remap("SSSS", [i, j, k, n])
+                x[a, b, c, d] = X.float32(0)
+
+    @R.function
+    def main(q: R.Tensor((1, 2, 9, 8), "float32"), k: R.Tensor((1, 2, 17, 8), "float32")):
+        cls = InPlace
+        with R.dataflow():
+            before = R.matmul(R.nn.softmax(R.matmul(k, R.permute_dims(q, [0, 1, 3, 2]))), q)
+            scores = R.matmul(q, R.permute_dims(k, [0, 1, 3, 2]))
+            none = R.call_tir_inplace(cls.clear, (q,), inplace_indices=[0], out_ty=R.Tensor((1, 2, 9, 8), "float32"))
+            after = R.matmul(R.nn.softmax(scores), k)
+            R.output(before, after, none)
+        return (before, after, none)
+
+
+def test_nothing_is_read_after_it_was_overwritten() -> None:
+    """What stands around a write in place would be computed behind it."""
+    with pytest.warns(Fallback, match="in the middle of it writes in place"):
+        fused = FuseRegions(tune="off")(InPlace)
+    assert len(ours(fused)) == 1
+    q, k = (torch.randn(1, 2, n, 8, generator=torch.Generator().manual_seed(n)) for n in (9, 17))
+    machine = relax.VirtualMachine(tvm.compile(fused, "llvm"), tvm.cpu())
+    before, after, none = flat(machine["main"](*(tvm.runtime.from_dlpack(x.clone()) for x in (q, k))))
+    assert not none.any()
+    for got, (x, y) in ((before, (k, q)), (after, (q, k))):
+        torch.testing.assert_close(got, torch.softmax(x @ y.mT, -1) @ y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_module_that_has_grown_since(tmp_path: Path) -> None:
+    """The pass may run again, where a function has come that needs kernels that are there, or others."""
+    once = FuseRegions(tune="off")(attention(2, 8))
+    for name, f in (("same", attention(2, 8)["main"]), ("other", attention(2, 16)["main"])):
+        once.update_func(tvm.ir.GlobalVar(name), f.with_attr("global_symbol", name))
+    twice = FuseRegions(tune="off", strict=True)(once)
+    assert FuseRegions(tune="off", strict=True)(twice).same_as(twice)
+    assert len(ours(twice)) == 3 and len(twice.get_attr("external_mods")) == 2
+    tvm.compile(twice, "llvm").export_library(str(tmp_path / "x.so"))
+    machine = relax.VirtualMachine(tvm.runtime.load_module(str(tmp_path / "x.so")), tvm.cpu())
+    for name, size in (("main", 8), ("same", 8), ("other", 16)):
+        q = torch.randn(1, 2, 11, size, generator=torch.Generator().manual_seed(size))
+        (got,) = flat(machine[name](tvm.runtime.from_dlpack(q)))
+        torch.testing.assert_close(got, torch.softmax(q @ q.mT, -1) @ q, rtol=1e-5, atol=1e-5)
 
 
 @I.ir_module

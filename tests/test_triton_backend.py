@@ -20,7 +20,7 @@ from memcomp.codegen.lower import lower
 from memcomp.config import Config
 from memcomp.ir.interpret import interpret
 from memcomp.ir.text import parse
-from memcomp.ir.tile import Loop, Statement, TileProgram, When, statements
+from memcomp.ir.tile import Dot, Loop, Statement, TileProgram, When, statements
 from memcomp.ir.tile_interpret import interpret_tile
 from memcomp.pipeline import map_program
 from tests.mapped import CHAINS, ONEPASS, arguments, equal, far_data, inputs, load, mapped, same, symbols
@@ -196,6 +196,23 @@ def test_far_data_are_beyond_every_point() -> None:
         assert same(got[out], want[out], 1e-5, 1e-5), out
 
 
+@pytest.mark.parametrize("body", ["Q[j, e] * K[j, m, e] * S[j, m, e // 2]", "(K[j, m, e] * S[j, m, e // 2]) * T[j, m]"])
+def test_a_sum_over_two_dims_is_no_product_of_matrices(body: str) -> None:
+    """What stands before the loop has one of the dims, and no mask of the other, which steps count; or an operand lacks
+    one."""
+    given = "".join(f"in {n}: f32\n" for n in ("Q[J, E]", "T[J, M]") if n[0] in body)
+    p = map_program(parse(f"program both\nrank J\nrank M\nrank E = 10\nrank G = 5\n{given}in K[J, M, E]: f32\n"
+                          "in S[J, M, G]: f32\nin L[J]: i64\nout O[J]: f32\n"
+                          f"O[j] = sum{{m, e}} {body} where m <= L[j]\n"),
+                    config=Config(target="h100", backend="triton"), sizes={"J": 512, "M": 4096})
+    assert any(isinstance(s, Dot) and len(s.over) == 2 for s in statements(lower(p).kernels[0].body))
+    rng = np.random.default_rng(0)
+    shapes = {"Q": (3, 10), "K": (3, 700, 10), "S": (3, 700, 5), "T": (3, 700)}
+    a = {n: rng.normal(size=x) for n, x in shapes.items() if f"{n}[" in body} | {"L": np.array([0, 650, 2**63 - 1])}
+    want, got = interpret(p, a), run(lower(p), a, {})
+    assert same(got["O"], want["O"], 1e-3, 1e-3)
+
+
 @pytest.mark.parametrize(("name", "make"), [("prefill", prefill), ("chain", lambda: lower(mapped(load("layer_norm"))))])
 def test_text_is_stable(name: str, make: Any) -> None:
     """GOLDEN=write rewrites the files; read the difference before it is kept."""
@@ -233,7 +250,10 @@ def without_spares(body: tuple[Statement, ...]) -> tuple[Statement, ...]:
     return tuple(out)
 
 
-@pytest.mark.parametrize("name", ONEPASS)
+LONG = ("onepass_positions", "onepass_padding")  # to interpret
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in ONEPASS])
 def test_branches_that_spare_work_change_nothing(name: str) -> None:
     p, rng = load(name), np.random.default_rng(4)
     tp = lower(mapped(p))

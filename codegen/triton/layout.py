@@ -13,9 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
 
-from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access
-from memcomp.ir.tile import Best, Dot, Fold, Load, Statement, TileKernel, made, statements
+from memcomp.ir.expr import Access, variables
+from memcomp.ir.tile import Best, Dot, Fold, Load, Loop, Statement, TileKernel, When, made, statements
 
 K_LEAST = 16  # contracted points of a tensor core instruction on 16-bit operands
 ORDERED = 6   # axes whose order is searched
@@ -44,15 +43,13 @@ class Sides:
     over: tuple[str, ...]
 
 
-def sides(k: TileKernel, s: Dot) -> Sides:
-    """What each dim is to a contraction; the contracted dims in both operands.
-
-    Raises Refusal where a contracted dim is in one operand alone: that is a sum, no product of matrices.
-    """
+def sides(k: TileKernel, s: Dot) -> Sides | None:
+    """What each dim is to a contraction, the contracted dims in both operands; None where one is in one operand alone:
+    that is a sum, no product of matrices."""
     a, b = ({v.name for v in x.index if hasattr(v, "name")} for x in (s.a, s.b))
     own = k.tile(s.tile).dims
     if {*s.over} - (a & b):
-        raise Refusal(f"{s.tile} sums over a dim that one operand lacks", k.name, "sum that operand first")
+        return None
     return Sides(tuple(d for d in own if d in a and d in b), tuple(d for d in own if d in a and d not in b),
                  tuple(d for d in own if d in b and d not in a), s.over)
 
@@ -87,6 +84,8 @@ class Layout:
     def matrices(self, k: TileKernel, s: Dot) -> Matrices | None:
         """None where a contraction is no product of matrices, with at most one axis of batches."""
         x = sides(k, s)
+        if x is None:
+            return None
         batch, left, right, over = (self.of(d) for d in (x.batch, x.left, x.right, x.over))
         if len(batch) > 1 or not len(left) == len(right) == len(over) == 1:
             return None
@@ -101,8 +100,8 @@ def layout(k: TileKernel) -> Layout:
     Where a reduction takes a part of what a contraction would make one axis, that contraction is no product of
     matrices: its dims stay axes of their own, and `Layout.matrices` gives None for it.
     """
-    dots = [s for s in statements(k.body) if isinstance(s, Dot)]
-    every = [sides(k, s) for s in dots]
+    found = [(s, x) for s in statements(k.body) if isinstance(s, Dot) and (x := sides(k, s)) is not None]
+    dots, every = [s for s, _ in found], [x for _, x in found]
     together = _joined(k, every)
     while cut := _cut(k, together):
         kept = [n for n, x in enumerate(every) if not any(len({*g} & cut) > 1 for g in _groups(x))]
@@ -135,12 +134,20 @@ def _joined(k: TileKernel, every: list[Sides]) -> dict[str, frozenset[str]]:
 
 
 def _cut(k: TileKernel, together: dict[str, frozenset[str]]) -> frozenset[str]:
-    """Dims of one axis of which a reduction takes a part; empty where there are none."""
+    """Dims of one axis of which a reduction takes a part, or of which steps of a loop count some and what stands
+    elsewhere has others; empty where there are none."""
     for s in statements(k.body):
         over = [set(s.over)] if isinstance(s, (Fold, Best, Dot)) else []
         over += [{s.order}] if isinstance(s, Best) else []
         for part in over:
             if cut := next((g for g in together.values() if len(g) > 1 and 0 < len(g & part) < len(g)), None):
+                return cut
+        if isinstance(s, Loop):
+            counted = {d.name for d in k.dims if s.var in variables(d.count)}
+            inside = {id(x) for x in statements(s.body)}
+            others = {d for x in statements(k.body) if id(x) not in inside and not isinstance(x, (Loop, When))
+                      for d in k.tile(x.tile).dims} - counted
+            if cut := next((g for g in together.values() if g & counted and g & others), None):
                 return cut
     return frozenset()
 

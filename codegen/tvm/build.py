@@ -93,12 +93,14 @@ def machine_code(kernel: Kernel) -> Any:
 
 def linked(kernels: Mapping[str, Kernel]) -> Any:
     """Kernels for one machine as one compiled module, each under its name, to be called as TVM's own programs call:
-    the tensors that are read, the sizes, then the tensors that are written."""
+    the tensors that are read, the sizes, then the tensors that are written.  It has no other names, and no launcher:
+    several may be parts of one library."""
     return _module(kernels, last=True)
 
 
 def _module(kernels: Mapping[str, Kernel], last: bool) -> Any:
     """last: sizes stand before the tensors that are written, and these last."""
+    import tvm
     from tvm import tirx
 
     from memcomp.codegen.tvm import instructions, launcher
@@ -115,10 +117,11 @@ def _module(kernels: Mapping[str, Kernel], last: bool) -> Any:
                     function = _written_last(function, kernel).with_attr("global_symbol", name)
                 functions[name] = function
         own, (name, function) = instructions.text(form.instructions), next(iter(functions.items()))
+        own += launcher.UNTOLD if last else ""
         if own:
             functions[name] = function.with_body(
                 tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", own, function.body))
-        module = launcher.with_launcher(functions)
+        module = tvm.IRModule(functions) if last else launcher.with_launcher(functions)
         with _compiling:
             tirx.compilation_pipeline.register_tir_pipeline("memcomp", _pipeline)
             return tirx.build(module, target=machine(form), pipeline="memcomp")

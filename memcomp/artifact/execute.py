@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
-
-import numpy as np
 
 from memcomp.artifact import weights
 from memcomp.artifact.arena import placed
@@ -24,7 +22,7 @@ from memcomp.artifact.manifest import expression
 from memcomp.artifact.memory import Array, empty, fresh, tensor, within
 from memcomp.artifact.plan import Plan, Step, check, lives, root
 from memcomp.ir.errors import InputError
-from memcomp.ir.expr import Const, Expr
+from memcomp.ir.expr import Const, Expr, Size, walk
 from memcomp.ir.target import BYTES
 from memcomp.sizes import evaluate
 
@@ -45,7 +43,10 @@ def bound(folder: Folder, kernels: Mapping[str, Any], plan: Plan) -> Model:
         if spec is not None and ((len(step.reads), len(step.writes)) != (len(spec.inputs), len(spec.outputs)) or
                                  step.sizes.keys() != {r.name for r in spec.sizes}):
             raise InputError(f"the plan cannot be run: step {k} does not call {step.what} as it is")
-    return Model(plan, kernels, stored)
+    model, sizes = Model(plan, kernels, stored), {s.name for s in plan.sizes}
+    if any(isinstance(x, Size) and x.rank not in sizes for e in model.extents for x in walk(e)):
+        raise InputError("the plan cannot be run: it has an extent over sizes that it does not have")
+    return model
 
 
 class Model:
@@ -67,6 +68,11 @@ class Model:
         self._shared = {n: tensor(a) for n, a in self._weights.items()}
         self._mine = threading.local()
         self._taken = [self.of[n] for n in plan.inputs]
+
+    @property
+    def extents(self) -> Collection[Expr]:
+        """All of the plan, with strides, offsets and numbers of steps."""
+        return self._texts.values()
 
     @property
     def needs_torch(self) -> tuple[str, ...]:

@@ -140,6 +140,13 @@ def _faults(plan: Plan, kernels: Collection[str]) -> Iterator[str]:
     for name in (*plan.inputs, *plan.outputs, *(s.of for s in plan.sizes)):
         if name not in of:
             yield f"there is no tensor {name!r}"
+    for kind, names in (("input", plan.inputs), ("output", plan.outputs)):
+        for name in names:
+            if of[name].kind != kind:
+                yield f"{name} is no {kind}"
+    for s in plan.sizes:
+        if s.of not in plan.inputs or not 0 <= s.dim < len(of[s.of].shape) or s.divisor < 1:
+            yield f"the size {s.name} is no extent of an input"
     made = {t.name for t in plan.tensors if t.kind in ("input", "weight")}
     for k, step in enumerate(plan.steps):
         if step.kind not in STEPS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from memcomp.cli import given, options, out
 from memcomp.cli.parser import Commands
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         rows = [{"name": r.name, "ok": r.ok, "max_error": r.error.max, "tolerance": r.tolerance.max}
                 for r in report.rows]
-        out.write(args, json.dumps({"ok": report.ok, "outputs": rows}, indent=2))
+        out.write(args, out.dumped({"ok": report.ok, "outputs": rows}))
     else:
         out.write(args, str(report))
     return 0 if report.ok else 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from memcomp.cli import given, options, out
 from memcomp.cli.parser import Commands
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         from dataclasses import asdict
 
-        return out.write(args, json.dumps([{"name": p.name, "sizes": s, **asdict(c)} for p, s, c in rows], indent=2))
+        return out.write(args, out.dumped([{"name": p.name, "sizes": s, **asdict(c)} for p, s, c in rows]))
     return out.write(args, "\n\n".join(
         f"{p.name} at {given.at(s.items())}\n{c}" for p, s, c in rows))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from memcomp.cli import given, options, out
@@ -46,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
         put(html, explained[0].html())
         return 0
     if len(machines) == 1:
-        return out.write(args, json.dumps(explained[0].json(), indent=2) if args.json else str(explained[0]).rstrip())
+        return out.write(args, out.dumped(explained[0].json()) if args.json else str(explained[0]).rstrip())
     each = list(zip((one["target"] for one in machines), explained, strict=True))
     if args.json:
-        return out.write(args, json.dumps([{"target": name, **e.json()} for name, e in each], indent=2))
+        return out.write(args, out.dumped([{"target": name, **e.json()} for name, e in each]))
     return out.write(args, "\n\n".join(f"== {name}\n{str(e).rstrip()}" for name, e in each))

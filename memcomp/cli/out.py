@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
 
 from memcomp.files import put
 from memcomp.ir.program import Program
@@ -20,18 +22,31 @@ def write(args: argparse.Namespace, text: str) -> int:
     return 0
 
 
+def dumped(value: Any) -> str:
+    """As JSON, which has no words for what is infinite or no number: null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return {name: _finite(part) for name, part in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(part) for part in x]
+    return None if isinstance(x, float) and not isfinite(x) else x
+
+
 def programs(args: argparse.Namespace, found: Sequence[Program]) -> int:
     """Programs as text, or as JSON."""
     if args.json:
         rows = [{"name": p.name, "digest": p.digest, "text": str(p)} for p in found]
-        return write(args, json.dumps(rows, indent=2))
+        return write(args, dumped(rows))
     return write(args, "\n".join(str(p).rstrip() + "\n" for p in found).rstrip())
 
 
 def table(args: argparse.Namespace, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> int:
     """Rows under their columns, or as JSON."""
     if args.json:
-        print(json.dumps([dict(zip(columns, r, strict=True)) for r in rows], indent=2))
+        print(dumped([dict(zip(columns, r, strict=True)) for r in rows]))
         return 0
     from io import StringIO
 
@@ -41,7 +56,7 @@ def table(args: argparse.Namespace, columns: tuple[str, ...], rows: Sequence[tup
     made = Table(*columns, box=None, pad_edge=False)
     for r in rows:
         made.add_row(*r)
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():  # None: it was closed
         Console().print(made)
         return 0
     text = StringIO()  # a line for each row, for grep and its like

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memcomp.cli import options
+from memcomp.cli import options, out
 from memcomp.cli.parser import Commands
 from memcomp.ir.errors import InputError, OptionError, nearest
 
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.folder is not None:
         _save(args.folder, {t.name: x for t, x in zip(kernel.outputs, outs, strict=True)})
     if args.json:
-        print(json.dumps(told, indent=2))
+        print(out.dumped(told))
         return 0
     print(artifact.report)
     for x in told["outputs"]:

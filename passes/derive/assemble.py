@@ -25,8 +25,9 @@ def assembled(c: Cascade, statements: list[Einsum], wanted: Mapping[str, str],
     tensors += [Tensor(t.name, ranks[t.name], t.dtype) for t in c.tensors if t.name in back and t.dtype != "f32"]
     known = {t.name for t in tensors}
     wide = any(t.dtype == "f64" for t in c.outputs())
-    for name, r in ranks.items():  # what is undeclared holds f32
-        dtype = dtypes.get(name, "f64" if wide else "")
+    firsts = {s.names[0] for s in kept}
+    for name, r in ranks.items():  # what is undeclared holds f32, or places where it is a second result
+        dtype = dtypes.get(name, "f64" if wide and name in firsts else "")
         if dtype and name not in known:
             tensors.append(Tensor(name, r, dtype))
     return Cascade(c.ranks, tuple(tensors), tuple(kept))

@@ -63,8 +63,10 @@ class Graph:
         return made
 
     def given(self, made: torch.Tensor) -> fx.Node:
-        """An input of the graph."""
-        return self._node("placeholder", self.name, made)
+        """An input of the graph, which Python can call by its name."""
+        node = self._node("placeholder", self.name, made)
+        node.target = node.name
+        return node
 
     def first(self, size: torch.SymInt) -> fx.Node:
         """A size as an input of the graph, before all others."""

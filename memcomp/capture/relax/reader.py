@@ -17,19 +17,23 @@ from memcomp.capture.relax.graph import Graph, value
 from memcomp.capture.relax.table import ROWS, dtype
 from memcomp.ir.errors import Refusal
 
+IN_PLACE = ("call_tir_inplace", "call_inplace_packed")
+
 
 @dataclass(frozen=True)
 class Block:
     """Bindings as a graph.
 
     tensors: TVM's expression of a node that is one whole value of TVM's; sizes: of one that is a size.
-    at: the binding that a node was made for.  left: operators that have no row, or not with these arguments.
+    at: the binding that a node was made for.  writes: bindings that write where one of their arguments lies.
+    left: operators that have no row, or not with these arguments.
     """
 
     gm: fx.GraphModule
     tensors: Mapping[fx.Node, Any]
     sizes: Mapping[fx.Node, Any]
     at: Mapping[fx.Node, int]
+    writes: frozenset[int]
     left: tuple[Refused, ...]
 
 
@@ -100,6 +104,7 @@ class _Reading:
         self.tensors: dict[fx.Node, Any] = {}
         self.sizes: dict[fx.Node, Any] = {}
         self.at: dict[fx.Node, int] = {}
+        self.writes: set[int] = set()
         self.left: dict[str, Refused] = {}
 
     # -- variables ------------------------------------------------------------------------------------------------
@@ -202,6 +207,8 @@ class _Reading:
                 name = _name(x)
                 self.left.setdefault(name, Refused(name, why.what))
                 self.outside(var, x)
+                if name in IN_PLACE:
+                    self.writes.add(k)
         for node in list(self.g.graph.nodes)[before:]:
             self.at.setdefault(node, k)
 
@@ -232,7 +239,7 @@ class _Reading:
     def done(self, outputs: Iterable[Any]) -> Block:
         self.g.graph.output(tuple(n for v in outputs for n in self.flat(self.values.get(v))))
         gm = fx.GraphModule(self.g.root, self.g.graph)
-        return Block(gm, self.tensors, self.sizes, self.at, tuple(self.left.values()))
+        return Block(gm, self.tensors, self.sizes, self.at, frozenset(self.writes), tuple(self.left.values()))
 
     def flat(self, x: Any) -> Iterator[fx.Node]:
         """The tensors of a value that may be several."""
