@@ -27,6 +27,8 @@ from memcomp.signature import NOTHING, Asked, Dim, filled, marked, parameters, p
 FORMS = ("module:factory or file.py:factory, with --input also :function, model.pt2, config.json or its directory, "
          "program.mc, or - for a .mc program on stdin")
 
+LOGGERS = ("torch._guards", "torch._subclasses.fake_tensor")  # tell at length of what is raised as well
+
 
 @dataclass(frozen=True, slots=True)
 class Function:
@@ -226,11 +228,11 @@ def _fault(what: str, error: Exception, hint: str) -> Exception:
 @contextmanager
 def used(given: Program | Function) -> Iterator[None]:
     """Where `given` is run: an error that its function makes without memcomp too is the user's, an InputError."""
-    told = logging.getLogger("torch._guards")  # tells at length of what is raised as well
-    level = told.level
+    told = [logging.getLogger(name) for name in LOGGERS]
+    levels = [x.level for x in told]
     try:
-        if isinstance(given, Function):
-            told.setLevel(logging.CRITICAL)
+        for x in told if isinstance(given, Function) else ():
+            x.setLevel(logging.CRITICAL)
         yield
     except Exception as error:
         if isinstance(given, Function) and type(error).__name__ == "ConstraintViolationError":
@@ -244,7 +246,8 @@ def used(given: Program | Function) -> Iterator[None]:
                              "give the inputs that it is called with") from own
         raise
     finally:
-        told.setLevel(level)
+        for x, level in zip(told, levels, strict=True):
+            x.setLevel(level)
 
 
 def _violated(told: str, given: Function) -> str:

@@ -41,9 +41,10 @@ def FuseRegions(target: str = "cpu", *, sizes: Mapping[str, int] | None = None, 
     import tvm
 
     from memcomp.backends import backend_of
+    from memcomp.ir.target import target as machine
 
     settings = config({**options, "target": target})
-    if backend_of(settings) != "tvm":
+    if {backend_of(settings), machine(settings.target).backend} != {"tvm"}:
         raise OptionError(f"target {target} has kernels that TVM does not call", hint="a CPU, e.g. FuseRegions('cpu')")
 
     for error in (Refusal, VerifyError):

@@ -229,7 +229,8 @@ def _stand_in(x: Dim, size: int | None, taken: set[int]) -> int:
         tries = [*range(64, 4096, 16), *range(max(x.least, 2), max(x.least, 2) + 2 + len(taken))]
         size = next((n for n in tries if n >= x.least and (x.most is None or n <= x.most) and n not in taken), x.least)
     if not x.least <= size or x.most is not None and size > x.most:
-        raise OptionError(f"--size {x.name}={size} is outside of its range {x.least}:{x.most}")
+        limits = f"{x.least}:{x.most}" if x.most is not None else f"{x.least} and more"
+        raise OptionError(f"--size {x.name}={size} is outside of its range {limits}")
     if size < 2:
         raise OptionError(f"{x.name} cannot be open and {size} here: torch fixes extents of 0 and 1",
                           hint=f"--size {x.name}=64, or the number itself in --input")

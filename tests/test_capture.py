@@ -521,6 +521,44 @@ def test_a_row_without_live_points_is_known_by_its_maximum(short: bool) -> None:
     assert passes(after)["K", "M"] == passes(after)["V", "M"] == 1
 
 
+@pytest.mark.parametrize("outside", (-INF, torch.finfo(torch.float32).min, -1e9))
+def test_a_top_k_shows_what_a_mask_put_there(outside: float) -> None:
+    """Rows of fewer live points than results: the rest are what the mask wrote, not the identity."""
+    def best(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        s = q @ k.mT
+        return s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), outside).topk(4)[0]
+
+    gm, args = dynamo(best, (torch.randn(2, 7, 8), torch.randn(2, 7, 8)))
+    assert len(holds(gm, args, 1e-5)[0]) == 1
+
+
+def test_a_table_is_told_from_the_places_by_the_operator() -> None:
+    """torch.nn.functional takes the places first, the operator the table; both may be integers."""
+    table = torch.arange(88).reshape(11, 8)
+    i, q = torch.tensor([[3, 1, 10, 0]] * 2), torch.randn(2, 5, 8)
+    for look in (F.embedding, lambda i, t: F.embedding(i, weight=t), lambda i, t: torch.embedding(t, i),
+                 lambda i, t: torch.ops.aten.embedding.default(t, i)):
+        gm, args = dynamo(lambda i, t, q, look=look: (q @ look(i, t).float().mT * 0.01).softmax(-1) @ q[:, :4],
+                          (i, table, q))
+        (region,), _ = holds(gm, args, 1e-5)
+        assert len(region.inputs) == 3
+
+
+@pytest.mark.parametrize("write", (
+    lambda s, x: torch.select_scatter(s, x[..., 0], -1, 7), lambda s, x: torch.select_scatter(s, x[..., 0], -1, -8),
+    lambda s, x: torch.slice_scatter(s, x, -1, 1, 5), lambda s, x: torch.slice_scatter(s, x[:1], -1, 1, 4),
+))
+def test_what_torch_does_not_write_is_left_to_torch(write: Callable[..., torch.Tensor]) -> None:
+    """Example values do not show these errors: the region begins after them, and torch raises them."""
+    seen: list[fx.GraphModule] = []
+    compiled = torch.compile(lambda s, x: (s.mT @ write(s, x)).softmax(-1) @ s.mT,
+                             backend=lambda gm, _: seen.append(gm) or gm)
+    with pytest.raises((RuntimeError, IndexError), match="slice|range"):
+        compiled(torch.randn(2, 5, 7), torch.randn(2, 5, 3))
+    (region,), _ = find_regions(seen[0])
+    assert any("scatter" in str(n.target) for n in region.inputs)
+
+
 def test_linear_layers_stay() -> None:
     """Contractions with parameters are no regions; of what stands between them only the passes are told."""
     net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Softmax(-1), torch.nn.Linear(8, 8))

@@ -4,7 +4,10 @@ test_cli_options."""
 from __future__ import annotations
 
 import io
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from memcomp.__main__ import main
 from memcomp.backends import backends
+from memcomp.cli.out import dumped
 from memcomp.inputs import workloads
 from memcomp.ir.target import target as machine
 from memcomp.ir.target import targets
@@ -216,6 +220,22 @@ def test_a_machine_without_kernels_can_be_shown_and_costed(capsys: pytest.Captur
     assert (code, err) == (0, "") and "time" in text
     code, text, err = run(capsys, "emit", f"{factory}:attend", "--target", target)
     assert (code, text) == (2, "") and err.startswith("error: unknown backend")
+
+
+def test_json_is_json_whatever_the_numbers_are() -> None:
+    """Every reader takes what is printed: there is no NaN in JSON, nor Infinity."""
+    inf, nan = float("inf"), float("nan")
+    text = dumped({"rows": [{"least": nan, "most": (inf, -inf, 1.5)}], "n": 3, "ok": True})
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "rows": [{"least": None, "most": [None, None, 1.5]}], "n": 3, "ok": True}
+
+
+def test_a_fault_of_the_users_is_three_lines(tmp_path: Path) -> None:
+    """What torch tells at length of a wrong shape is not among them."""
+    (tmp_path / "wrong.py").write_text("from torch import nn\n\ndef make():\n    return nn.Linear(64, 8)\n")
+    line = [sys.executable, "-m", "memcomp", "check", "wrong.py:make", "--input", "input=f32[2,S,65]"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot be multiplied" in done.stderr and done.stderr.count("\n") <= 3, done.stderr
 
 
 def test_every_workload_says_what_it_is() -> None:

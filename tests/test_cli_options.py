@@ -23,20 +23,9 @@ from memcomp.__main__ import main
 from memcomp.cache import Choice, Entry, Measured, Store
 from memcomp.cache.transfer import exported
 from memcomp.cli.parser import CODES, Parser, parser
+from tests.test_cli import PROGRAM as WEIGH
 
 ROOT = Path(__file__).resolve().parent.parent
-WEIGH = """program weigh on cpu
-rank P <= 64
-rank M
-rank E = 8
-in W[P, M]: f32
-in V[M, E]: f32
-out O[P, E]: f32
-GM[p] = max{m} W[p, m]
-SN[p, m] = exp(W[p, m] - GM[p])
-SD[p] = sum{m} SN[p, m]
-O[p, e] = sum{m} SN[p, m] / SD[p] * V[m, e]
-"""
 MINE = """import torch
 from torch import nn
 

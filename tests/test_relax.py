@@ -279,6 +279,8 @@ def test_refusals() -> None:
         FuseRegions(tune="off", strict=True)(module)
     with pytest.raises(memcomp.OptionError, match="h100"):
         FuseRegions("h100")
+    with pytest.raises(memcomp.OptionError, match="h100"):
+        FuseRegions("h100", backend="tvm")
     with pytest.raises(memcomp.OptionError, match="unknown option 'tun'"):
         FuseRegions(tun="off")
 

@@ -12,6 +12,7 @@ from memcomp.codegen.lower import lower
 from memcomp.config import Config
 from memcomp.ir.errors import Refusal, VerifyError
 from memcomp.ir.interpret import interpret
+from memcomp.ir.places import ordered
 from memcomp.ir.program import Program
 from memcomp.ir.text import parse, show
 from memcomp.ir.tile import Best, TileProgram, statements
@@ -96,6 +97,34 @@ def test_the_meaning_is_a_sort() -> None:
 
 GIVEN = "program p\nrank P\nrank M\nrank K = 3\nin S[P, M]: f32\nin J[P, M]: i64\nin W[P, K]: f32\nin L[P, K]: i64\n" \
         "out V[P, K]: f32\nout I[P, K]: i64\n"
+
+
+def test_the_least_integer_is_the_last() -> None:
+    s = np.array([[np.iinfo(np.int64).min, 0, np.iinfo(np.int64).max, 5]])
+    assert ordered(s, np.arange(4)[None])[1].tolist() == [[2, 3, 1, 0]]
+    assert ordered(s, np.arange(4)[None], rising=True)[1].tolist() == [[0, 1, 3, 2]]
+
+
+def test_places_are_read_in_a_condition() -> None:
+    """By which the best pairs of two lists are looked up: what is not known yet bounds nothing."""
+    p = parse("program p\nrank P = 5\nrank M = 10\nrank U = 10\nrank Z = 4\nin S[P, M]: f32\nin N[U]: i64\n"
+              "temp I[P, Z]: i64\nout O[P, Z]: i64\nout V[P, Z]: f32\nV[p, z], I[p, z] = topk{m} S[p, m]\n"
+              "O[p, z] = sum{u} N[u] where u == I[p, z]\n")
+    data = {"S": rows(5, 10, 0)["S"], "N": np.arange(10) ** 2}
+    np.testing.assert_array_equal(interpret_tile(lower(mapped(p)), data)["O"], interpret(p, data)["O"])
+
+
+def test_what_is_made_again_is_compared_as_exactly_as_it_was_stored() -> None:
+    """Scores at least the third best of them: three in each row, where a number in f64 makes them f64."""
+    p = parse("program p\nrank P\nrank M\nrank E = 8\nrank K = 3\nin Q[P, E]: f32\nin H[M, E]: f32\nin c[]: f64\n"
+              "temp I[P, K]: i64\nout O[P]: f32\nD[p, m] = sum{e} Q[p, e] * H[m, e]\n"
+              "S[p, m] = c[] * D[p, m]\nV[p, k], I[p, k] = topk{m} S[p, m]\n"
+              "O[p] = sum{m} where(S[p, m] < V[p, 2], 0.0, 1.0)\n")
+    rng = np.random.default_rng(0)
+    data = {n: rng.standard_normal((k, 8)).astype(np.float32) for n, k in (("Q", 5), ("H", 200))} | {"c": np.array(0.3)}
+    tp = lower(closed(p))
+    assert all(w.dtype in ("f64", "i64") for w in tp.params if w.role == "work")
+    np.testing.assert_array_equal(interpret_tile(tp, data)["O"], 3.0)
 
 
 def test_joining_lists_is_associative_and_commutative() -> None:

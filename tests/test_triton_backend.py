@@ -196,7 +196,8 @@ def test_far_data_are_beyond_every_point() -> None:
         assert same(got[out], want[out], 1e-5, 1e-5), out
 
 
-@pytest.mark.parametrize("body", ["Q[j, e] * K[j, m, e] * S[j, m, e // 2]", "(K[j, m, e] * S[j, m, e // 2]) * T[j, m]"])
+@pytest.mark.parametrize("body", ["Q[j, e] * K[j, m, e // 2] * S[j, m, e // 2]",
+                                  "Q[j, e] * K[j, m, e // 2] * S[j, m, e // 2] * T[j, m]"])
 def test_a_sum_over_two_dims_is_no_product_of_matrices(body: str) -> None:
     """What stands before the loop has one of the dims, and no mask of the other, which steps count; or an operand lacks
     one."""

@@ -74,11 +74,6 @@ class Model:
         """All of the plan, with strides, offsets and numbers of steps."""
         return self._texts.values()
 
-    @property
-    def needs_torch(self) -> tuple[str, ...]:
-        """Operators of torch that it calls."""
-        return self.plan.torch
-
     def __call__(self, *inputs: Any, **named: Any) -> tuple[Any, ...]:
         if named or len(inputs) != len(self._taken):
             inputs = self._ordered(inputs, named)
