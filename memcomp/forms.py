@@ -15,6 +15,7 @@ from memcomp.choice import TIE, alternatives, seconds
 from memcomp.config import Config
 from memcomp.ir.errors import MemcompError, OptionError, Refusal
 from memcomp.ir.program import Program, close, finer, knobs
+from memcomp.recheck import steady
 from memcomp.sizes import shape_sizes
 from memcomp.stations import Observer, rewrite
 from memcomp.tune.model import modelled
@@ -106,6 +107,7 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
         made = by_model(forms, words, space, strain(config) or lowers)
     for station, value in (*forms[made.choice.form].seen, ("tune", made.program)):
         observe(station, value)
+    steady(made.program)
     return made
 
 

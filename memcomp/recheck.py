@@ -11,18 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from memcomp.ir.cascade import Tensor, extent_of
+from memcomp.ir.cascade import Einsum, Tensor, extent_of
 from memcomp.ir.counts import Sizes
 from memcomp.ir.errors import InputError, Refusal
-from memcomp.ir.expr import Call, Size
+from memcomp.ir.expr import Access, Call, Expr, Size, reads, walk
 from memcomp.ir.interpret import interpret
-from memcomp.ir.kinds import kind_of_dtype
+from memcomp.ir.kinds import kind_of, kind_of_dtype
 from memcomp.ir.program import Program
+from memcomp.ir.show import show_expr
 
 FEW = 3  # points of a rank that no tile cuts
 POINTS = 1 << 19  # of all statements of a form together: some tens of milliseconds
 FAR = 1e-6  # apart, relative to the largest element or to 1 (a form may cancel to 0): a wrong law moves more
 KINDS = ("plain", "large, with ties")
+COMPARED = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
+CHOOSING = frozenset({"max", "min", "argmax", "argmin", "topk"})
+PRODUCTS, SUMS = frozenset({"mul", "div", "square"}), frozenset({"add", "sub"})
 
 
 def recheck(before: Program, after: Program) -> bool:
@@ -102,3 +106,40 @@ def _data(program: Program, sizes: Mapping[str, int], kind: str) -> dict[str, An
         return random.integers(0, 2 if t.dtype == "bool" else max(1, least), shape)
 
     return {t.name: one(t) for t in program.cascade.inputs()}
+
+
+def steady(closed: Program) -> None:
+    """Refusal where numbers that are made again are compared with the best of themselves (`p >= max(p)`) and rounding
+    decides: a product and a sum after it are one operation on some machines, in some places of a kernel."""
+    c = closed.cascade
+    makers = {o.tensor: e for e in c.einsums for o in e.outs}
+    places = {o.tensor for e in c.einsums for o in e.outs[1:]}
+
+    def dtype(name: str) -> str:
+        t = c.declared(name)
+        return t.dtype if t is not None else "i64" if name in places else "f32"
+
+    def behind(e: Expr) -> dict[str, Einsum]:
+        """The statements that a value comes from, by the tensors that they write."""
+        found: dict[str, Einsum] = {}
+        left = list(reads(e))
+        while left:
+            name = left.pop()
+            if name in makers and name not in found and dtype(name) != "i64":
+                found[name] = makers[name]
+                left += reads(makers[name].body)
+        return found
+
+    for x in {n for e in c.einsums for part in (e.body, *e.guards()) for n in walk(part)
+              if isinstance(n, Call) and n.op in COMPARED and all(kind_of(a, dtype) == "real" for a in n.args)}:
+        for best, other in (x.args, x.args[::-1]):
+            chosen = {n for n, e in behind(best).items() if e.reduce is not None and e.reduce.monoid in CHOOSING}
+            made = behind(other)
+            if not chosen or not made or isinstance(other, Access):
+                continue
+            used = {n.op for e in (other, *(e.body for e in made.values() if e.reduce is None)) for n in walk(e)
+                    if isinstance(n, Call)}
+            if used & PRODUCTS and used & SUMS:
+                raise Refusal(f"{show_expr(other)} is made anew to be compared with the best of such numbers, "
+                              f"{', '.join(sorted(chosen))}, and may be rounded otherwise", closed.name,
+                              "compare before numbers are added and multiplied, where their order is the same")

@@ -127,6 +127,21 @@ def test_what_is_made_again_is_compared_as_exactly_as_it_was_stored() -> None:
     np.testing.assert_array_equal(interpret_tile(tp, data)["O"], 3.0)
 
 
+@pytest.mark.parametrize("best, score, refused", [
+    ("max{m} T[p, m]", "S[p, m] * 0.7", False), ("max{m} T[p, m]", "S[p, m] * 0.7 + 0.3", True),
+    ("max{m} T[p, m]", "exp(S[p, m] * 0.7 - 1.0) / 3.0", True), ("sum{m} T[p, m]", "S[p, m] * 0.7 + 0.3", False)])
+def test_what_rounding_decides_is_refused(best: str, score: str, refused: bool) -> None:
+    """A score made a second time is compared with the best of the first ones: it must be the same to the bit."""
+    p = parse("program p\nrank P\nrank M\nrank E = 8\nin Q[P, E]: f32\nin H[M, E]: f32\nout O[P]: f32\n"
+              f"S[p, m] = sum{{e}} Q[p, e] * H[m, e]\nT[p, m] = {score}\nV[p] = {best}\n"
+              "O[p] = sum{m} where(T[p, m] < V[p], 0.0, 1.0)\n")
+    if refused:
+        with pytest.raises(Refusal, match="made anew"):
+            map_program(p, config=Config())
+    else:
+        map_program(p, config=Config())
+
+
 def test_joining_lists_is_associative_and_commutative() -> None:
     """`onto` and `at`: however the points of a row are divided, the list is the same."""
     rng = np.random.default_rng(1)
