@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from memcomp.artifact.memory import NUMPY, Array, copied
+from memcomp.artifact.memory import NUMPY, OURS, Array, copied
 from memcomp.artifact.plan import Tensor
 from memcomp.ir.errors import InputError, Refusal
 
@@ -54,14 +54,9 @@ def is_torch(x: Any) -> bool:
     return type(x).__module__.partition(".")[0] == "torch"
 
 
-_TORCH = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3",
-          "float8_e5m2": "e5m2", "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8",
-          "bool": "bool"}
-
-
 def _named(dtype: str) -> str:
     word = dtype.removeprefix("torch.")
-    return _TORCH.get(word, word)
+    return OURS.get(word, word)
 
 
 def strided(x: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Array:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from memcomp.artifact.manifest import Code, KernelSpec, Lookup, TensorSpec, expression, expressions
-from memcomp.artifact.memory import Array, copied, fresh, tensor
+from memcomp.artifact.memory import OURS, Array, copied, fresh, tensor
 from memcomp.codegen.launches import value
 from memcomp.ir.errors import Refusal
 from memcomp.sizes import sources
@@ -25,9 +25,6 @@ MOST = 256  # combinations of shapes that are remembered
 Shaped: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]  # dtype and shape of each of some tensors
 Fresh: TypeAlias = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]  # and strides
 Maker: TypeAlias = Callable[[str, tuple[int, ...], tuple[int, ...]], Any]
-_DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3",
-           "float8_e5m2": "e5m2", "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8",
-           "bool": "bool"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +139,8 @@ class Kernel:
             except Exception as odd:  # what DLPack's many writers raise is not of one class
                 why = str(odd).splitlines()[0]
                 raise Refusal(f"{self.name} cannot take {t.name}: {why}", type(x).__name__) from odd
-            if _DTYPES.get(dtype) != t.dtype:
-                raise Refusal(f"{self.name} takes {t.name} as {t.dtype}, not as {_DTYPES.get(dtype, dtype)}")
+            if OURS.get(dtype) != t.dtype:
+                raise Refusal(f"{self.name} takes {t.name} as {t.dtype}, not as {OURS.get(dtype, dtype)}")
             if device != self.device:
                 raise Refusal(f"{self.name} takes tensors of the device {self.device}, and {t.name} is on {device}")
             made.append(_rows(x, seen))
@@ -196,7 +193,7 @@ def _rows(x: Any, seen: Any) -> Any:
     for n, stride in zip(reversed(seen.shape), reversed(seen.strides), strict=True):
         rows, step = rows and stride == step, step * n
     if isinstance(x, np.ndarray):
-        return x if rows and x.flags.writeable else copied(Array(_DTYPES[x.dtype.name], x)).data
+        return x if rows and x.flags.writeable else copied(Array(OURS[x.dtype.name], x)).data
     if isinstance(x, Array):
         return x if rows else copied(x)
     torch: Any = sys.modules.get("torch")

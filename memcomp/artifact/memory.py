@@ -17,6 +17,9 @@ NUMPY: dict[str, Any] = {
     "i8": np.int8, "u8": np.uint8, "bool": np.bool_}
 _BITS: dict[str, Any] = {"bf16": np.uint16, "e4m3": np.uint8, "e5m2": np.uint8}  # numpy has no such numbers
 _CODES = {"bf16": 4, "e4m3": 10, "e5m2": 12}  # DLPack's kDLBfloat, kDLFloat8_e4m3fn, kDLFloat8_e5m2
+OURS = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3",
+        "float8_e5m2": "e5m2", "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8",
+        "bool": "bool"}  # by the names that torch, numpy and DLPack give them
 
 
 class Array:
