@@ -153,6 +153,7 @@ _ROWS = (
     Op("real", 1, lambda x: np.asarray(x).astype(np.float64), "", "real", monotone=("inc",), strict=True),
 )
 OPS: dict[str, Op] = {row.name: row for row in _ROWS}
+COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 
 
 @dataclass(frozen=True, slots=True)

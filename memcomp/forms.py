@@ -111,7 +111,7 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     return made
 
 
-def by_model(forms: Mapping[str, Opened], words: str, space: Space, strain: Callable[[Program], float]) -> Closed:
+def by_model(forms: Mapping[str, Opened], words: str, space: Space, fit: Callable[[Program], float]) -> Closed:
     """The cost model's choice; of forms between which it sees no difference the first that the machine can run."""
     spent = {words: 0.0}
     if len(forms) > 1:  # what has no rival needs no figure
@@ -119,7 +119,7 @@ def by_model(forms: Mapping[str, Opened], words: str, space: Space, strain: Call
 
     @cache
     def able(what: str) -> bool:
-        return what == words or strain(forms[what].closed) < math.inf
+        return what == words or fit(forms[what].closed) < math.inf
 
     least = next(spent[what] for what in sorted(forms, key=spent.__getitem__) if able(what))
     chosen = next(what for what in forms if spent[what] <= (1 + TIE) * least and able(what))  # the plainest comes first
@@ -133,7 +133,7 @@ def by_model(forms: Mapping[str, Opened], words: str, space: Space, strain: Call
 
 
 def by_measurement(general: Program, named: tuple[str, ...], read: Program, sizes: Mapping[str, int], space: Space,
-              config: Config) -> Closed | None:
+                   config: Config) -> Closed | None:
     """What was measured to be best on this machine, now where the options ask for it; None where nothing was, or
     nothing may be asked."""
     kept = stores(config)

@@ -17,6 +17,7 @@ from memcomp.ir.errors import InputError, Refusal
 from memcomp.ir.expr import Access, Call, Expr, Size, reads, walk
 from memcomp.ir.interpret import interpret
 from memcomp.ir.kinds import kind_of, kind_of_dtype
+from memcomp.ir.ops import COMPARISONS
 from memcomp.ir.program import Program
 from memcomp.ir.show import show_expr
 
@@ -24,7 +25,6 @@ FEW = 3  # points of a rank that no tile cuts
 POINTS = 1 << 19  # of all statements of a form together: some tens of milliseconds
 FAR = 1e-6  # apart, relative to the largest element or to 1 (a form may cancel to 0): a wrong law moves more
 KINDS = ("plain", "large, with ties")
-COMPARED = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 CHOOSING = frozenset({"max", "min", "argmax", "argmin", "topk"})
 PRODUCTS, SUMS = frozenset({"mul", "div", "square"}), frozenset({"add", "sub"})
 
@@ -131,7 +131,7 @@ def steady(closed: Program) -> None:
         return found
 
     for x in {n for e in c.einsums for part in (e.body, *e.guards()) for n in walk(part)
-              if isinstance(n, Call) and n.op in COMPARED and all(kind_of(a, dtype) == "real" for a in n.args)}:
+              if isinstance(n, Call) and n.op in COMPARISONS and all(kind_of(a, dtype) == "real" for a in n.args)}:
         for best, other in (x.args, x.args[::-1]):
             chosen = {n for n, e in behind(best).items() if e.reduce is not None and e.reduce.monoid in CHOOSING}
             made = behind(other)

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator
 from memcomp.codegen.tvm.express import Expressions, linear
 from memcomp.codegen.tvm.writer import TILE_ELEMENT, Point, Writer
 from memcomp.ir.expr import Access, Call, Expr, call, children, variables, walk
+from memcomp.ir.ops import COMPARISONS
 from memcomp.ir.tile import Fold, Map
 
 FEWEST = 4  # points of the other dim, below which the diagonal is no shorter than the tile
 _LOGIC = {"and", "or", "not", "where"}
-_COMPARE = {"lt", "le", "gt", "ge", "eq", "ne"}
 
 
 def by_difference(w: Writer, e: Expr, a: str, b: str) -> bool:
@@ -37,7 +37,7 @@ def _dear(e: Expr, a: str) -> bool:
     """Does it take more than a comparison of lane numbers?"""
     for n in walk(e):
         if isinstance(n, Call) and a in variables(n) and n.op not in _LOGIC and linear(n, a) is None:
-            got = linear(call("sub", *n.args), a) if n.op in _COMPARE else None
+            got = linear(call("sub", *n.args), a) if n.op in COMPARISONS else None
             if got is None or got[0] not in (1, -1):
                 return True
     return False

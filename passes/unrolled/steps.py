@@ -12,11 +12,11 @@ from typing import Any
 
 from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, rebuild, walk
+from memcomp.ir.ops import COMPARISONS
 from memcomp.ir.simplify import linear
 
 HOLE = Var("#")
 """Stands where an integer was; no rank variable is called so."""
-_COMPARE = ("lt", "le", "gt", "ge", "eq", "ne")
 _INTEGERS = ("i64", "i32", "i16", "i8", "u8")
 
 
@@ -156,7 +156,7 @@ class _Look:
         """`e` with its integers put into `out`, in the order of their holes."""
         if isinstance(e, Access):
             return Access(self.names.get(e.tensor, e.tensor), tuple(self.integer(i, out) for i in e.index))
-        if isinstance(e, Call) and (e.op == "real" or e.op in _COMPARE and all(map(self._whole, e.args))):
+        if isinstance(e, Call) and (e.op == "real" or e.op in COMPARISONS and all(map(self._whole, e.args))):
             return Call(e.op, tuple(self.integer(a, out) for a in e.args))
         if isinstance(e, (Var, Size)):
             return self.integer(e, out)
