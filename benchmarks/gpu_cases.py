@@ -2,15 +2,16 @@
 
 `python benchmarks/gpu_cases.py [--target h100 ...] [--only WORD] [--jobs 2] [--again]` maps, emits and compiles
 tests/cases, the workloads of models/ and the families of models/families for each machine, and writes
-benchmarks/results/gpu_cases.json as it goes; what is recorded is not compiled again without `--again`.  Of each launch:
-warps, stages, registers, stack, shared memory, instructions, how wide it reads memory, and how many rows its largest
-product has.  Nothing here runs on a GPU, and no time is measured.  The operators that are timed are those of
-`gpu_offline.py`.
+benchmarks/results/gpu_cases.json as it goes.  What is recorded is not looked at again without `--again`, and then
+compiled only where its text or Triton is another one.  Of each launch: warps, stages, registers, stack, shared memory,
+instructions, how wide it reads memory, and how many rows its largest product has.  Nothing here runs on a GPU, and no
+time is measured.  The operators that are timed are those of `gpu_offline.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import re
@@ -21,6 +22,8 @@ from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import triton
 
 from memcomp.codegen.lower import lower
 from memcomp.codegen.triton.arguments import arguments
@@ -120,28 +123,35 @@ def rows(k: TileKernel) -> int:
     return max((x.left.size for x in made if x is not None), default=0)
 
 
-def launches(program: Program, machine: str) -> list[dict[str, Any]]:
-    """What became of each launch of a closed program.  MemcompError where one has no text or does not compile."""
+def launches(program: Program, machine: str, known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What became of each launch of a closed program; `known`: of launches, by the digest of what was compiled.
+    MemcompError where one has no text or does not compile."""
     made, tiles = target(machine), lower(program)
     source = emit(tiles, made, aligned=True).source
     settings, found = module(source).SETTINGS, []
     for k, name in zip(tiles.kernels, function_names(tiles), strict=True):
         given, how = arguments(tiles, k, tuple(len(p.shape) - 1 for p in tiles.params)), settings[name]
+        asked = (triton.__version__, source, name, given.signature, given.aligned, how, made.capability)
+        digest = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+        if digest in known:
+            found.append(known[digest])
+            continue
         b = compile_text(source, name, given.signature, {}, given.aligned, made.capability, how["num_warps"],
                          how["num_stages"])
         sass = b.sass
         found.append({"name": name, **how, "tiles": {d.name: d.capacity for d in k.dims}, "shared": b.shared,
                       **asdict(b.resources), "spills": b.spills, "instructions": b.instructions(*USED),
-                      "loads": wide(sass), "rows": rows(k), "text": source.partition(f"def {name}(")[2].partition(
-                          "@triton.jit")[0].count("tl.dot(")})
+                      "loads": wide(sass), "rows": rows(k), "digest": digest, "text": source.partition(
+                          f"def {name}(")[2].partition("@triton.jit")[0].count("tl.dot(")})
     return found
 
 
-def compiled(task: tuple[str, str]) -> tuple[str, str, dict[str, Any]]:
-    """(name, machine, what became of it)."""
-    name, machine = task
+def compiled(task: tuple[str, str, dict[str, Any]]) -> tuple[str, str, dict[str, Any]]:
+    """(name, machine, what became of it), of these and what is recorded of them."""
+    name, machine, before = task
+    known = {x["digest"]: x for x in before.get("launches", ()) if "digest" in x}
     try:
-        return name, machine, {"launches": [x for p in programs(name, machine) for x in launches(p, machine)]}
+        return name, machine, {"launches": [x for p in programs(name, machine) for x in launches(p, machine, known)]}
     except MemcompError as error:
         return name, machine, {"refused": str(error).splitlines()[0]}
 
@@ -178,7 +188,8 @@ def main() -> None:
     args.add_argument("--again", action="store_true", help="what is recorded too")
     chosen = args.parse_args()
     found = recorded()
-    tasks = [(n, m) for kinds in (("case", "model"), ("family",)) for m in chosen.target for n in names()
+    tasks = [(n, m, found.get(n, {}).get(m, {}))
+             for kinds in (("case", "model"), ("family",)) for m in chosen.target for n in names()
              if n.startswith(kinds) and chosen.only in n and (chosen.again or m not in found.get(n, {}))]
     done, batch = 0, TASKS * chosen.jobs
     for begun in range(0, len(tasks), batch):  # a pool whose workers end by themselves waits for them for ever (3.11)
