@@ -42,8 +42,7 @@ gpu:
 		$(if $(REHEARSE),--interpret --seconds 900) $(if $(CASES),$(foreach c,$(CASES),'$(c)'))
 
 gpu-offline: $(READY)  ## every program compiled for GPUs that are not there; goes on where it was stopped
-	$(BIN)/python benchmarks/gpu_cases.py --jobs 2
-	$(BIN)/python benchmarks/gpu_offline.py
+	$(BIN)/python benchmarks/gpu_offline.py --jobs 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -135,10 +135,9 @@ def test_arguments_are_checked() -> None:
 def test_programs_compile_for_the_machine_that_they_are_mapped_for(name: str, used: str) -> None:
     """Two of `make gpu-offline`: warpgroups multiply where a product has 64 rows, warps where it has fewer; what lies
     in rows is read 16 bytes at a time."""
-    from benchmarks.gpu_cases import launches, programs
+    from benchmarks.gpu_offline import compiled
 
-    (program,) = programs(name, "h100")
-    first = launches(program, "h100")[0]
+    first = compiled(name, "h100")["launches"][0]
     assert (first["rows"] >= 64) == (used == "HGMMA") and first["spills"] == 0
     assert {i for i in ("HGMMA", "HMMA") if first["instructions"][i]} == {used}
     assert first["loads"]["128"] > sum(n for bits, n in first["loads"].items() if bits != "128")
