@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from memcomp.backend import compile
     from memcomp.config import Config
     from memcomp.ir.errors import InputError, MemcompError, OptionError, ParseError, Refusal, VerifyError
+    from memcomp.kv.hf import KVCache
     from memcomp.operators import register
     from memcomp.oracle import check
     from memcomp.report import explain
@@ -28,13 +29,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "compile": "memcomp.backend", "explain": "memcomp.report", "check": "memcomp.oracle",
     "stats": "memcomp.runtime", "reset": "memcomp.runtime", "Config": "memcomp.config",
-    "register": "memcomp.operators", "load": "memcomp.artifact.loading",
+    "register": "memcomp.operators", "load": "memcomp.artifact.loading", "KVCache": "memcomp.kv.hf",
     **{n: "memcomp.ir.errors"
        for n in ("MemcompError", "ParseError", "VerifyError", "Refusal", "OptionError", "InputError")},
 }
 
 __all__ = [
-    "Config", "InputError", "MemcompError", "OptionError", "ParseError", "Refusal", "VerifyError",
+    "Config", "InputError", "KVCache", "MemcompError", "OptionError", "ParseError", "Refusal", "VerifyError",
     "check", "compile", "explain", "load", "register", "reset", "stats",
 ]
 

@@ -50,6 +50,12 @@ def elements(node: fx.Node) -> int:
     return math.prod(s if isinstance(s, int) else int(s.node.hint or 0) for s in t.shape)
 
 
+def stored(node: fx.Node) -> int:
+    """Bytes of a tensor, symbols as above."""
+    t = meta(node)
+    return elements(node) * t.element_size() if isinstance(t, torch.Tensor) else 0
+
+
 def shape_of(t: torch.Tensor) -> tuple[Extent, ...]:
     return tuple(extent(s) for s in t.shape)
 
@@ -106,7 +112,7 @@ class Reader(Reading):
             try:
                 out = self.apply(rule, node)
                 self.whole = before
-                if self._may_read_through(out, elements(node)):
+                if self._may_read_through(out, node):
                     self.through[node] = None
                     return out
                 if rule.kind == "map" and isinstance(out, Value) and self._joins(node, out):
@@ -118,9 +124,9 @@ class Reader(Reading):
                 self.whole = before
         return self.leaf(node)
 
-    def _may_read_through(self, out: Read, size: int) -> bool:
+    def _may_read_through(self, out: Read, node: fx.Node) -> bool:
         if not isinstance(out, Value):
-            return all(self._may_read_through(v, size) for v in out)
+            return all(self._may_read_through(v, node) for v in out)
         e = self.probe(out)
         nodes = list(walk(e))
         accesses = [n for n in nodes if isinstance(n, Access)]
@@ -131,7 +137,10 @@ class Reader(Reading):
         if out.is_real and len(real) == 1:
             if all(_clean(i) or self.sliced and linear(i) is not None for i in real[0].index):
                 return not costly
-            return elements(self.leaf_of[real[0].tensor]) < size  # rows picked from a table smaller than they are
+            return elements(self.leaf_of[real[0].tensor]) < elements(node)  # rows of a table smaller than they are
+        if real and not costly:  # numbers made of fewer bytes than they take: codes and scales, rows and columns
+            leaves = {self.leaf_of[a.tensor] for a in accesses if a.tensor in self.leaf_of}
+            return sum(map(stored, leaves)) < stored(node)
         return not real and len(accesses) <= 6 and not (costly and (accesses or out.is_real and not self.whole))
 
     def _joins(self, node: fx.Node, out: Value) -> bool:

@@ -118,9 +118,11 @@ def _logic(op: str, bits: str) -> Callable[..., Value]:
 
 def _shift_right(r: Reader, node: fx.Node, a: Operand, b: Operand) -> Value:
     dtype = dtype_of(node)
-    if not isinstance(b, int) or not 0 <= b < 8 * dtype.itemsize:
-        raise Refusal("a shift by what is no number of the operand's bits")
-    return apply("shr", dtype, *operands(r, node, a, b))
+    x, by = operands(r, node, a, b)
+    places = r.probe(by)
+    if not all(r.proves(Call(op, (places, Const(n)))) for op, n in (("ge", 0), ("lt", 8 * dtype.itemsize))):
+        raise Refusal("a shift by what may be no number of the operand's bits")
+    return apply("shr", dtype, x, by)
 
 
 def truth(v: Value) -> Value:
