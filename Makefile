@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 export HF_HUB_OFFLINE := 1
+export PYTHONDONTWRITEBYTECODE :=  # the many processes that tests start read what is compiled
 
 .PHONY: demo test sweep cascades bench gpu gpu-offline clean
 

@@ -1,5 +1,5 @@
-"""What a kernel of an artifact costs: a call of it besides the machine code, loading it, and the machine code itself
-beside what the compiler keeps in its own process.
+"""What an artifact costs: a call of a kernel and of a whole model besides the machine code, loading it, and the machine
+code itself beside what the compiler keeps in its own process.
 
     python benchmarks/artifact.py [--rounds N]
 
@@ -8,6 +8,10 @@ where it has next to nothing to compute, with torch's tensors and with numpy's; 
 tensors that are there.  Loading is timed in fresh processes in which torch, TVM, Triton and sympy cannot be imported,
 from the first file to the last, all imports included; held to the bar is the processor's time, which is the clock's on
 a machine that does nothing else.
+
+The whole model is a Llama of two layers at two rows of two tokens.  Its call is timed in turn with the machine code
+that walks its steps, and with the same call in which that walks none of them, which is the call's own time; to that
+comes what the walk takes for a step that does nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -29,12 +33,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import memcomp
-from memcomp.artifact.compile import regions, write
+from memcomp.artifact.compile import regions, whole, write
+from memcomp.artifact.walk import KERNEL, Program
 from memcomp.config import config
 from memcomp.inputs import Function
 from memcomp.signature import Dim
 
-BAR, LOAD, CALLS, PROCESSES = 5e-6, 0.5, 20, 7
+BAR, LOAD, CALLS, PROCESSES, STEPS = 5e-6, 0.5, 20, 7, 1000
+KINDS = ("median", "least")
 MORE = 20  # rounds of calls for each round of kernels: a turn is a fraction of a millisecond
 SHAPES = {"prefill 512": (512, 512), "decode 2048": (1, 2048)}  # queries, keys
 FRESH = """
@@ -81,6 +87,37 @@ def calls(kernel: Any, rounds: int) -> dict[str, Times]:
     return {n: Times(t.median / CALLS, t.least / CALLS, t.spread) for n, t in found.items()}
 
 
+def whole_model(rounds: int) -> tuple[int, dict[str, Times]]:
+    """Steps of a small model's plan, and seconds of a call, of its steps alone, of all but them, of an empty step."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True)).eval()
+    given = Function(model, (torch.arange(32).reshape(2, 16),), ({0: Dim("B"), 1: Dim("S")},))
+    with TemporaryDirectory() as folder:
+        write(whole(given, [config({"target": "cpu", "strict": True})]), Path(folder) / "llama")
+        run, without = (memcomp.load(Path(folder) / "llama") for _ in range(2))
+    token = torch.zeros(2, 2, dtype=torch.long)
+    given = [token, *run(token)]
+    (mine,), bound = run._model.at((token.shape,)).acts, without._model.at((token.shape,))
+    without._model._mine.known[token.shape,] = replace(bound, acts=[replace(bound.acts[0], last=0)])
+    empty, nothing = Program(), Program().ready()
+    for _ in range(STEPS):
+        empty.add(KERNEL, [nothing, 0, 0], mine.walker)
+    steps = empty.ready()
+    found = take_turns({
+        "call": many(lambda: run(token)), "steps": many(lambda: mine.walker(mine.place, 0, mine.last, *given)),
+        "no steps": many(lambda: mine.walker(mine.place, 0, 0, *given)),
+        "call without steps": many(lambda: without(token)),
+        "empty steps": many(lambda: mine.walker(steps, 0, STEPS))}, MORE * rounds)
+    times = {n: Times(t.median / CALLS, t.least / CALLS, t.spread) for n, t in found.items()}
+    e = times.pop("empty steps")
+    return mine.last, times | {"empty step": Times(e.median / STEPS, e.least / STEPS, e.spread)}
+
+
 def code(kernel: Any, made: Any, rounds: int) -> dict[str, dict[str, Times]]:
     """Seconds of the library's code and of the compiler's, which must agree."""
     (one,) = made.kernels
@@ -122,11 +159,20 @@ def main() -> int:
         torch.set_num_threads(threads)
         running = code(kernel, made, args.rounds)
         calling = calls(kernel, args.rounds)
+        steps, model = whole_model(args.rounds)
+        torch.set_num_threads(threads)
     for name, t in calling.items():
         table.add_row(name, f"{t.median * 1e6:.1f} us", f"{t.spread:.0%}")
     over = {w: calling[f"call, {w}"].median - calling[f"machine code, {w}"].median for w in ("torch", "numpy")}
     for which, x in over.items():
         table.add_row(f"call - machine code, {which}", f"{x * 1e6:.1f} us")
+    for name, t in model.items():
+        table.add_row(f"model, {name}", f"{t.median * 1e6:.3g} us", f"{t.spread:.0%}")
+    own = [getattr(model["call without steps"], k) + steps * getattr(model["empty step"], k) for k in KINDS]
+    more = [getattr(model["call"], k) - getattr(model["steps"], k) + getattr(model["no steps"], k) for k in KINDS]
+    table.add_row(f"model of {steps} steps, own time", f"{own[0] * 1e6:.1f} us", f"least {own[1] * 1e6:.1f} us")
+    table.add_row("model, call - steps", f"{more[0] * 1e6:.1f} us", f"least {more[1] * 1e6:.1f} us")
+    over["model"] = own[0]
     for shape, both in running.items():
         for name, t in both.items():
             table.add_row(f"{shape}, {name}", f"{t.median * 1e3:.2f} ms", f"{t.spread:.0%}")
@@ -135,7 +181,8 @@ def main() -> int:
     console.print(table)
     console.print(f"a call besides its machine code: {max(over.values()) * 1e6:.1f} us, at most {BAR * 1e6:g} allowed; "
                   f"load: {busy:.2f} s, at most {LOAD:g} allowed")
-    results = [{"overhead": over, "load": seconds, "calls": {n: asdict(t) for n, t in calling.items()},
+    results = [{"overhead": over, "load": seconds, "model": {n: asdict(t) for n, t in model.items()}, "steps": steps,
+                "call - steps": more, "calls": {n: asdict(t) for n, t in calling.items()},
                 "code": {s: {n: asdict(t) for n, t in both.items()} for s, both in running.items()}}]
     console.print(f"written: {record(__file__, results)}")
     return 1 if max(over.values()) > BAR or busy > LOAD else 0

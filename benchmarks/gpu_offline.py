@@ -148,7 +148,7 @@ def binaries(kernel: Kernel) -> list[tuple[dict[str, Any], Binary]]:
         from memcomp.codegen.cuda import launches as started
         from memcomp.codegen.cuda.compile import compile_text as compile_cuda
 
-        given = started(tp, kernel.isa, usual)
+        given = started(tp, kernel.isa, usual, kernel.runs)
         made = compile_cuda(kernel.source, given, machine.capability)
         return [({"name": x.function, "num_warps": x.block // 32}, b) for x, b in zip(given, made, strict=True)]
     from memcomp.codegen.triton.emit import function_names

@@ -51,7 +51,11 @@ class Argument:
 @dataclass(frozen=True, slots=True)
 class Launch:
     """grid: blocks in x, y and z, over sizes; block: threads; shared: bytes of dynamic shared memory a block; scratch:
-    bytes of global memory for each block, at a multiple of `alignment`."""
+    bytes of global memory for each block, at a multiple of `alignment`.
+
+    together: blocks wait for one another, so all must be there at one time: a cooperative launch, of as many blocks as
+    the device holds and the grid (of x alone) has, each of which takes tasks in turns.
+    """
 
     function: str
     grid: tuple[Expr, ...]
@@ -60,6 +64,7 @@ class Launch:
     args: tuple[Argument, ...]
     scratch: int = 0
     alignment: int = 1
+    together: bool = False
 
     def blocks(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
         """The grid in numbers.  Refusal where CUDA has no such grid."""
@@ -143,8 +148,11 @@ def described(name: str, param: str, places: tuple[int, ...], box: tuple[int, ..
 
 
 def distinct(args: Iterable[Argument]) -> tuple[Argument, ...]:
-    """Of all launches, each once."""
-    return tuple({a.name: a for a in args}.values())
+    """Of all launches, each once, with what any of them takes for granted (powers of two)."""
+    found: dict[str, Argument] = {}
+    for a in args:
+        found[a.name] = replace(a, multiple=max(a.multiple, found[a.name].multiple if a.name in found else 1))
+    return tuple(found.values())
 
 
 def loosened(args: Sequence[Argument], layout: Layout) -> tuple[Argument, ...]:

@@ -52,14 +52,7 @@ def lower(program: Program) -> TileProgram:
     for group in program.mapping.groups:
 
         def outside(name: str, own: str = group.name) -> list[Access]:
-            return [
-                n
-                for e in c.einsums
-                if owner[e.out.tensor] != own
-                for root in (e.body, *e.guards(), *(i for o in e.outs for i in o.index))
-                for n in walk(root)
-                if isinstance(n, Access) and n.tensor == name
-            ]
+            return [n for e in c.einsums if owner[e.out.tensor] != own for n in e.accesses() if n.tensor == name]
 
         grouped += [group_ops(c, part, members, outside) for part, members in kernels_of(c, group)]
     params = _params(c, sizes, grouped)
@@ -137,11 +130,11 @@ def _kernel(
     compose(g, small)
     if long:
         in_parts(g, dtype, declared)
-    split_products(g)
+    stored = {n: p.dtype for n, p in params.items()}
+    split_products(g, {**stored, **dtype})
     split_costly(g)
     split_deep(g)
     keep_old(g)
-    stored = {n: p.dtype for n, p in params.items()}
     for o in g.ops:
         if o.target not in dtype:  # copies of carried tiles, factors of products, parts of what is deep
             made = {"bool": "bool", "int": "i64"}.get(kind(o.body, {**stored, **dtype}), _real(params.values()))

@@ -10,25 +10,35 @@ excluded points inside a loaded tile (never those in a tail) must hold finite va
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import isfinite
 
 from memcomp.codegen.lower_fuse import factors
 from memcomp.codegen.lower_join import branches_joined, touched
-from memcomp.codegen.lower_limits import TRUE
+from memcomp.codegen.lower_masked import Masked, every
 from memcomp.codegen.lower_ops import LOOP, POST, PRE, Op
-from memcomp.codegen.lower_start import Starts
 from memcomp.codegen.lower_tiles import param_name
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Const, Expr, Var, call, conjunction, reads, variables, walk
 from memcomp.ir.ops import MONOIDS
-from memcomp.ir.places import placed
+from memcomp.ir.places import integer, placed
 from memcomp.ir.simplify import linear, simplify
-from memcomp.ir.tile import Best, Dot, Fold, Loop, Map, Statement, Store, TileKernel, When, expressions, statements
+from memcomp.ir.tile import (
+    Best,
+    Dot,
+    Fold,
+    Loop,
+    Map,
+    Statement,
+    Store,
+    TileKernel,
+    When,
+    expressions,
+    statements,
+)
 
 
-class Emitter(Starts):
+class Emitter(Masked):
     """Writes one kernel."""
 
     def weaker_reader(self, o: Op, guards: frozenset[Expr], after: int) -> bool:
@@ -51,6 +61,7 @@ class Emitter(Starts):
             ):
                 self._store(o)  # what the tile holds either way
             return
+        guards = tuple(g for g in guards if g not in self._after(o, guards))
         reduced = tuple(g for g in guards if o.monoid and (o.accumulate or o.place or self._mentions(g, o.over)))
         exact = tuple(g for g in guards if g not in reduced)
         again = any(u.target == o.target and not u.accumulate for u in self.g.ops[k + 1 :])
@@ -71,6 +82,21 @@ class Emitter(Starts):
         if o.monoid and exact and not o.accumulate:
             self._select(o, exact, o.empty, out)
         self._stored(k, o)
+
+    def _after(self, o: Op, guards: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        """Guards that keep whole results out of a reduction that a loop goes on with, in all of its steps: written
+        once, after the loop, where somebody looks at these results."""
+        begun = [u for u in self.g.ops if u.target == o.target and u.phase == PRE]
+        late = tuple(c for c in guards if o.monoid and o.accumulate and not o.place and not self._mentions(c, o.over)
+                     and not self.moves(c) and not reads(c) & set(self.home))
+        others = [u for u in self.g.ops if o.target in u.reads() and u.target != o.target]
+        if not late or o.phase != LOOP or any(u.phase == LOOP for u in others) or o.target in self.g.each_step or not (
+                len(begun) == 1 and isinstance(begun[0].body, Const)) or len(
+                [u for u in self.g.ops if u.target == o.target]) > 2:
+            return ()
+        if o.target in self.g.stores or any(not set(late) <= set(self.effective(u)) for u in others):
+            self._select(replace(o, phase=POST), late, begun[0].body, self.body[POST])
+        return late
 
     def _stored(self, k: int, o: Op) -> None:
         """Store what no later operation of the phase writes again."""
@@ -101,7 +127,8 @@ class Emitter(Starts):
                 out.append(Map(name, plain))
             return
         empty = self._typed(o.empty, o)
-        out.extend(self.guarded(tests, Map(name, plain), lambda test: Map(name, call("where", test, plain, empty))))
+        out.extend(self.guarded(tests, (Map(name, plain),), lambda tests: (
+            Map(name, call("where", every(tests), plain, empty)),)))
 
     def _set_fill(self, o: Op, body: Expr, exact: tuple[Expr, ...], guards: tuple[Expr, ...]) -> None:
         self.fills.held.pop(o.target, None)
@@ -123,15 +150,18 @@ class Emitter(Starts):
         if o.place:
             mine = self._best(o, name, plain)
             mask = self._typed(o.empty, o)
-            out.extend([mine] if not select else self.guarded(masks, mine, lambda test: replace(
-                mine, body=call("where", test, mine.body, mask))))
+            out.extend([mine] if not select else self.guarded(masks, (mine,), lambda tests: (replace(
+                mine, body=call("where", every(tests), mine.body, mask)),)))
             return
-        whole = self._number(o, name, plain) or Fold(name, o.monoid, o.over, plain, o.accumulate)
-        if select:
-            out.extend(self.guarded(masks, whole, lambda test: Fold(
-                name, o.monoid, o.over, call("where", test, plain, identity), o.accumulate)))
-        else:
-            out.extend(self._product(o, name, plain) or [whole])
+        fold = self._number(o, name, plain) or Fold(name, o.monoid, o.over, plain, o.accumulate)
+        whole = self._product(o, name, plain) or (fold,)
+
+        def masked(tests: tuple[Expr, ...]) -> tuple[Statement, ...]:
+            one = self._typed(Const(identity), o)
+            return self.kept_out(whole, tests) or self.pinned(o, name, plain, tests) or (Fold(
+                name, o.monoid, o.over, call("where", every(tests), plain, one), o.accumulate),)
+
+        out.extend(self.guarded(masks, whole, masked) if select else whole)
 
     def _best(self, o: Op, name: str, body: Expr) -> Best:
         given = placed(body)
@@ -152,7 +182,7 @@ class Emitter(Starts):
             made = call("add", Access(name, tuple(Var(d) for d in o.dims)), made)
         return Map(name, made)
 
-    def _product(self, o: Op, name: str, body: Expr) -> list[Statement] | None:
+    def _product(self, o: Op, name: str, body: Expr) -> tuple[Statement, ...] | None:
         """A sum of a product of two tiles as a `Dot`; factors free of the reduced dims are multiplied afterwards."""
         if o.monoid != "sum":
             return None
@@ -172,10 +202,7 @@ class Emitter(Starts):
             for r in rest:
                 scaled = call("mul", scaled, r)
             out.append(Map(name, scaled))
-        return out
-
-    def dtype_of(self, a: Access) -> str:
-        return next(t.dtype for t in self.tiles.values() if t.name == a.tensor)
+        return tuple(out)
 
     def _mask_operand(
         self, k: int, o: Op, guards: tuple[Expr, ...], masks: tuple[Expr, ...], identity: float, out: list[Statement]
@@ -217,24 +244,8 @@ class Emitter(Starts):
         else:
             made, body = None, Access(name, tuple(Var(d) for d in o.dims))
         fill = self._typed(value, o)
-        out.extend(self.guarded(tests, made, lambda test: Map(name, call("where", test, body, fill))))
-
-    def guarded(
-        self, tests: tuple[Expr, ...], plain: Statement | None, masked: Callable[[Expr], Statement]
-    ) -> list[Statement]:
-        """`plain` on tiles where the tests hold everywhere (None: nothing to do there), else `masked` by those that may
-        fail: what holds of the data is asked of a tile at once, before the rest is asked of its points."""
-        whole = () if plain is None else (plain,)
-        by_data = tuple(t for t in tests if reads(t))
-        rest = tuple(t for t in tests if t not in by_data)
-        out: tuple[Statement, ...] = (masked(_all(tests)),)
-        if by_data and rest and (known := self.full(by_data)) is not None:
-            out = (When(known, (masked(_all(rest)),), out, spare=True),)
-        if (full := self.full(tests)) is None:
-            return list(out)
-        if full == TRUE:
-            return list(whole)
-        return [When(full, whole, out, spare=True)]
+        out.extend(self.guarded(tests, (made,) if made else (), lambda tests: (
+            Map(name, call("where", every(tests), body, fill)),)))
 
     def _typed(self, value: Expr, o: Op) -> Expr:
         """A constant as the tile's dtype holds it."""
@@ -242,7 +253,7 @@ class Emitter(Starts):
             return self.read(value, o.phase)
         dtype = self.dtype[self.home[o.target]]
         return Const(
-            bool(value.value) if dtype == "bool" else int(value.value) if dtype == "i64" else float(value.value)
+            bool(value.value) if dtype == "bool" else integer(value.value) if dtype == "i64" else float(value.value)
         )
 
     def _store(self, o: Op) -> None:
@@ -362,9 +373,3 @@ class Emitter(Starts):
             )
 
         return keep(body)
-
-
-def _all(tests: tuple[Expr, ...]) -> Expr:
-    out = conjunction(tests)
-    assert out is not None
-    return out

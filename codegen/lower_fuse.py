@@ -10,7 +10,7 @@ from itertools import combinations, count
 
 from memcomp.codegen.lower_ops import LOOP, OLD, POST, PRE, GroupOps, Op, lane_last
 from memcomp.ir.counts import operations
-from memcomp.ir.expr import Access, Call, Expr, Var, conjunction, depth, reads, rebuild, substitute, variables
+from memcomp.ir.expr import Access, Call, Expr, Var, conjunction, depth, reads, rebuild, substitute, variables, walk
 from memcomp.ir.ops import MONOIDS, OPS
 
 DEEPEST = 40  # of a body: the text of kernels is Python, whose parser takes 200 brackets around each other
@@ -23,7 +23,9 @@ def compose(g: GroupOps, exact: Collection[str] = ()) -> None:
     """
     changed = True
     while changed:
-        changed = any(_inline(g, k) or (g.ops[k].target not in exact and _merge(g, k)) for k in range(len(g.ops)))
+        uses = _uses(g)
+        changed = any(_inline(g, k, uses) or (g.ops[k].target not in exact and _merge(g, k, uses))
+                      for k in range(len(g.ops)))
 
 
 def _uses(g: GroupOps) -> Counter[str]:
@@ -53,10 +55,10 @@ def is_product(o: Op) -> bool:
     return o.monoid == "sum" and len([p for p in factors(o.body) if reads(p) and variables(p) & set(o.over)]) > 1
 
 
-def _inline(g: GroupOps, k: int) -> bool:
+def _inline(g: GroupOps, k: int, uses: Counter[str]) -> bool:
     """The map at `k` moves into its only reader when that runs over the same points (nothing is computed twice)."""
     o = g.ops[k]
-    if o.monoid or not _private(g, o, _uses(g)):
+    if o.monoid or not _private(g, o, uses):
         return False
     for j in range(k + 1, len(g.ops)):
         user = g.ops[j]
@@ -83,7 +85,7 @@ def _inline(g: GroupOps, k: int) -> bool:
     return False
 
 
-def _merge(g: GroupOps, k: int) -> bool:
+def _merge(g: GroupOps, k: int, uses: Counter[str]) -> bool:
     """`x = r + rest` where r is a reduction of its own: write rest into x, then reduce into x.
 
     The reduction moves down to its reader; it reads nothing that is written in between but carried tiles, whose old
@@ -92,7 +94,7 @@ def _merge(g: GroupOps, k: int) -> bool:
     o = g.ops[k]
     if o.monoid or o.guards or not isinstance(o.body, Call):
         return False
-    parts, uses = addends(o.body, o.body.op), _uses(g)
+    parts = addends(o.body, o.body.op)
     for p in parts:
         j = next((i for i in range(k) if isinstance(p, Access) and g.ops[i].target == p.tensor), None)
         if j is None:
@@ -122,9 +124,10 @@ def _old(o: Op) -> Access:
     return Access(o.target + OLD, tuple(Var(d) for d in o.dims))
 
 
-def split_products(g: GroupOps) -> None:
+def split_products(g: GroupOps, dtype: dict[str, str]) -> None:
     """Sums of products get two operands that are elements: what is computed in a factor becomes a tile of its own,
-    before the loop where it does not move along it; of several factors those over the fewest dims go first."""
+    before the loop where it does not move along it; of several factors those over the fewest dims go first.  An integer
+    among reals is converted there.  dtype: of tiles and params."""
     for o in list(g.ops):
         if not is_product(o):
             continue
@@ -140,6 +143,10 @@ def split_products(g: GroupOps) -> None:
             parts = [both, *(p for k, p in enumerate(parts) if k not in (i, j))]
         if {*o.dims, *o.over} - dims[parts[0]] - dims[parts[1]]:
             continue
+        kinds = [kind(p, dtype) for p in parts]
+        if "real" in kinds:
+            parts = [p if k != "int" else Call("real", (p,)) for p, k in zip(parts, kinds, strict=True)]
+            dims |= {p: variables(p) & set(g.dims) for p in parts}
         at = next(k for k, x in enumerate(g.ops) if x is o)
         made: list[Expr] = []
         for n, p in enumerate(parts):
@@ -147,6 +154,8 @@ def split_products(g: GroupOps) -> None:
                 made.append(p)
                 continue
             own = tuple(d for d in lane_last(g.group, (*o.over, *o.dims)) if d in dims[p])
+            if own and own[-1] != (g.group.lane or "").lower():
+                own = _as_made(p, own)
             phase = o.phase if o.phase != LOOP or _moves(g, p) else PRE
             factor = Op(f"{o.target}_factor{n}", own, p, phase=phase)
             before = at if phase == o.phase else next(k for k, x in enumerate(g.ops) if x.phase > PRE)
@@ -157,6 +166,16 @@ def split_products(g: GroupOps) -> None:
         for p in (*made[1:], *rest):
             body = Call("mul", (body, p))
         g.ops[at] = replace(o, body=body)
+
+
+def _as_made(e: Expr, dims: tuple[str, ...]) -> tuple[str, ...]:
+    """The dims in the order in which what the expression reads has all of them."""
+    for a in walk(e):
+        if isinstance(a, Access):
+            found = dict.fromkeys(n.name for i in a.index for n in walk(i) if isinstance(n, Var))
+            if found.keys() >= set(dims):
+                return tuple(d for d in found if d in dims)
+    return dims
 
 
 def split_costly(g: GroupOps) -> None:

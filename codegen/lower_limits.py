@@ -109,9 +109,22 @@ class Limits(Tiles):
     def full(self, guards: Iterable[Expr]) -> Expr | None:
         """A scalar condition under which all `guards` (over tiles) hold at every point of the tile; None: unknown, or
         never the case."""
+        guards = tuple(guards)
+        if any(self.named(g, d.name) is not None for g in guards for d in self.g.dims.values() if d.capacity > 1):
+            return None  # it holds at one point
         parts = [self._everywhere(bounds.plainer(g, self.integers())) for g in guards]
         known = [p for p in parts if p is not None]
         return (conjunction([p for p in known if p != TRUE]) or TRUE) if len(known) == len(parts) else None
+
+    def named(self, g: Expr, dim: str) -> Expr | None:
+        """The one point of a dim at which an equality holds, which it says itself; None where it is of another kind."""
+        if not isinstance(g, Call) or g.op != "eq":
+            return None
+        terms = linear(Call("sub", g.args), integers=self.integers())
+        c = terms.pop(Var(dim), 0) if terms is not None else 0
+        if terms is None or abs(c) != 1 or any(t is not None and dim in variables(t) for t in terms):
+            return None
+        return bounds.total([bounds.scaled(t, -c * n) for t, n in terms.items()])
 
     def _everywhere(self, g: Expr) -> Expr | None:
         if isinstance(g, Const):

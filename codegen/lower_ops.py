@@ -14,7 +14,7 @@ from memcomp.codegen.lower_pieces import Sizes, normal, ragged_guards, stream
 from memcomp.codegen.lower_places import filled
 from memcomp.ir.cascade import Cascade, Einsum
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, rebuild, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, rebuild, variables, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.places import LEAST, Placed, explicit, order_of, placed, row_major
 from memcomp.ir.program import Group
@@ -61,8 +61,8 @@ class Op:
     def accesses(self) -> list[Access]:
         return [a for e in (self.body, *self.guards) for a in _accesses(e)]
 
-    def reads(self) -> set[str]:
-        return {a.tensor for a in self.accesses()}
+    def reads(self) -> frozenset[str]:
+        return reads(self.body).union(*map(reads, self.guards))
 
 
 @lru_cache(maxsize=4096)

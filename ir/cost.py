@@ -185,7 +185,7 @@ def compulsory(program: Program, sizes: Mapping[str, int]) -> float:
         if t.role == "temp":
             continue
         names = (t.name, t.name + "'")
-        read = [a for e in c.einsums for a in _reads(e) if a.tensor in names and t.role != "out"]
+        read = [a for e in c.einsums for a in e.accesses() if a.tensor in names and t.role != "out"]
         written = [o for e in c.einsums for o in e.outs if o.tensor in names]
         for accesses in (read, written):
             ways = {a.index for a in accesses}  # K[2*h] and K[2*h + 1] are different elements
@@ -225,11 +225,6 @@ def _idle(tasks: int, threads: int, alone: float) -> float:
     return (tasks - last + (last / min(1.0, alone * last) if last else 0.0)) / tasks
 
 
-def _reads(e: Einsum) -> list[Access]:
-    where = (e.body, *((e.guard,) if e.guard is not None else ()), *(i for o in e.outs for i in o.index))
-    return [a for x in where for a in walk(x) if isinstance(a, Access)]
-
-
 class _Nest:
     """A group as loops around tiles."""
 
@@ -237,7 +232,7 @@ class _Nest:
         self.c, self.n, self.group, self.einsums = c, n, g, einsums
         self.cut = {r.lower(): self._tile(size) for r, size in g.partition}
         written = {name for e in einsums for name in e.names}
-        elsewhere = {a.tensor for e in c.einsums if e not in einsums for a in _reads(e)}
+        elsewhere = {a.tensor for e in c.einsums if e not in einsums for a in e.accesses()}
         declared = {t.name + s for t in c.tensors if t.role in ("out", "state") for s in ("", "'")}
         # argument -> (variables, statements that touch it so); temporary -> variables
         self.outer: dict[str, dict[frozenset[str], int]] = {}
@@ -249,10 +244,10 @@ class _Nest:
         self.crossed: dict[tuple[Level, frozenset[str]], float] = {}
         self.points: list[tuple[Einsum, float]] = []
         for e in einsums:
-            self.readers.update({a.tensor for a in _reads(e)})
-            for a in _reads(e):
+            self.readers.update({a.tensor for a in e.accesses()})
+            for a in e.accesses():
                 self.places.setdefault((a.tensor, self._variables(a)), set()).add(a.index)
-            for name, vs in {(a.tensor, self._variables(a)) for a in _reads(e)}:
+            for name, vs in {(a.tensor, self._variables(a)) for a in e.accesses()}:
                 if name not in written:
                     self._touch(name, vs)
             for o in e.outs:
@@ -335,7 +330,7 @@ class _Nest:
                 own[name] = own.get(name, set()) | self._split(set(e.space())) & space
         asked = {name: set(has) for name, has in own.items()}
         grew = any(has != space for has in own.values())
-        edges = [(e.names, {*e.names, *(a.tensor for a in _reads(e))} & own.keys()) for e in reversed(self.einsums)]
+        edges = [(e.names, {*e.names, *(a.tensor for a in e.accesses())} & own.keys()) for e in reversed(self.einsums)]
         while grew:  # once back to front, and once more for each loop
             grew = False
             for names, from_ in edges:

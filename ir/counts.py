@@ -11,7 +11,7 @@ import numpy as np
 from memcomp.ir.cascade import Cascade, Einsum, Knob, Tensor
 from memcomp.ir.errors import InputError
 from memcomp.ir.evaluate import Block
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, reads, substitute, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, children, reads, substitute, symbols, variables
 from memcomp.ir.target import BYTES
 
 ARITHMETIC = frozenset({"add", "sub", "mul", "max", "min", "square", "relu", "floor", "round"})
@@ -73,15 +73,20 @@ class Sizes:
                     conds.remove(c)
                     group.append(c)
                     names |= variables(c)
-            sizes: dict[Expr, Expr] = {Size(r.name): Const(self(r.name)) for r in self.cascade.ranks
-                                       if any(Size(r.name) in walk(c) for c in group)}
-            axes = tuple((v, self(v.upper())) for v in sorted(names))
-            total *= fraction(tuple(substitute(c, sizes) for c in group), axes)
+            ranks = sorted(frozenset[str]().union(*map(symbols, group)) - names)
+            total *= _share(tuple(group), tuple((r, self(r)) for r in ranks),
+                            tuple((v, self(v.upper())) for v in sorted(names)))
         return total
 
 
 def _no_data(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     raise InputError(f"the cost depends on the values of {name!r}", hint="give the extent in sizes")
+
+
+@lru_cache(maxsize=4096)
+def _share(conds: tuple[Expr, ...], sizes: tuple[tuple[str, int], ...], axes: tuple[tuple[str, int], ...]) -> float:
+    known: dict[Expr, Expr] = {Size(r): Const(n) for r, n in sizes}
+    return fraction(tuple(substitute(c, known) for c in conds), axes)
 
 
 @lru_cache(maxsize=4096)
@@ -112,6 +117,7 @@ def _holds(block: Block, conds: tuple[Expr, ...]) -> int:
     return int(hold.sum())
 
 
+@lru_cache(maxsize=4096)
 def operations(e: Expr) -> tuple[int, int]:
     """(additions, multiplications, comparisons for max; transcendental functions and divisions) at one point.
 

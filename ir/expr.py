@@ -64,24 +64,39 @@ class Const(_Sugar):
         return type(self.value).__name__, repr(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Const) and self._key() == other._key()
+        return self is other or (type(other) is Const and hash(self) == hash(other) and self._key() == other._key())
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        try:
+            return self._hash
+        except AttributeError:
+            return keep(self, "_hash", hash(self._key()))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Var(_Sugar):
     """A rank variable (lower case); its rank is the same name in upper case; an integer."""
 
     name: str
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(other) is Var and self.name == other.name)
 
-@dataclass(frozen=True, slots=True)
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Size(_Sugar):
     """The extent of a rank (upper case); an integer."""
 
     rank: str
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(other) is Size and self.rank == other.rank)
+
+    def __hash__(self) -> int:
+        return hash(self.rank)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

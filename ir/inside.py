@@ -19,11 +19,13 @@ TRIES = 400  # goals looked at for one question
 
 
 class Facts:
-    """What is known to be at least 0.  integers: names of tensors and tiles that hold integers."""
+    """What is known to be at least 0.  integers: names of tensors and tiles that hold integers; said: what is known as
+    it was said, before divisions were taken apart."""
 
-    def __init__(self, integers: Collection[str], known: Iterable[Poly] = ()) -> None:
+    def __init__(self, integers: Collection[str], known: Iterable[Poly] = (), said: Iterable[Poly] = ()) -> None:
         self.integers = frozenset(integers)
         self.known: tuple[Poly, ...] = tuple(known)
+        self.said: tuple[Poly, ...] = tuple(said)
         self.left = 0
         self.failed: dict[frozenset[tuple[Mono, int]], int] = {}
 
@@ -35,11 +37,12 @@ class Facts:
 
     def where(self, cond: Expr) -> Facts:
         """With every comparison of integers that `cond` says holds."""
-        known = list(self.known)
+        known, said = list(self.known), list(self.said)
         for c in conjuncts(cond):
             if (p := self.difference(c)) is not None:
+                said.append(p)
                 known += [q for q in _consequences(p) if q not in known]
-        return Facts(self.integers, known)
+        return Facts(self.integers, known, said)
 
     def difference(self, c: Expr) -> Poly | None:
         """The polynomial that is at least 0 exactly where the comparison holds; None for other conditions."""
@@ -57,6 +60,8 @@ class Facts:
             p = self.difference(c)
             if p is None:
                 return False
+            if p in self.said:
+                continue
             self.left, self.failed = TRIES, {}
             if not self._follows(p, DEPTH):
                 return False

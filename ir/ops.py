@@ -15,6 +15,7 @@ import numpy as np
 
 from memcomp.ir.errors import OptionError, nearest
 from memcomp.ir.expr import Expr
+from memcomp.ir.rounding import round_to
 
 Order = Literal["inc", "dec", "sign", ""]
 INF = math.inf
@@ -80,6 +81,11 @@ def _div(a: Any, b: Any) -> Any:
 
 def _ceildiv(a: Any, b: Any) -> Any:
     return -(-np.asarray(a) // np.asarray(b))
+
+
+def _nearest(dtype: str) -> Callable[[Any], Any]:
+    """The nearest number of a format.  No algebra goes through it: what is rounded stays so in every kernel."""
+    return lambda x: round_to(np.asarray(x, np.float64), dtype)
 
 
 def _logical(f: Callable[[Any, Any], Any]) -> Callable[..., Any]:
@@ -151,8 +157,12 @@ _ROWS = (
     # conversions: to a stored format and back (the rounding is the meaning)
     Op("int", 1, lambda x: np.trunc(np.asarray(x, np.float64)).astype(np.int64), "", "int", monotone=("inc",)),
     Op("real", 1, lambda x: np.asarray(x).astype(np.float64), "", "real", monotone=("inc",), strict=True),
+    Op("as_f32", 1, _nearest("f32"), monotone=("inc",)),
+    Op("as_f16", 1, _nearest("f16"), monotone=("inc",)),
+    Op("as_bf16", 1, _nearest("bf16"), monotone=("inc",)),
 )
 OPS: dict[str, Op] = {row.name: row for row in _ROWS}
+ROUNDED = {"as_f32": "f32", "as_f16": "f16", "as_bf16": "bf16"}  # operator -> the format whose nearest number it gives
 COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 
 

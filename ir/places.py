@@ -8,6 +8,7 @@ order, a NaN before all others; of equal values the lower place comes first, so 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from memcomp.ir.cascade import Cascade, Einsum, Tensor, written_ranks
-from memcomp.ir.expr import Call, Expr, Size, Var, call
+from memcomp.ir.expr import Call, Const, Expr, Size, Var, call
+from memcomp.ir.ops import Monoid
 
 MARKS = ("at", "onto")
-LEAST = -(2**63) + 1  # of integers: where a list of them holds nothing
+LEAST, GREATEST = -(2**63), 2**63 - 1  # of integers: a list of them that holds nothing has LEAST at `tile.NOWHERE`
+
+
+def integer(x: float) -> int:
+    """A number as integers hold it; an infinity is the last of them."""
+    return int(x) if math.isfinite(x) else LEAST if x < 0 else GREATEST
+
+
+def whole(monoid: Monoid) -> Const:
+    """What a reduction of integers starts from."""
+    return Const(integer(monoid.identity))
 
 
 @dataclass(frozen=True, slots=True)

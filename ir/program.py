@@ -109,7 +109,8 @@ def close(program: Program, choices: dict[str, int]) -> Program:
 
 
 def finer(program: Program, least: int) -> Program:
-    """The program with smaller choices for every knob: half the smallest one and half of that, not below `least`."""
+    """The program with smaller choices for every knob: half the smallest one and half of that, not below `least`; and
+    for the sizes of parts that are no knobs, which become some."""
 
     def more(x: Expr | Knob | None) -> Expr | Knob | None:
         if not isinstance(x, Knob):
@@ -117,7 +118,13 @@ def finer(program: Program, least: int) -> Program:
         small = (n for part in (4, 2) if (n := min(x.choices) // part) >= least)
         return replace(x, choices=(*small, *x.choices))
 
-    return _sized(program, more)
+    def opened(g: Group) -> Group:
+        return replace(g, partition=tuple(
+            (r, Knob(f"{r.lower()}0_{g.name}", (x.value,)) if isinstance(x, Const) and isinstance(x.value, int) else x)
+            for r, x in g.partition))
+
+    groups = tuple(map(opened, program.mapping.groups))
+    return _sized(replace(program, mapping=replace(program.mapping, groups=groups)), more)
 
 
 def _sized(program: Program, to: Callable[[Expr | Knob | None], Expr | Knob | None]) -> Program:

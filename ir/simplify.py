@@ -85,6 +85,13 @@ def linear(expr: Expr, *, integers: Collection[str] = ()) -> dict[Expr | None, i
 
 def polynomial(expr: Expr, *, integers: Collection[str] = (), index: bool = False) -> Poly | None:
     """`expr` as a polynomial over its atoms (`ir.poly`); None where it is not known to be an integer."""
+    data = reads(expr)
+    found = _polynomial(expr, data if index else data.intersection(integers), index)
+    return None if found is None else dict(found)
+
+
+@lru_cache(maxsize=1 << 14)
+def _polynomial(expr: Expr, integers: frozenset[str], index: bool) -> Poly | None:
     ctx = _context(expr, NOTHING, integers, index)
     return ctx.poly(ctx.simplify(expr))
 

@@ -201,7 +201,8 @@ class TileProgram:
 class Kernel:
     """Emitted text.  `entry` is called as entry(*tensors, *sizes) in the order of `program.params` and
     `program.sizes`; work params included.  Text until built.  isa: the instruction set the text is written for, where
-    the backend knows several.  scratch: bytes that one thread holds in buffers of its own while it runs."""
+    the backend knows several.  scratch: bytes that one thread holds in buffers of its own while it runs.  runs: how
+    many of the program's kernels each launch does, one after another; one each where it is empty."""
 
     name: str
     backend: str
@@ -210,6 +211,12 @@ class Kernel:
     program: TileProgram = field(repr=False)
     isa: str = ""
     scratch: int = 0
+    runs: tuple[int, ...] = ()
+
+    @property
+    def launches(self) -> int:
+        """Launches of a call."""
+        return len(self.runs or self.program.kernels)
 
 
 def statements(body: tuple[Statement, ...]) -> Iterator[Statement]:

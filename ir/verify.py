@@ -227,7 +227,8 @@ class _Statements:
             body = kind_of(s.body, dtype)
             kinds_of_places(s, dtype, self.fail)
         except KindError as fault:
-            self.fail(fault.what, fault.where, fault.hint)
+            read = next((n for e in _parts(s) for n in walk(e) if show_expr(n) == fault.where), None)
+            self.fail(fault.what, fault.where, (self.declare(read, "i64") if read is not None else "") or fault.hint)
         if s.reduce and s.reduce.monoid in ("and", "or") and body != "bool":
             self.fail(f"{s.reduce.monoid!r} reduces conditions", s.body, "compare it: x != 0")
         for o in s.outs:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import product
 
 from memcomp.ir.cascade import Einsum
 from memcomp.ir.counts import Sizes, fraction
-from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, substitute, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, reads, substitute, symbols, variables, walk
+from memcomp.ir.poly import spell
 from memcomp.ir.simplify import linear
 
 
@@ -23,7 +25,7 @@ class Visits:
 
     def __init__(self, n: Sizes, einsums: Sequence[Einsum], loops: Sequence[str], steps: set[str],
                  cut: dict[str, int], extent: Callable[[str], int]) -> None:
-        self.n, self.loops, self.steps, self.cut, self.extent = n, set(loops), steps, cut, extent
+        self.n, self.loops, self.steps, self.cut, self.extent = n, frozenset(loops), steps, cut, extent
         self.guards = self._guards(einsums)
         sums = [self.guards[e.names[0]] for e in einsums if e.reduce is not None and e.names[0] in self.guards]
         self.common = _in_all(sums)
@@ -32,27 +34,20 @@ class Visits:
         """Points of a statement that are visited; of one outside the steps those that its guard leaves."""
         if e.names[0] not in self.guards:
             return self.n.live(e)
-        conds = self._conditions(self.common | self.guards[e.names[0]], set(e.space()) - self.cut.keys())
-        return self.n.points(e.space()) * self._share(conds)
+        own = frozenset(e.space()).difference(self.cut)
+        return self.n.points(e.space()) * self._share(self.common | self.guards[e.names[0]], own)
 
     def share(self) -> float:
         """The share of the steps that are made."""
-        return self._share(self._conditions(self.common, set()))
+        return self._share(self.common, frozenset())
 
-    def _conditions(self, conds: Iterable[Expr], own: set[str]) -> list[Expr]:
-        """The same over loops and the variables in `own`: may it hold somewhere in the other dims of the tile?"""
-        tests = list[Expr]()
-        for c in sorted((self._tiled(c, own) for c in conds), key=str):
-            inside = sorted(variables(c) - self.loops - own)
-            corners = product(*((0, self.extent(v) - 1) for v in inside))
-            some: list[Expr] = [substitute(c, {Var(v): Const(x) for v, x in zip(inside, at, strict=True)})
-                                for at in corners]
-            tests.append(some[0] if len(some) == 1 else call("or", *some))
-        return tests
-
-    def _share(self, conds: list[Expr]) -> float:
-        names = sorted({v for c in conds for v in variables(c)})
-        return fraction(tuple(conds), tuple((v, self.extent(v)) for v in names)) if conds else 1.0
+    def _share(self, conds: frozenset[Expr], own: frozenset[str]) -> float:
+        names = sorted(frozenset[str]().union(*map(symbols, conds)))
+        cut = tuple((v, self.cut[v]) for v in names if v in self.cut)
+        parts = {v: self.extent(v) for name in names if name == name.lower()
+                 for v in ((name + "1", name + "0") if name in self.cut and name not in own else (name,))}
+        return _share(conds, own, self.loops.intersection(parts), cut, tuple(parts.items()),
+                      tuple((r, self.n(r)) for r in names if r != r.lower()))
 
     def _guards(self, einsums: Sequence[Einsum]) -> dict[str, frozenset[Expr]]:
         """Of each statement in a step what holds wherever it is needed: its own guard, and that of all its readers."""
@@ -73,11 +68,22 @@ class Visits:
     def _split(self, names: set[str]) -> set[str]:
         return {part for v in names for part in ((v + "1", v + "0") if v in self.cut else (v,))}
 
-    def _tiled(self, c: Expr, whole: set[str]) -> Expr:
-        known: dict[Expr, Expr] = {x: Const(self.n(x.rank)) for x in walk(c) if isinstance(x, Size)}
-        parts: dict[Expr, Expr] = {Var(v): Var(v + "1") * size + Var(v + "0") for v, size in self.cut.items()
-                                   if v not in whole}
-        return substitute(substitute(c, known), parts)
+
+@lru_cache(maxsize=4096)
+def _share(conds: frozenset[Expr], own: frozenset[str], loops: frozenset[str], cut: tuple[tuple[str, int], ...],
+           extents: tuple[tuple[str, int], ...], sizes: tuple[tuple[str, int], ...]) -> float:
+    """The share of the points of loops and the variables in `own` where all conditions may hold somewhere in the other
+    dims of the tile.  extents: of the variables of the conditions, cut or not; sizes: of ranks."""
+    known: dict[Expr, Expr] = {Size(r): Const(n) for r, n in sizes}
+    parts: dict[Expr, Expr] = {Var(v): Var(v + "1") * size + Var(v + "0") for v, size in cut if v not in own}
+    last, tests = {v: n - 1 for v, n in extents}, list[Expr]()
+    for c in sorted((substitute(substitute(c, known), parts) for c in conds), key=spell):
+        inside = sorted(variables(c) - loops - own)
+        some: list[Expr] = [substitute(c, {Var(v): Const(x) for v, x in zip(inside, at, strict=True)})
+                            for at in product(*((0, last[v]) for v in inside))]
+        tests.append(some[0] if len(some) == 1 else call("or", *some))
+    names = {v for c in tests for v in variables(c)}
+    return fraction(tuple(tests), tuple(sorted((v, n) for v, n in extents if v in names))) if tests else 1.0
 
 
 def _in_all(sets: Sequence[frozenset[Expr]]) -> frozenset[Expr]:

@@ -190,7 +190,7 @@ def _install_region(gm: fx.GraphModule, region: Region,
         entry = make_entry(key, region.program, compiled.tiles, compiled.entry, region.out_order, symbols, recompute,
                            min(here, default=there))
         tests = tuple(runtime.Check(at, function([size]), x.wraps, x.ignored) for at, size, x in named)
-        runtime.register(replace(entry, checks=tests, checked=len(checked)))
+        runtime.register(replace(entry, checks=tests, checked=len(checked), launches=compiled.kernel.launches))
     outs = replace_region(gm, region, key, kept, checked)
     runtime.count_region(compiled.digest)
     return compiled, outs
@@ -214,7 +214,7 @@ def _reuse(one: Installed, made: Mapping[fx.Node, fx.Node], settings: Config) ->
         entry, symbols = runtime.entry(key), [name for name, _ in region.sizes]
         same = make_entry(new, region.program, tiles, build(kernel, settings), region.out_order, symbols, None,
                            example(region.inputs[0]).device.type)
-        runtime.register(replace(same, checks=entry.checks, checked=entry.checked))
+        runtime.register(replace(same, checks=entry.checks, checked=entry.checked, launches=kernel.launches))
     overwrite(call, out, at, new)
 
 

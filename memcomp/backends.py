@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
 from pkgutil import iter_modules
@@ -18,6 +18,8 @@ from memcomp.stations import Observer
 if TYPE_CHECKING:
     from memcomp.ir.target import Target
     from memcomp.pipeline import Compiled
+
+SPILLS = 2.0  # of strain: from there on registers do not suffice
 
 
 def backends() -> list[str]:
@@ -35,6 +37,17 @@ def backends_for(device: str) -> list[str]:
             if codegen(name).DEVICE == device:
                 found.append(name)
     return found
+
+
+def unfit(backend: str, machine: str) -> tuple[str, str]:
+    """Why a backend has no kernels for a machine ("" where it has), and which backends have."""
+    from memcomp.ir.target import target
+
+    def why(name: str) -> str:
+        return str(codegen(name).unfit(target(machine)))
+
+    said = why(backend)
+    return said, f"for {machine}: {', '.join(b for b in backends() if not why(b))}" if said else ""
 
 
 def backend_of(config: Config) -> str:
@@ -75,6 +88,18 @@ def _emitted(tiles: TileProgram, backend: str, config: Config, setting: str) -> 
 def _settings(module: Any, tiles: TileProgram, machine: Target) -> dict[str, Any]:
     """What a backend can be told of how to write a kernel, by words; "" is its own choice."""
     return dict(module.options(tiles, machine)) if hasattr(module, "options") else {"": {}}
+
+
+def preferred(closed: Program, sizes: Mapping[str, int], config: Config) -> str:
+    """Of `ways`, the setting that the backend takes by itself at these sizes; "" where it has no say."""
+    from memcomp.codegen.lower import lower
+    from memcomp.ir.target import target
+
+    said = getattr(codegen(backend_of(config)), "preferred", None)
+    if said is not None:
+        with suppress(Refusal):  # what cannot be written is told by who writes it
+            return str(said(lower(closed), target(config.target), sizes))
+    return ""
 
 
 def writers(config: Config) -> tuple[str, ...]:

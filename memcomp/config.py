@@ -78,9 +78,13 @@ def config(options: Mapping[str, Any] | None = None) -> Config:
 
         target(given["target"])  # raises OptionError listing what is known
     if given.get("backend", "") != "":
-        from memcomp.backends import backends
+        from memcomp.backends import backends, unfit
 
         _choice(given, "backend", tuple(backends()))
+        machine = given.get("target", Config().target)
+        why, others = unfit(given["backend"], machine)
+        if why:
+            raise OptionError(f"the backend {given['backend']} has no kernels for {machine}", why, others)
     given["dump"] = _stations(given.get("dump", ()))
     return Config(**given)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from memcomp.backends import device_of, least_tile, lowers, strain, ways
+from memcomp.backends import SPILLS, device_of, least_tile, lowers, preferred, strain, ways
 from memcomp.cache import CacheWarning, Choice, Entry, Layers, environment, layers, present
 from memcomp.choice import TIE, alternatives, seconds
 from memcomp.config import Config
@@ -44,10 +44,10 @@ def opened(program: Program, names: tuple[str, ...], read: Program, sizes: Mappi
         mapped = rewrite(program, observe=lambda *x: seen.append(x), names=names, options={"reduce_passes": options})
         extents = shape_sizes(read, mapped, sizes)
         values, badly = _fitting(mapped, extents, fit)
-        if badly == math.inf and (least := least_tile(config)):
+        if badly >= SPILLS and (least := least_tile(config)):
             smaller = finer(mapped, least)
-            found, badly = _fitting(smaller, extents, fit)
-            if badly < math.inf:
+            found, less = _fitting(smaller, extents, fit)
+            if less < badly:
                 mapped, values = smaller, found
         return Opened(mapped, values, close(mapped, values), seen, extents)
 
@@ -70,8 +70,8 @@ def opened(program: Program, names: tuple[str, ...], read: Program, sizes: Mappi
 
 def _fitting(mapped: Program, extents: Mapping[str, int],
              fit: Callable[[Program], float] | None) -> tuple[dict[str, int], float]:
-    """The cost model's values for the knobs, and how badly they fit: 0 where nobody can tell or there is no choice."""
-    least = 0.0 if fit is None or not knobs(mapped) else math.inf
+    """The cost model's values for the knobs, and how badly they fit: 0 where nobody can tell."""
+    least = 0.0 if fit is None else math.inf
 
     def noted(closed: Program) -> float:
         nonlocal least
@@ -81,6 +81,8 @@ def _fitting(mapped: Program, extents: Mapping[str, int],
         return found
 
     values = modelled(mapped, extents, noted if fit is not None else None)
+    if fit is not None and not knobs(mapped):
+        noted(mapped)
     return values, least
 
 
@@ -104,16 +106,17 @@ def closed_form(program: Program, names: tuple[str, ...], read: Program, sizes: 
     forms, words, space = opened(program, names, read, sizes, config, observe)
     made = by_measurement(program, named, read, sizes, space, config) if names else None
     if made is None:
-        made = by_model(forms, words, space, strain(config) or lowers)
+        made = by_model(forms, words, space, config)
     for station, value in (*forms[made.choice.form].seen, ("tune", made.program)):
         observe(station, value)
     steady(made.program)
     return made
 
 
-def by_model(forms: Mapping[str, Opened], words: str, space: Space, fit: Callable[[Program], float]) -> Closed:
-    """The cost model's choice; of forms between which it sees no difference the first that the machine can run."""
-    spent = {words: 0.0}
+def by_model(forms: Mapping[str, Opened], words: str, space: Space, config: Config) -> Closed:
+    """The cost model's choice; of forms between which it sees no difference the first that the machine can run.  The
+    backend says which of its settings it takes then."""
+    spent, fit = {words: 0.0}, strain(config) or lowers
     if len(forms) > 1:  # what has no rival needs no figure
         spent = {what: seconds(f.closed, f.extents) for what, f in forms.items()}
 
@@ -129,7 +132,9 @@ def by_model(forms: Mapping[str, Opened], words: str, space: Space, fit: Callabl
         told = ", not ".join(f"{what}, {spent[what]:.3g} s" for what in (chosen, *(x for x in forms if x != chosen)))
         at = ", ".join(f"{r}={n}" for r, n in f.extents.items())
         closed = replace(closed, proofs=(*closed.proofs, f"by cost{' at ' * bool(at)}{at}: {told}"))
-    return Closed(closed, space.choice(chosen, f.values), space)
+    if setting := preferred(f.closed, f.extents, config):
+        closed = replace(closed, proofs=(*closed.proofs, f"by cost: {setting}"))
+    return Closed(closed, replace(space.choice(chosen, f.values), setting=setting), space)
 
 
 def by_measurement(general: Program, named: tuple[str, ...], read: Program, sizes: Mapping[str, int], space: Space,

@@ -22,10 +22,10 @@ from typing import Any
 
 from memcomp.ir.errors import InputError, MemcompError, OptionError, nearest
 from memcomp.ir.program import Program
-from memcomp.signature import NOTHING, Asked, Dim, filled, marked, parameters, positional
+from memcomp.signature import NOTHING, Asked, Dim, by_position, filled, marked, parameters, positional
 
-FORMS = ("module:factory or file.py:factory, with --input also :function, model.pt2, config.json or its directory, "
-         "program.mc, or - for a .mc program on stdin")
+FORMS = ("module:factory or file.py:factory, with --input also :function, :name@function of a Relax module, model.pt2, "
+         "config.json or its directory, program.mc, or - for a .mc program on stdin")
 
 LOGGERS = ("torch._guards", "torch._subclasses.fake_tensor")  # tell at length of what is raised as well
 
@@ -129,21 +129,22 @@ def _of_file(file: Path) -> Any:
 
 
 def _factory(spec: str, ask: Asked) -> Function:
-    module_name, _, name = spec.rpartition(":")
+    module_name, _, named_there = spec.rpartition(":")
+    name, at, chosen = named_there.partition("@")  # of a Relax module's functions
     module = _module(module_name)
     if not hasattr(module, name):
         raise InputError(f"{module_name} has no {name!r}", hint=nearest(name, [n for n in vars(module) if n[0] != "_"]))
     named = getattr(module, name)
     if _is_relax(named):
-        return _relax(spec, named, ask)
+        return _relax(spec, named, ask, chosen)
     if not callable(named):
         raise InputError(f"{spec} is not a function", f"it is {type(named).__name__}",
                          "name a function that returns (callable, example inputs)")
-    if ask.inputs and _is_meant(named, ask):
+    if ask.inputs and not at and _is_meant(named, ask):
         if ask.arguments:
             raise OptionError(f"--arg is for what makes a function, and {spec} has the inputs itself",
                               hint="give all of its inputs with --input")
-        return Function(named, *filled(named, (), ask))
+        return _filled(named, (), ask)
     arguments = {k: _value(spec, named, k, v) for k, v in ask.arguments.items()}
     try:
         made = named(**arguments)
@@ -153,15 +154,23 @@ def _factory(spec: str, ask: Asked) -> Function:
                      " a function itself needs --input for its inputs; "
                      f'python -c "from {module.__name__} import {name}; {name}({said})" shows it whole') from error
     if _is_relax(made):
-        return _relax(spec, made, ask)
+        return _relax(spec, made, ask, chosen)
+    if at:
+        raise InputError(f"{module_name}:{name} is no Relax module, and has no functions to choose from",
+                         hint=f"drop @{chosen}")
     if callable(made) and ask.inputs:
-        return Function(made, *filled(made, (), ask))
+        return _filled(made, (), ask)
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, list))):
         raise InputError(f"{spec} did not return (callable, example inputs)", f"it returned {type(made).__name__}",
                          "e.g. return model, (tokens,); or give the inputs of what it returns with --input")
     if not (ask.inputs or ask.dynamic):  # what a callable makes of its inputs is its own affair
-        return Function(made[0], tuple(made[1]))
-    return Function(made[0], *filled(made[0], tuple(made[1]), ask))
+        return Function(by_position(made[0]), tuple(made[1]))
+    return _filled(made[0], tuple(made[1]), ask)
+
+
+def _filled(fn: Callable[..., Any], examples: tuple[Any, ...], ask: Asked) -> Function:
+    fn = by_position(fn)
+    return Function(fn, *filled(fn, examples, ask))
 
 
 def _is_relax(x: Any) -> bool:
@@ -169,13 +178,13 @@ def _is_relax(x: Any) -> bool:
     return "tvm" in sys.modules and isinstance(x, sys.modules["tvm"].IRModule)
 
 
-def _relax(spec: str, module: Any, ask: Asked) -> Function:
+def _relax(spec: str, module: Any, ask: Asked, name: str) -> Function:
     from memcomp.capture.relax.whole import function
 
     if ask.inputs or ask.dynamic:
         raise OptionError(f"{spec} says itself what its inputs are, and which of their extents are open",
                           hint="a symbolic size of the Relax function is open")
-    return Function(*function(module))
+    return Function(*function(module, name))
 
 
 def _is_meant(named: Callable[..., Any], ask: Asked) -> bool:

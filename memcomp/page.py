@@ -91,7 +91,7 @@ def _facts(t: _Story) -> str:
     before = max((n for (_, rank), n in passes(t.read).items() if rank == t.rank), default=0)
     ratio = t.spent.traffic / t.spent.compulsory if t.spent.compulsory else 1.0
     facts = [(f"passes over {t.rank}", f"{before} → {after}" if before != after else str(after)),
-             ("kernels launched", str(len(t.tiles.kernels))),
+             ("kernels launched", str(t.kernel.launches)),
              ("traffic over compulsory", f"{ratio:.2f}×"), ("time by the model", _time(t.spent.seconds)),
              *((f"{u.name} busy", f"{u.utilisation:.1%}") for u in t.spent.units)]
     return '<dl class="facts">' + "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd></div>"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from memcomp.backends import build, emit, lowers, strain
+from memcomp.backends import build, emit
 from memcomp.cache import Choice
 from memcomp.config import Config
 from memcomp.forms import Opened, by_model, closed_form, opened, stores
@@ -114,7 +114,7 @@ class Tunable:
     @property
     def modelled(self) -> Choice:
         """The cost model's choice."""
-        return by_model(self.forms, self.plain, self.space, strain(self.config) or lowers).choice
+        return by_model(self.forms, self.plain, self.space, self.config).choice
 
     def compiled(self, choice: Choice) -> Compiled:
         """The kernel of a member of the space, built.  Raises Refusal where it has none, OptionError for no member."""

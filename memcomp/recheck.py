@@ -14,10 +14,10 @@ import numpy as np
 from memcomp.ir.cascade import Einsum, Tensor, extent_of
 from memcomp.ir.counts import Sizes
 from memcomp.ir.errors import InputError, Refusal
-from memcomp.ir.expr import Access, Call, Expr, Size, reads, walk
+from memcomp.ir.expr import Access, Call, Expr, Size, children, reads, walk
 from memcomp.ir.interpret import interpret
 from memcomp.ir.kinds import kind_of, kind_of_dtype
-from memcomp.ir.ops import COMPARISONS
+from memcomp.ir.ops import COMPARISONS, ROUNDED
 from memcomp.ir.program import Program
 from memcomp.ir.show import show_expr
 
@@ -137,9 +137,19 @@ def steady(closed: Program) -> None:
             made = behind(other)
             if not chosen or not made or isinstance(other, Access):
                 continue
-            used = {n.op for e in (other, *(e.body for e in made.values() if e.reduce is None)) for n in walk(e)
-                    if isinstance(n, Call)}
+            used = {o for e in (other, *(e.body for e in made.values() if e.reduce is None)) for o in _fusible(e)}
             if used & PRODUCTS and used & SUMS:
                 raise Refusal(f"{show_expr(other)} is made anew to be compared with the best of such numbers, "
                               f"{', '.join(sorted(chosen))}, and may be rounded otherwise", closed.name,
                               "compare before numbers are added and multiplied, where their order is the same")
+
+
+def _fusible(e: Expr) -> frozenset[str]:
+    """The operators of a value, without those of integers and those that are rounded one by one: nothing is fused with
+    them."""
+    if isinstance(e, Access) or isinstance(e, Call) and e.op == "real":
+        return frozenset()
+    below = frozenset[str]().union(*map(_fusible, children(e)))
+    if isinstance(e, Call) and e.op in ROUNDED and not (below & PRODUCTS and below & SUMS):
+        return frozenset()
+    return below | {e.op} if isinstance(e, Call) else below

@@ -35,16 +35,16 @@ def FuseRegions(target: str = "cpu", *, sizes: Mapping[str, int] | None = None, 
 
     target: a CPU of `memcomp targets`, which the module is run on.  sizes: what symbolic sizes are taken for where ways
     of computing are compared, by name.  options: the fields of `Config` that choose kernels.
-    Regions are found in dataflow blocks.  What cannot be compiled stays with TVM, with a warning, or with `strict`
-    raises its Refusal.  Raises OptionError for a wrong option.
+    Regions are found in dataflow blocks, and in what `ConvertToDataflow` makes one of: pure bindings without a branch
+    in between.  What cannot be compiled stays with TVM, with a warning, or with `strict` raises its Refusal.  Raises
+    OptionError for a wrong option.
     """
     import tvm
 
     from memcomp.backends import backend_of
-    from memcomp.ir.target import target as machine
 
     settings = config({**options, "target": target})
-    if {backend_of(settings), machine(settings.target).backend} != {"tvm"}:
+    if backend_of(settings) != "tvm":
         raise OptionError(f"target {target} has kernels that TVM does not call", hint="a CPU, e.g. FuseRegions('cpu')")
 
     for error in (Refusal, VerifyError):
@@ -58,11 +58,14 @@ def FuseRegions(target: str = "cpu", *, sizes: Mapping[str, int] | None = None, 
 
 def fused(module: Any, settings: Config, sizes: Mapping[str, int]) -> Any:
     """The module with calls of kernels; itself where there are none."""
+    from tvm import relax
+
     from memcomp.capture.relax import functions
     from memcomp.codegen.tvm import linked
 
     kernels: dict[str, Kernel] = {}
-    changed = {name: made for name, f in functions(module) if (made := _function(f, settings, sizes, kernels)) is not f}
+    joined = relax.transform.ConvertToDataflow(1)(module)  # blocks with nothing but pure bindings between them are one
+    changed = {name: made for name, f in functions(joined) if (made := _function(f, settings, sizes, kernels)) is not f}
     if not kernels:
         return module
     made = module.clone()
@@ -101,12 +104,16 @@ def _block(function: Any, block: Any, settings: Config, sizes: Mapping[str, int]
     from memcomp.backend import boundary, smaller
     from memcomp.capture.find import find_regions
     from memcomp.capture.relax import read
+    from memcomp.capture.relax.table import ROWS
+    from memcomp.runtime import fall_back
 
     bindings = list(block.bindings)
     seen = [b.var for b in bindings if not isinstance(b.var, relax.DataflowVar)]  # behind the block
     calls: list[_Call] = []
     with boundary("a dataflow block", settings, keeper="TVM"):
         graph = read(function, bindings, seen, sizes)
+        for left in (x for x in graph.left if x.where in ROWS):  # what has no row is nobody's expectation
+            fall_back(left.where, left.why, "TVM")
         regions, refused = smaller(graph.gm, *find_regions(graph.gm, settings.chains), settings)
         for r in (r for r in refused if not r.chain):
             with boundary(r.where, settings, keeper="TVM"):

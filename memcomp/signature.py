@@ -135,13 +135,43 @@ def positional(fn: Callable[..., Any], count: int) -> tuple[str, ...]:
     return tuple(names[i] if i < len(names) else str(i) for i in range(count))
 
 
+def by_position(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with those of its parameters last, and by position, that are given by keyword only; itself where it
+    has none.  InputError where any number of others stands before them."""
+    given = parameters(fn)
+    only = [p.name for p in given if p.kind == p.KEYWORD_ONLY]
+    if not only:
+        return fn
+    if any(p.kind == p.VAR_POSITIONAL for p in given):
+        if needed := [p.name for p in given if p.name in only and p.default is p.empty]:
+            raise InputError(f"{', '.join(needed)} can be given by keyword only, after any number of inputs",
+                             hint="give the others names, too")
+        return fn
+    head = [p for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+    def call(*args: Any) -> Any:
+        return fn(*args[:len(head)], **dict(zip(only, args[len(head):], strict=False)))
+
+    call.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
+        p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in given if p in head or p.name in only],
+        __validate_parameters__=False)  # one without a default may come after one that has one
+    call.__name__ = getattr(fn, "__name__", type(fn).__name__)
+    if not hasattr(fn, "parameters"):
+        return call
+    import torch
+
+    made = torch.nn.Module()  # keeps the tensors of a module where they are found
+    made.fn, made.forward = fn, call  # type: ignore[assignment]
+    return made.train(fn.training)  # type: ignore[attr-defined]
+
+
 def filled(fn: Callable[..., Any], examples: Sequence[Any], ask: Asked
            ) -> tuple[tuple[Any, ...], tuple[dict[int, Dim], ...]]:
     """The inputs to call `fn` with, and which of their extents are open, by dim.
 
     examples: what stands where nothing is said.  Raises OptionError where what is said does not fit `fn`.
     """
-    given, places = parameters(fn), _Places(fn, len(examples))
+    places = _Places(fn, len(examples))
     ranges = _ranges(ask)
     extents: dict[str, int] = {}
     for name in (d for s in ask.inputs.values() for d in s.shape if isinstance(d, str)):
@@ -152,8 +182,7 @@ def filled(fn: Callable[..., Any], examples: Sequence[Any], ask: Asked
         at = places.of(name)
         shape = [d if isinstance(d, int) else extents[d] for d in spec.shape]
         values[at], shapes[at] = _tensor(name, spec.dtype, shape, values.get(at)), spec.shape
-    needed = sum(p.default is p.empty for p in given if p.name in places.names)
-    for at in range(max(*values, -1, needed - 1) + 1):
+    for at in range(max(*values, -1, places.needed - 1) + 1):
         if at not in values:
             values[at] = places.default(at)
     dims: list[dict[int, Dim]] = [
@@ -178,6 +207,7 @@ class _Places:
         given = parameters(fn)
         named = [p for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.names, self._defaults = [p.name for p in named], [p.default for p in named]
+        self.needed = max((at + 1 for at, p in enumerate(named) if p.default is p.empty), default=0)
         more = not given or any(p.kind == p.VAR_POSITIONAL for p in given)
         self._most = 1000 if more else max(len(named), examples)
 

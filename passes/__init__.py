@@ -1,3 +1,4 @@
 """Rewrites: Program -> Program, one public function per file, in the order of `PIPELINE`."""
 
-PIPELINE = ("reroll", "canonicalize", "specialize", "generalize", "reduce_passes", "spell_places", "fuse", "partition")
+PIPELINE = ("reroll", "canonicalize", "specialize", "generalize", "fold", "reduce_passes", "spell_places", "fuse",
+            "partition")

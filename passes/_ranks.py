@@ -123,7 +123,7 @@ def split(c: Cascade) -> Cascade:
     for r in c.ranks:
         k = _divisor(c, r)
         if k is not None:
-            return _split(c, r, k)
+            return split_by(c, r, k)
     return c
 
 
@@ -183,7 +183,8 @@ def _reduced(c: Cascade, tensor: str) -> bool:
     return False
 
 
-def _split(c: Cascade, r: Rank, k: int) -> Cascade:
+def split_by(c: Cascade, r: Rank, k: int) -> Cascade:
+    """The rank H as J and G with h = j*k + g; k divides its extent."""
     assert r.extent is not None and not isinstance(r.extent, Knob)
     many = simplify(Call("floordiv", (r.extent, Const(k))))
     outer = _known(c, r, Call("floordiv", (Var(r.var), Const(k))), many, "J", set())

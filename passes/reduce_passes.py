@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from memcomp.ir.cascade import Knob, extent_of
 from memcomp.ir.errors import OptionError, nearest
 from memcomp.ir.program import Program
@@ -82,7 +84,9 @@ def _tiles(program: Program) -> tuple[int, ...]:
     spaces = [set(e.space()) for e in c.einsums if e.reduce]
     features = {v for s in spaces for v in s if any(v not in other for other in spaces)}
     widest = max((extent_of(c, v.upper()) or 1 for v in features if not c.rank(v.upper()).iterative), default=1)
-    sizes = {max(8, min(n, _MOST * n // 128 // widest)) for n in (32, 64, 128)}
+    beside = max((math.prod(n for n in known if n) for e in c.einsums if e.reduce for known in [
+        [extent_of(c, v.upper()) for v in e.reduce.over]] if None in known), default=1)  # walked with a long rank
+    sizes = {max(-(-8 // beside), min(n, _MOST * n // 128 // widest) // beside) for n in (32, 64, 128)}
     if program.target and target(program.target).levels[0].addressed:  # registers that tiles fill as powers of two
-        sizes = {max(16, 1 << (n.bit_length() - 1)) for n in sizes}
+        sizes = {max(-(-16 // beside), 1 << (n.bit_length() - 1)) for n in sizes}
     return tuple(sorted(sizes))

@@ -1,5 +1,6 @@
 """What every test stands on: no hub, no threads fighting for two cores, a compile cache of its own."""
 
+import gc
 import os
 import signal
 import sys
@@ -60,6 +61,13 @@ def no_grad() -> Iterator[None]:
         yield
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What all modules hold by now stays: the collector need not walk through torch again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     # `import ir` would make a second copy of every module of memcomp.ir
     twice = {"ir", "passes", "codegen"} & set(sys.modules)
@@ -71,3 +79,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("random", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+@pytest.fixture(scope="session")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The Python of a fresh environment that holds nothing but memcomp and its extra `runtime`."""
+    import shutil
+    import subprocess
+    import sys
+    import tomllib
+    from pathlib import Path
+
+    root, place = Path(__file__).resolve().parent.parent, tmp_path_factory.mktemp("runtime")
+    needs = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["runtime"]
+    subprocess.run([sys.executable, "-m", "venv", str(place / "venv")], check=True)
+    python = str(place / "venv" / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", str(root / "constraints.txt"), *needs], check=True)
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "tests", "benchmarks", "docs")
+    shutil.copytree(root, place / "copy", symlinks=True, ignore=ignored)  # building leaves its traces
+    subprocess.run([*pip, "--no-deps", str(place / "copy")], check=True)
+    return python

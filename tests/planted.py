@@ -12,7 +12,7 @@ from typing import Any
 from memcomp.cache import Choice
 from memcomp.pipeline import Compiled
 from memcomp.tune.tasks import Tasks, _Work
-from memcomp.workers import Answer, Job, answered
+from memcomp.workers import OK, Answer, Job, answered
 
 
 class Work(_Work):
@@ -52,6 +52,24 @@ class Planted(Tasks):
             self._work = Work(given)
             self._work.how = self.how  # type: ignore[attr-defined]
         return answered(lambda: getattr(self._work, job.do)(*rest))
+
+
+class Quick:
+    """Says of every candidate at once that it is right: for what becomes of processes, whatever they do.  model: the
+    only one that does not end its process."""
+
+    def __init__(self, model: Choice | None = None) -> None:
+        self.model = model
+
+    def answer(self, job: Job) -> Answer:
+        _, *rest = job.given
+        if job.do == "attempt":
+            time.sleep(0.2)
+            if self.model not in (None, rest[0]):
+                os._exit(7)
+        count = len(rest[0]) if job.do == "race" else 0
+        return Answer(OK, told={"error": 0.1, "bound": 1.0, "seconds": 1e-3, "rounds": 9, "medians": [1e-3] * count,
+                                "spreads": [0.0] * count})
 
 
 class Timed(Tasks):

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from torch import Tensor
 
 import memcomp
 from memcomp.ir.errors import OptionError
+from memcomp.ir.target import target as machine
+from memcomp.ir.target import targets
+from memcomp.ir.text import parse
+from memcomp.pipeline import map_program
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -184,6 +188,31 @@ def test_options_are_taken_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config({"cache_dir": Path("x"), "rest_options": {"b": 1, "a": 2}, "dump": "capture, fuse"}) == Config(
         cache_dir="x", rest_options=(("a", 2), ("b", 1)), dump=("capture", "fuse"))
     assert config({f.name: getattr(Config(), f.name) for f in fields(Config)} | {"rest_options": {}}) == Config()
+
+
+@pytest.mark.parametrize("target", targets())
+def test_a_backend_is_asked_for_kernels_of_machines_that_it_writes_for(target: str) -> None:
+    """Of any backend and machine: either kernels come, or the options say why not and who writes them."""
+    from memcomp.backends import backends, emit
+    from memcomp.config import config
+    from memcomp.stations import observers
+
+    p, takes, told = parse("program p\nrank M\nin X[M]: f32\nout O[M]: f32\nO[m] = X[m] * 2.0\n"), set(), set()
+    for name in backends():
+        try:
+            settings = config({"target": target, "backend": name, "tune": "off"})
+        except OptionError as why:
+            assert why.what == f"the backend {name} has no kernels for {target}" and why.where
+            told.add(why.hint)
+            continue
+        takes.add(name)
+        try:
+            closed = map_program(replace(p, target=target), config=settings)
+            assert emit(closed, config=settings, observe=observers(settings))[1].backend == name
+        except memcomp.Refusal as why:
+            assert name == "gluon", why  # which writes for products of two kinds alone
+    assert machine(target).backend in takes, "its own"
+    assert told == {f"for {target}: {', '.join(sorted(takes))}"}
 
 
 def test_a_named_backend_writes_the_kernels() -> None:

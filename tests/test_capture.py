@@ -532,6 +532,28 @@ def test_a_top_k_shows_what_a_mask_put_there(outside: float) -> None:
     assert len(holds(gm, args, 1e-5)[0]) == 1
 
 
+LOW = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("hide", (
+    lambda s, pad, causal: s.masked_fill(~pad, -INF).masked_fill(~causal, LOW),
+    lambda s, pad, causal: s.masked_fill(~causal, LOW).masked_fill(~pad, -INF),
+    lambda s, pad, causal: s + torch.where(pad, 0.0, -INF) + torch.where(causal, 0.0, LOW),
+    lambda s, pad, causal: torch.where(causal, s + torch.where(pad, 0.0, -INF), LOW),
+))
+def test_rows_that_are_minus_infinity_wherever_a_mask_leaves_them_live(hide: Callable[..., torch.Tensor]) -> None:
+    """Their greatest number is what the other mask wrote: it is no guard where -inf may stand behind it."""
+    def layer(q: torch.Tensor, k: torch.Tensor, pad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        s = q @ k.mT
+        s = hide(s, pad, torch.ones(s.shape[-2:], dtype=torch.bool).tril())
+        return s.softmax(-1) @ k, s.logsumexp(-1), s.amax(-1), *s.max(-1)
+
+    q, k = torch.randn(2, 2, 7, 8).unbind()
+    for lost in (0, 1, 3):
+        gm, args = dynamo(layer, (q, k, torch.arange(7) >= lost))
+        holds(gm, args, 1e-5)
+
+
 def test_a_table_is_told_from_the_places_by_the_operator() -> None:
     """torch.nn.functional takes the places first, the operator the table; both may be integers."""
     table = torch.arange(88).reshape(11, 8)

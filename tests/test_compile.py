@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,9 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+import tvm_ffi
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memcomp import inputs
 from memcomp.__main__ import main
 from memcomp.artifact import compile as artifact
 from memcomp.artifact.arena import ALIGNED, least, placed
@@ -30,7 +34,7 @@ from memcomp.config import config
 from memcomp.inputs import Function
 from memcomp.ir.errors import InputError, MemcompError, OptionError, Refusal
 from memcomp.oracle import measure, tolerance
-from memcomp.signature import Dim
+from memcomp.signature import Dim, asked
 
 OFF = {"tune": "off"}
 
@@ -159,6 +163,33 @@ def test_wrong_number_of_inputs(loaded: Artifact) -> None:
             loaded(*args, **named)
 
 
+class _Named(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor, shift: float = 1.0, *, scale: torch.Tensor) -> torch.Tensor:
+        return x * self.weight * scale + shift
+
+
+def test_inputs_by_keyword_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come after the others, under their names."""
+    model, x, scale = _Named(), torch.randn(2, 4), torch.randn(4)
+    with pytest.raises(InputError, match="its inputs scale are given by keyword only"):
+        artifact.whole(Function(model, (x,)), [config(OFF)])
+    monkeypatch.setattr(sys.modules[__name__], "named", model, raising=False)
+    monkeypatch.setitem(sys.modules, "named", sys.modules[__name__])
+    given = inputs.read("named:named", asked(["x=f32[2,4]", "scale=f32[4]"]))
+    assert isinstance(given, Function) and given.names == ("x", "shift", "scale")
+    artifact.write(artifact.whole(given, [config({**OFF, "strict": True})]), tmp_path / "out")
+    run = load(tmp_path / "out")
+    with torch.no_grad():
+        for (got,) in (run(x, scale), run(x, scale=scale), run(scale=scale, x=x)):
+            torch.testing.assert_close(got, model(x, scale=scale))
+    with pytest.raises(OptionError, match="no input is given for scale"):
+        inputs.read("named:named", asked(["x=f32[2,4]"]))
+
+
 def test_a_gradient_is_refused(tmp_path: Path) -> None:
     x = torch.randn(3, requires_grad=True)
     artifact.write(artifact.whole(Function(lambda x: x.exp(), (x,)), [config(OFF)]), tmp_path / "out")
@@ -249,7 +280,8 @@ def _sorting(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return values * 2, places, y.T, x
 
 
-def test_what_has_no_kernel_runs_in_torch_or_is_refused_with_a_list(tmp_path: Path) -> None:
+def test_what_has_no_kernel_runs_in_torch_or_is_refused_with_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                    ) -> None:
     given = Function(_sorting, (torch.randn(4, 8),))
     why = "1 operator would need torch at run time\n  aten.sort.default .*sort has no rule"
     with pytest.raises(Refusal, match=why):
@@ -261,6 +293,9 @@ def test_what_has_no_kernel_runs_in_torch_or_is_refused_with_a_list(tmp_path: Pa
     for got, want in zip(model(x), _sorting(x), strict=True):
         torch.testing.assert_close(got, want)
     assert all(map(np.allclose, model(x.numpy()), (t.numpy() for t in _sorting(x))))
+    monkeypatch.setattr("memcomp.artifact.foreign.find_spec", lambda name: None)
+    with pytest.raises(Refusal, match="out needs torch, which is not installed, for aten.sort.default"):
+        load(tmp_path / "out")
 
 
 class _Views(torch.nn.Module):
@@ -340,16 +375,6 @@ def test_models_without_a_kernel(fn: Any, tmp_path: Path) -> None:
         assert torch.equal(got, y)
 
 
-class _Counter(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.count.add_(1)
-        return x + self.count
-
-
 def _in_place(x: torch.Tensor) -> torch.Tensor:
     y = x * 2
     y[:, 1:3] = 0
@@ -364,7 +389,6 @@ def test_writes_in_place_are_read_as_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("fn", "kind", "why"), [
-    (_Counter(), Refusal, "it writes into count, and an artifact keeps no state"),
     (lambda x: x.nonzero() * 2, Refusal, "depends on data"),
     (lambda x: 3, InputError, "returns what is no tensor"),
     (lambda x: x if x.sum() > 0 else -x, InputError, "torch.export does not export it"),
@@ -411,6 +435,14 @@ def test_no_two_live_buffers_share_a_byte(buffers: list[tuple[int, int, int]]) -
     assert least(sizes, spans) <= total <= sum(-(-n // ALIGNED) * ALIGNED for n in sizes)
 
 
+def _array(x: tvm_ffi.Tensor) -> np.ndarray[Any, Any]:
+    """A tensor as a kernel gets it: it may be that of a program, without an owner."""
+    x, kind = x if isinstance(x, tvm_ffi.Tensor) else tvm_ffi.from_dlpack(x), np.dtype(str(x.dtype))
+    steps = [s * kind.itemsize for s in x.strides]
+    reach = kind.itemsize + sum((n - 1) * s for n, s in zip(x.shape, steps, strict=True))
+    return np.ndarray(tuple(x.shape), kind, (ctypes.c_char * reach).from_address(x.data_ptr()), 0, steps)
+
+
 class _Sums:
     """A kernel whose outputs tell all its inputs, and which leaves dirt in its scratch."""
 
@@ -419,7 +451,7 @@ class _Sums:
 
     def function(self, *args: Any) -> None:
         *arrays, ins, salt = args
-        held = [torch.from_dlpack(a).numpy() for a in arrays]
+        held = [_array(a) for a in arrays]
         for s in held[len(held) - 1:] if self.scratch else ():
             s[...] = 255
         outs = held[ins:len(held) - bool(self.scratch)]
@@ -436,10 +468,23 @@ class _Sums:
 
 @st.composite
 def _plans(draw: st.DrawFn) -> tuple[Plan, dict[str, _Sums]]:
-    tensors = [Tensor("x", "input", "i64", ("N", "3"))]
+    tensors = [Tensor("x", "input", "i64", ("N", "3")), Tensor("i", "input", "i64", ("2",)),
+               Tensor("two", "input", "i64", ("2", "3")), Tensor("wide", "input", "i64", ("4", "2")),
+               Tensor("kept", "state", "i64", ("4", "3")), Tensor("turned", "alias", "i64", ("3", "4"), "kept",
+                                                                  ("1", "3"))]
     steps: list[Step] = []
     kernels: dict[str, _Sums] = {}
     for k in range(draw(st.integers(1, 9))):
+        match draw(st.integers(0, 7)):
+            case 0:
+                steps.append(Step("put", draw(st.sampled_from(["", "wraps"])), ("two", "i"), ("kept",), {"dim": "0"}))
+            case 1:
+                steps.append(Step("put", "wraps", ("wide", "i"), ("kept",), {"dim": "1"}))
+            case 2:
+                tensors.append(Tensor(f"c{k}", "buffer", "i64", ("3", "4")))
+                steps.append(Step("copy", "", ("turned",), (f"c{k}",), {}))
+            case 3:
+                steps.append(Step("check", "", ("i",), (), {"size": "3"}))
         reads = tuple(draw(st.lists(st.sampled_from([t.name for t in tensors]), min_size=1, max_size=3)))
         writes = tuple(f"b{k}_{j}" for j in range(draw(st.integers(1, 2))))
         kernels[f"k{k}"] = _Sums(draw(st.sampled_from([0, 1, 100, 5000])))
@@ -451,32 +496,62 @@ def _plans(draw: st.DrawFn) -> tuple[Plan, dict[str, _Sums]]:
     outs = draw(st.lists(st.sampled_from([t.name for t in tensors if t.kind == "buffer"]), min_size=1, max_size=3))
     tensors = [replace(t, kind="output") if t.name in outs else t for t in tensors]
     spans = lives(tensors, steps)
-    return Plan((Size("N", "x", 0, 1, 1, 9),), tuple(tensors), ("x",), tuple(outs), tuple(steps),
+    return Plan((Size("N", "x", 0, 1, 1, 9),), tuple(tensors), ("x", "i", "two", "wide"), tuple(outs), tuple(steps),
                 tuple(Life(n, *span, 0, 0) for n, span in spans.items()), {"N": 4}, 0), kernels
 
 
-@settings(max_examples=60, deadline=None)
-@given(_plans(), st.integers(1, 9))
-def test_a_plan_means_the_same_with_and_without_an_arena(drawn: tuple[Plan, dict[str, _Sums]], n: int) -> None:
-    """Random plans on an arena, scratch and all, give what they give where every tensor has memory of its own."""
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_plans(), st.integers(1, 9), st.booleans(), st.lists(st.integers(-4, 3), min_size=2, max_size=2, unique=True))
+def test_a_plan_means_the_same_with_and_without_an_arena(
+        loaded: Artifact, drawn: tuple[Plan, dict[str, _Sums]], n: int, native: bool, places: list[int]) -> None:
+    """Random plans on an arena, scratch, state and all, give what they give where every tensor has memory of its own;
+    walked by machine code, and step by step."""
     plan, kernels = drawn
     check(plan, kernels)
-    x = np.arange(3 * n).reshape(n, 3)
-    own: dict[str, np.ndarray[Any, Any]] = {"x": x}
+    if native:
+        for k in kernels.values():
+            k.function = tvm_ffi.convert(k.function)  # type: ignore[method-assign]
+    walker = loaded._model._walker if native and isinstance(loaded._model, Model) else None
+    model, rng = Model(plan, kernels, {}, walker), np.random.default_rng(n)
+    own = {"kept": np.zeros((4, 3), np.int64), "i": np.array(places)}
+    for _ in range(2):
+        own |= {"x": np.arange(3 * n).reshape(n, 3), "two": rng.integers(0, 9, (2, 3)),
+                "wide": rng.integers(0, 9, (4, 2))}
+        try:
+            _one_by_one(plan, own, n)
+        except IndexError:
+            with pytest.raises(IndexError, match="out of bounds"):
+                model(*(own[name] for name in plan.inputs))
+            break
+        for got, name in zip(model(*(own[name] for name in plan.inputs)), plan.outputs, strict=True):
+            assert np.array_equal(got, own[name])
+    assert np.array_equal(model.state["kept"].data, own["kept"])
+    model.reset()
+    assert not model.state["kept"].data.any()
+
+
+def _one_by_one(plan: Plan, own: dict[str, Any], n: int) -> None:
+    """What the plan says, in `own`."""
     for t in plan.tensors:
         if t.kind == "alias":
-            own[t.name] = own[t.of][:, 0]
-        elif t.kind != "input":
-            own[t.name] = np.zeros((n, int(t.shape[1])), np.int64)
+            own[t.name] = own[t.of].T if t.of == "kept" else own[t.of][:, 0]
+        elif t.kind in ("buffer", "output"):
+            own[t.name] = np.zeros((n if t.shape[0] == "N" else int(t.shape[0]), int(t.shape[1])), np.int64)
     for step in plan.steps:
         ins, outs = [own[name] for name in step.reads], [own[name] for name in step.writes]
-        total = int(step.sizes["SALT"]) + sum((k + 1) * int(a.sum()) for k, a in enumerate(ins))
-        for k, out in enumerate(outs):
-            out[...] = (total + k) % 251
-    model = Model(plan, kernels, {})
-    for _ in range(2):
-        for got, name in zip(model(x), plan.outputs, strict=True):
-            assert np.array_equal(got, own[name])
+        if step.kind == "copy":
+            outs[0][...] = ins[0]
+        elif step.kind != "kernel":
+            size = int(step.sizes["size"]) if step.kind == "check" else outs[0].shape[int(step.sizes["dim"])]
+            if own["i"].max() >= size or own["i"].min() < (-size if step.what else 0):
+                raise IndexError
+            if step.kind == "put":
+                np.moveaxis(outs[0], int(step.sizes["dim"]), 0)[own["i"]] = np.moveaxis(
+                    ins[0], int(step.sizes["dim"]), 0)
+        else:
+            total = int(step.sizes["SALT"]) + sum((k + 1) * int(a.sum()) for k, a in enumerate(ins))
+            for k, out in enumerate(outs):
+                out[...] = (total + k) % 251
 
 
 def test_every_byte_is_accounted_for(made: artifact.Made, loaded: Artifact) -> None:
@@ -540,6 +615,41 @@ def test_compile_and_run(factory: str, tmp_path: Path, capsys: pytest.CaptureFix
         assert capsys.readouterr().err.startswith(why)
 
 
+def test_what_was_tuned_goes_with_the_artifact_and_is_not_asked_for_again(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry of the cache decides the mapping and is written beside the kernel, whole; running asks no cache."""
+    from memcomp.cache import Entry, Measured, Store, environment
+    from memcomp.ir.text import parse
+    from memcomp.pipeline import forget, tunable
+
+    monkeypatch.chdir(tmp_path)
+    case = Path(__file__).parent / "cases" / "attention_3pass.mc"
+    for name, value in (("CACHE", "on"), ("CACHE_DIR", str(tmp_path / "cache")), ("TUNE", "cached")):
+        monkeypatch.setenv(f"MEMCOMP_{name}", value)
+    opened = tunable(parse(case.read_text()), config=config(OFF), sizes={})
+    other = next(c for c in opened.space.choices() if c.knobs != opened.modelled.knobs)
+    entry = Entry(opened.problem, environment("cpu"), other, Measured(1e-3, 0.1, 9, 0.5, 1.0, 2e-3, "by hand"))
+    Store(tmp_path / "cache").put(entry)
+    forget()
+    assert main(["compile", str(case), "-o", "out"]) == 0
+    (kept,) = json.loads(Path("out/tuning.json").read_text())
+    assert "tuning.json" in json.loads(Path("out/manifest.json").read_text())["files"]
+    assert (kept["kernel"], kept["target"], kept["backend"]) == ("attention_3pass", "cpu", "tvm")
+    assert (kept["form"], kept["knobs"], kept["setting"]) == (other.form, dict(other.knobs), other.setting)
+    found = Entry.read(json.dumps(kept["entry"]))
+    assert (found.choice, found.measured, found.problem) == (other, entry.measured, entry.problem)
+    shutil.rmtree("cache")
+    monkeypatch.setenv("MEMCOMP_CACHE", "off")
+
+    def asked(*_: Any) -> Any:
+        raise AssertionError("the cache was asked")
+
+    monkeypatch.setattr("memcomp.cache.store.Store.get", asked)
+    capsys.readouterr()
+    assert main(["run", "out", "--size", "M=40", "--size", "P=9"]) == 0
+    assert "called" in capsys.readouterr().out and not Path("cache").exists()
+
+
 def test_regions_are_kernels_by_name(factory: str, capsys: pytest.CaptureFixture[str],
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMCOMP_TUNE", "off")
@@ -588,3 +698,52 @@ def test_arrays_of_any_dtype_are_inputs(tmp_path: Path) -> None:
     artifact.write(artifact.whole(Function(lambda x: x * 2, (x,)), [config(OFF)]), tmp_path / "out")
     (got,) = load(tmp_path / "out")(Array("bf16", x.view(torch.uint16).numpy()))
     assert isinstance(got, Array) and np.array_equal(got.numpy(), (x * 2).float().numpy())
+
+
+SMOLLM = """
+import json, sys, time
+import memcomp
+before = time.process_time(), time.perf_counter()
+run = memcomp.load(sys.argv[1])
+load = [time.process_time() - before[0], time.perf_counter() - before[1]]
+import numpy as np
+case = np.load(sys.argv[2])
+calls = {}
+for name in case.files:
+    logits, = run(case[name])
+    start = time.perf_counter()
+    run(case[name])
+    calls[name] = time.perf_counter() - start
+    np.save(f"{sys.argv[3]}/{name}.npy", logits)
+print(json.dumps({"load": load, "calls": calls, "threads": run.report.threads, "bytes": run.report.bytes}))
+"""
+
+
+@pytest.mark.slow
+def test_smollm2_whole_where_only_the_runtime_is(tmp_path: Path, runtime: str) -> None:
+    """SmolLM2-135M at any length, in an environment of the extra `runtime`: as near to float64 as the oracle asks."""
+    from memcomp import smollm
+
+    try:
+        lm = smollm.load()
+    except InputError as error:
+        pytest.skip(error.what)
+    given = Function(lm.model, (torch.arange(64)[None],), ({1: Dim("S", 2, 2048)},))
+    made = artifact.whole(given, [config({**OFF, "strict": True})], name="smollm2")
+    assert made.plan is not None and not made.plan.torch
+    artifact.write(made, tmp_path / "smollm2")
+    ids = lm.encode("Gravity is the force by which a planet draws objects toward its center. " * 8)
+    cases = {f"p{n}": ids[:, :n] for n in (2, 17, 96)}
+    np.savez(tmp_path / "case.npz", **{n: x.numpy() for n, x in cases.items()})
+    done = subprocess.run([runtime, "-c", SMOLLM, str(tmp_path / "smollm2"), str(tmp_path / "case.npz"), str(tmp_path)],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    with torch.no_grad():
+        eager = {n: lm.model(x, use_cache=False).logits.numpy() for n, x in cases.items()}
+        lm.model.double()
+        for n, x in cases.items():
+            exact = lm.model(x, use_cache=False).logits.numpy()
+            bound = tolerance(["f32"], "f32", elements=exact.size, length=None, torch_error=measure(eager[n], exact))
+            assert bound.admits(measure(np.load(tmp_path / f"{n}.npy").astype(np.float64), exact)), n
+    assert told["load"][0] < 1, told  # of the processor's time, of which half is hashing; docs/artifact.md says more

@@ -46,6 +46,7 @@ def test_distributions_hold_real_folders(built: tuple[set[str], set[str]], which
     rooms = [f for room in ROOMS for f in (ROOT / room).rglob("*.py")]
     expected = {str(f.relative_to(ROOT)) for f in own} | {f"memcomp/{f.relative_to(ROOT)}" for f in rooms}
     expected |= {f"memcomp/{f.relative_to(ROOT)}" for f in (ROOT / "ir" / "targets").glob("*.toml")}
+    expected |= {f"memcomp/{f.relative_to(ROOT)}" for f in (ROOT / "passes" / "kv" / "systems").glob("*.kv")}
     assert expected | {"memcomp/py.typed", "memcomp/page.css"} <= names
     assert not {n for n in names if n.startswith(("tests/", "benchmarks/", *(f"{r}/" for r in ROOMS)))}
 
@@ -58,9 +59,15 @@ def test_the_ir_needs_no_torch() -> None:
 
 
 def test_compilers_are_imported_where_they_are_used() -> None:
-    """A user without TVM, Triton or transformers can import everything that is public."""
-    assert python("import sys; sys.modules.update(dict.fromkeys(['tvm', 'tvm_ffi', 'triton', 'transformers', 'gguf']));"
-                  "import memcomp; [getattr(memcomp, n) for n in memcomp.__all__]; print('ok')") == "ok"
+    """A user without TVM, Triton or transformers can import everything that is public, but a cache for transformers,
+    which says what it lacks."""
+    assert python("""if True:
+        import sys; sys.modules.update(dict.fromkeys(['tvm', 'tvm_ffi', 'triton', 'transformers', 'gguf']))
+        import memcomp; [getattr(memcomp, n) for n in memcomp.__all__ if n != 'KVCache']
+        try:
+            memcomp.KVCache
+        except memcomp.InputError as error:
+            print(error.hint)""").startswith("pip install memcomp[hf]")
 
 
 @pytest.mark.parametrize("group, name, value", [

@@ -72,7 +72,8 @@ def called(module: Any) -> list[str]:
     """What the kernels of a module are called, after TVM has made a kernel of each of its own operators."""
     found = []
     for b in bindings(relax.transform.LegalizeOps()(module)):
-        if isinstance(b.value, relax.Call) and str(b.value.op.name) in ("relax.call_tir", "relax.call_dps_packed"):
+        if isinstance(b.value, relax.Call) and isinstance(b.value.op, tvm.ir.Op) and str(b.value.op.name) in (
+                "relax.call_tir", "relax.call_dps_packed"):
             callee = b.value.args[0]
             found.append(str(getattr(callee, "global_symbol", None) or callee.name_hint))
     return found
@@ -170,6 +171,90 @@ def test_what_has_no_row_stays_with_tvm() -> None:
     x, image = torch.randn(2, 8, 37, 16, generator=generator), torch.randn(1, 1, 8, 16, generator=generator)
     for wanted, got, near in zip(built(Mixed)(x, image), built(fused)(x, image), (1e-5, 1e-4, 0.0), strict=True):
         torch.testing.assert_close(got, wanted, rtol=near, atol=near)
+
+
+@I.ir_module
+class Apart:
+    """A region in two dataflow blocks and between them; one in none; one that something with an effect divides."""
+
+    @R.function
+    def blocks(x: R.Tensor((2, 8, "n", 16), "float32")):
+        with R.dataflow():
+            scores = R.matmul(x, R.permute_dims(x, [0, 1, 3, 2]))
+            R.output(scores)
+        scaled = R.multiply(scores, R.const(0.25, "float32"))
+        with R.dataflow():
+            out = R.matmul(R.nn.softmax(scaled), x)
+            R.output(out)
+        return out
+
+    @R.function
+    def plain(x: R.Tensor((2, 8, "n", 16), "float32")):
+        scores = R.matmul(x, R.permute_dims(x, [0, 1, 3, 2]))
+        out = R.matmul(R.nn.softmax(R.multiply(scores, R.const(0.25, "float32"))), x)
+        return out
+
+    @R.function(pure=False)
+    def effect(x: R.Tensor((2, 8, "n", 16), "float32")):
+        with R.dataflow():
+            scores = R.matmul(x, R.permute_dims(x, [0, 1, 3, 2]))
+            R.output(scores)
+        _ = R.print(x, format="")
+        with R.dataflow():
+            out = R.matmul(R.nn.softmax(R.multiply(scores, R.const(0.25, "float32"))), x)
+            R.output(out)
+        return out
+
+
+def test_a_region_is_found_across_blocks_and_outside_of_them() -> None:
+    """Where nothing with an effect stands in it: TVM's own pass makes one block of pure bindings."""
+    fused = FuseRegions("cpu", strict=True, tune="off")(Apart)
+    left = {str(name.name_hint): [type(b).__name__ for b in f.body.blocks] for name, f in functions(fused)}
+    assert left == {"blocks": ["DataflowBlock"], "plain": ["DataflowBlock"],
+                    "effect": ["DataflowBlock", "BindingBlock", "DataflowBlock"]}
+    assert len(ours(fused)) == 3 and len(set(ours(fused))) == 2
+    assert sorted(set(called(fused)) - set(ours(fused))) == ["matmul", "transpose"], "what `effect` prints between"
+    machine, x = relax.VirtualMachine(tvm.compile(fused, "llvm"), tvm.cpu()), torch.randn(2, 8, 37, 16)
+    for name in left:
+        (got,) = flat(machine[name](tvm.runtime.from_dlpack(x)))
+        torch.testing.assert_close(got, torch.softmax(x @ x.mT / 4, -1) @ x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("begin, inbound, one", [(0, False, True), (1, True, True), ("n", False, False)])
+def test_a_slice_may_end_where_it_is_known_when_it_runs(begin: Any, inbound: bool, one: bool) -> None:
+    """Of a cache, so many keys as there are: cut off at its end unless TVM is told that it is not beyond."""
+    n, s, p = (tvm.ir.Var(x, "int64") for x in "nsp")
+    builder = relax.BlockBuilder()
+    q, k, y = (relax.Var(x, relax.TensorType(shape, "float32")) for x, shape in (
+        ("q", (1, p, 2, 16)), ("k", (1, s, 2, 16)), ("y", (n,))))
+    with builder.function("main", [q, k, y]):
+        with builder.dataflow():
+            ends = ([n], [s]) if begin == "n" else ([begin], [n])
+            kept = builder.emit(relax.op.strided_slice(k, [1], *ends, assume_inbound=inbound))
+            out = builder.emit_output(relax.op.nn.attention(q, kept, kept))
+        builder.emit_func_output(out)
+    fused = FuseRegions("cpu", strict=True, tune="off")(builder.get())
+    assert len(ours(fused)) == 1 and (called(fused) == ours(fused)) == one
+    run = built(fused)
+    for many in (7, 40) if inbound or begin == "n" else (7, 40, 99):
+        given = torch.randn(1, 5, 2, 16), torch.randn(1, 41, 2, 16)
+        x, keys = (t.transpose(1, 2) for t in given)
+        keys = keys[:, :, many:] if begin == "n" else keys[:, :, begin:many]
+        wanted = torch.nn.functional.scaled_dot_product_attention(x, keys, keys).transpose(1, 2)
+        torch.testing.assert_close(run(*given, torch.zeros(many))[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_an_operator_that_could_not_be_read_is_named() -> None:
+    """One that has a row, but not for these arguments; who reads it may be read."""
+    builder, x = relax.BlockBuilder(), relax.Var("x", relax.TensorType((2, 9, 8), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            turned = builder.emit(relax.op.strided_slice(x, [1], [-1], [-99], [-1]))
+            scores = builder.emit(relax.op.nn.softmax(relax.op.matmul(x, relax.op.permute_dims(turned, [0, 2, 1]))))
+            out = builder.emit_output(relax.op.matmul(scores, x))
+        builder.emit_func_output(out)
+    with pytest.warns(Fallback, match="strided_slice stays with TVM: a slice in steps of -1"):
+        assert len(ours(FuseRegions("cpu", tune="off")(builder.get()))) == 1
 
 
 def test_names_of_tvms_are_no_names_of_pythons() -> None:
@@ -374,6 +459,25 @@ class Pool:
 
 def made():
     return Attention
+
+@I.ir_module
+class Several:
+    @R.function
+    def first(x: R.Tensor((2, "n", 16), "float32")):
+        with R.dataflow():
+            o = R.matmul(R.nn.softmax(R.matmul(x, R.permute_dims(x, [0, 2, 1]))), x)
+            R.output(o)
+        return o
+
+    @R.function
+    def second(x: R.Tensor((3, "n", 8), "float32")):
+        with R.dataflow():
+            o = R.matmul(R.sigmoid(R.matmul(x, R.permute_dims(x, [0, 2, 1]))), x)
+            R.output(o)
+        return o
+
+def plain(x):
+    return x
 """
 
 
@@ -390,6 +494,27 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "nn.max_pool2d: it has no row" in capsys.readouterr().err
     assert main(["show", "relaxed:made", "--input", "q=f32[2,7,4,16]"]) == 2
     assert "says itself what its inputs are" in capsys.readouterr().err
+
+
+def test_the_command_line_chooses_a_function_of_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    """`module:name@function`; without it the only one, else main; what is wrong lists those that there are."""
+    (tmp_path / "relaxed.py").write_text(INPUT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "relaxed", raising=False)
+    for name, wanted in (
+            ("Several@first", "rank E = 16\n"), ("Several@second", "rank E = 8\n"), ("made@main", "rank M\n")):
+        assert main(["show", f"relaxed:{name}"]) == 0, name
+        assert wanted in capsys.readouterr().out
+    for name, wanted in (
+            ("Several", "several Relax functions, and none is called main\nhint: say which, module:name@function: "
+                        "first, second"),
+            ("Several@frist", "no Relax function 'frist'\nhint: did you mean 'first'?"),
+            ("Attention@other", "no Relax function 'other'"), ("plain@main --arg x=1", "no Relax module"),
+            ("plain@main --input x=f32[3]", "relaxed:plain@main fails")):
+        assert main(["show", *f"relaxed:{name}".split()]) == 2
+        err = capsys.readouterr().err
+        assert wanted in err and err.count("\n") <= 3, err
 
 
 @pytest.mark.slow

@@ -306,8 +306,14 @@ def test_rows_without_a_key_of_any_length(form: str, dtype: str) -> None:
     _rows_without_a_key(form, dtype, list(product((1, 5, 65, 1000), (1, 3, 64, 65, 1000))))
 
 
-@pytest.mark.parametrize("fn", [full, causal, window, plain(infinite, False)], ids=["full", "causal", "window", "own"])
-@pytest.mark.parametrize("batch,queries,keys", [(0, 8, 8), (2, 0, 8), (2, 8, 0), (2, 0, 0), (0, 0, 0), (2, 1, 0)])
+NOTHING = ((0, 8, 8), (2, 0, 8), (2, 8, 0), (2, 0, 0), (0, 0, 0), (2, 1, 0))
+EMPTY = {"full": full, "causal": causal, "window": window, "own": plain(infinite, False)}
+
+
+# each extent of nothing in two forms of four, each form with three extents; `make sweep` takes all
+@pytest.mark.parametrize("fn,batch,queries,keys", [
+    pytest.param(fn, *shape, id=f"{name}-{'-'.join(map(str, shape))}", marks=[pytest.mark.slow] * ((i + j) % 2))
+    for i, (name, fn) in enumerate(EMPTY.items()) for j, shape in enumerate(NOTHING)])
 def test_nothing(fn: Callable[..., Tensor], batch: int, queries: int, keys: int) -> None:
     args = inputs("bool" if fn not in (full, causal, window) else "full", queries, keys, batch=batch)
     got, want = compiled(fn)(*args), fn(*args)

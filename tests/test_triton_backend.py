@@ -99,6 +99,26 @@ G[n] = xlogx(abs(X[n]))
         assert np.all(np.abs(got[name] - want[name]) <= 8 * unit), name
 
 
+def test_turns_are_taken_off_however_many_they_are() -> None:
+    """sin and cos of numbers of all sizes, of whole quarters of turns, and of what is no number."""
+    p = parse("""program p
+rank N
+in X[N]: f32
+out S[N]: f32
+out C[N]: f32
+S[n] = sin(X[n])
+C[n] = cos(X[n])""")
+    rng = np.random.default_rng(2)
+    sizes = 2.0 ** rng.uniform(-20, 127, 2000)
+    x = np.concatenate([sizes, -sizes, np.arange(-600, 600) * np.pi / 2, [0.0, 8192.0, np.inf, -np.inf, np.nan]])
+    x = x.astype(np.float32).astype(np.float64)
+    got = run(lower(mapped(p)), {"X": x}, {"N": len(x)})
+    with np.errstate(invalid="ignore"):
+        for name, f in (("S", np.sin), ("C", np.cos)):
+            assert np.array_equal(np.isnan(got[name]), np.isnan(f(x)))
+            assert np.nanmax(abs(got[name] - f(x))) <= 2.0**-23
+
+
 def test_integers_round_down_and_wrap_as_the_program_says() -> None:
     text = """
 program p

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +24,12 @@ from memcomp.ir.errors import OptionError
 from memcomp.ir.program import Program
 from memcomp.ir.text import parse
 from memcomp.pipeline import compile_program, forget, tunable
+from memcomp.tune import search
 from memcomp.tune.progress import words
 from memcomp.tune.search import INTERRUPTED, State, Tuner, ranked, winners
-from tests.planted import Planted
+from memcomp.tune.tasks import Tasks
+from memcomp.workers import Does
+from tests.planted import Planted, Quick
 
 pytest.importorskip("optuna", reason="Optuna is not installed")
 FILE = Path(__file__).parent / "cases" / "attention_3pass.mc"
@@ -35,10 +40,21 @@ def program() -> Program:
     return parse(FILE.read_text())
 
 
-def test_what_wins_is_a_member_that_was_compared_with_float64() -> None:
+@pytest.fixture(scope="module")
+def one() -> Iterator[Tuner]:
+    """The tuner of this process, as on a machine of one core: a process of its own for one program after another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "cpu", lambda: SimpleNamespace(cores=1))
+        search.tuner.cache_clear()
+        made = search.tuner()
+    yield made
+    made.close()
+    search.tuner.cache_clear()
+
+
+def test_what_wins_is_a_member_that_was_compared_with_float64(one: Tuner) -> None:
     seen: list[State] = []
-    with Tuner(1) as tuner:
-        entry = tuner.tune(program(), Config(), SIZES, seconds=0.5, watch=seen.append)
+    entry = one.tune(program(), Config(), SIZES, seconds=0.5, watch=seen.append)
     opened = tunable(program(), config=Config(), sizes=SIZES)
     assert entry.problem == opened.problem and entry.choice in list(opened.space.choices())
     assert 0 < entry.measured.error <= entry.measured.bound and entry.measured.repetitions >= 3
@@ -48,16 +64,24 @@ def test_what_wins_is_a_member_that_was_compared_with_float64() -> None:
 
 
 @pytest.mark.parametrize("how, why", [
-    ("wrong", "exceeds"), ("crash", "ended (7)"), pytest.param("memory", "MemoryError", marks=pytest.mark.slow),
-    pytest.param("hang", "not done after", marks=pytest.mark.slow)])
+    ("wrong", "exceeds"), *(pytest.param(how, why, marks=pytest.mark.slow) for how, why in (
+        ("crash", "ended (7)"), ("memory", "MemoryError"), ("hang", "not done after")))])
 def test_a_bad_candidate_costs_itself_only_and_is_recorded(how: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memcomp.tune.search.LIMIT", 15.0 if how == "hang" else 60.0)
+    monkeypatch.setattr("memcomp.tune.search.LIMIT", 40.0 if how == "hang" else 60.0)
     with Tuner(1, partial(Planted, how)) as tuner:
         entry = tuner.tune(program(), Config(), SIZES, seconds=0.5)
     model = tunable(program(), config=Config(), sizes=SIZES).modelled
     assert entry.choice == model, "the only right one"
     assert entry.rejected and all(why in r.why for r in entry.rejected), entry.rejected
     assert model not in [r.choice for r in entry.rejected]
+
+
+def test_the_end_of_a_process_costs_the_candidate_that_it_worked_on() -> None:
+    model = tunable(program(), config=Config(), sizes=SIZES).modelled
+    with Tuner(1, partial(Quick, model)) as tuner:
+        entry = tuner.tune(program(), Config(), SIZES, seconds=0.5)
+    assert entry.choice == model and entry.rejected, "the only one that survives it"
+    assert all("ended (7)" in r.why and r.choice != model for r in entry.rejected), entry.rejected
 
 
 def test_candidates_are_ranked_and_all_of_them_are_asked_for_once() -> None:
@@ -72,6 +96,23 @@ def test_candidates_are_ranked_and_all_of_them_are_asked_for_once() -> None:
         asked.append(c)
         order.tell(c, 1e-3 * (1 + sum(c.knobs.values())) if len(asked) % 5 else float("inf"))
     assert sorted(map(str, asked)) == sorted(map(str, many))
+
+
+def test_of_too_many_mappings_those_near_the_model_s_and_hints_are_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many knobs a hint is away, as long as it is a member."""
+    opened = tunable(program(), config=Config(), sizes=SIZES)
+    every, model = list(opened.space.mappings()), opened.modelled
+
+    def away(c: Choice) -> int:
+        return sum(c.knobs.get(n) != x for n, x in model.knobs.items()) if c.form == model.form else 99
+
+    far = max(every, key=away)
+    monkeypatch.setattr("memcomp.tune.search.MEMBERS", len(every) - 1)
+    monkeypatch.setattr("memcomp.tune.space.Space.near", lambda self, choice: iter([choice]))  # it has few knobs
+    assert away(far) and ranked(opened, 1e9) == [model]
+    wrong = Choice(far.form, {n: 7 for n in far.knobs})
+    assert wrong not in opened.space and far in opened.space
+    assert ranked(opened, 1e9, [wrong, far, Choice("nobody's")]) == [model, far]
 
 
 def test_noise_does_not_win_over_the_model() -> None:
@@ -132,10 +173,10 @@ def test_equal_programs_of_other_sizes_are_tuned_apart(tmp_path: Path, monkeypat
     assert all("layers.py:4" in at for at, *_ in found)
 
 
+@pytest.mark.usefixtures("one")
 def test_a_tuned_program_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled with `quick`: measured, kept, taken the next time; a cache that cannot keep it says so."""
     from memcomp.cache import CacheWarning
-    from memcomp.tune import search
 
     calls: list[str] = []
     tune = Tuner.tune
@@ -154,7 +195,7 @@ def test_a_tuned_program_is_not_measured_again(tmp_path: Path, monkeypatch: pyte
     assert calls == ["quick"] and first.choice == again.choice == cached.choice
     assert "by measurement" in cached.program.proofs[-1]
     monkeypatch.setattr("memcomp.cache.shipped", lambda: Store(tmp_path, False))
-    monkeypatch.setattr("memcomp.workers.Worker._begun", lambda self: pytest.fail("a process was asked to measure"))
+    monkeypatch.setattr("memcomp.workers.Worker.ask", lambda *_: pytest.fail("a process was asked to measure"))
     for mode, cache in (("quick", "on"), ("full", "read"), ("cached", "on")):  # what came with the package is known
         forget()
         config = Config(tune=mode, cache=cache, cache_dir=str(tmp_path / "of the user"))
@@ -166,7 +207,6 @@ def test_a_tuned_program_is_not_measured_again(tmp_path: Path, monkeypatch: pyte
     with pytest.warns(CacheWarning, match="not kept"):
         compile_program(program(), config=Config(tune="quick", cache="off"), sizes=SIZES)
     forget()
-    search.tuner().close()
 
 
 def test_the_command_says_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -264,8 +304,9 @@ class Slow:
         return Answer(OK, job.do)
 
 
-def test_ctrl_c_with_several_processes_rejects_nothing_that_was_stopped_by_it() -> None:
-    with Tuner(2) as tuner:
+@pytest.mark.parametrize("make", [Quick, pytest.param(Tasks, marks=pytest.mark.slow)])
+def test_ctrl_c_with_several_processes_rejects_nothing_that_was_stopped_by_it(make: Callable[[], Does]) -> None:
+    with Tuner(2, make) as tuner:
         def watch(state: State) -> None:
             if state.done == 2:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -276,7 +317,8 @@ def test_ctrl_c_with_several_processes_rejects_nothing_that_was_stopped_by_it() 
         assert not after.rejected and INTERRUPTED not in after.measured.how
 
 
-def test_a_registered_operator_is_known_to_the_processes() -> None:
+def test_a_registered_operator_is_known_to_the_processes(one: Tuner) -> None:
+    """Whenever they began."""
     from memcomp.ir.expr import Call, Var
     from memcomp.ir.ops import PARAMETERS, Op
     from memcomp.ir.register import register
@@ -284,14 +326,12 @@ def test_a_registered_operator_is_known_to_the_processes() -> None:
     x = Var(PARAMETERS[0])
     register(Op("tuned_twice", 1, float, definition=Call("add", (x, x))))
     text = FILE.read_text().replace("exp(QK[m, p] - GM[p])", "exp(tuned_twice(QK[m, p]) - tuned_twice(GM[p]))")
-    with Tuner(1) as tuner:
-        entry = tuner.tune(parse(text), Config(), SIZES, seconds=0.5)
+    entry = one.tune(parse(text), Config(), SIZES, seconds=0.5)
     assert not entry.rejected and entry.measured.median > 0
 
 
 def test_without_optuna_the_cost_model_decides_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from memcomp.cache import CacheWarning
-    from memcomp.tune import search
 
     def missing(self: Tuner, *a: Any, **k: Any) -> Any:
         raise search.Missing("Optuna is not installed")

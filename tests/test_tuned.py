@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +146,56 @@ def test_what_one_cache_says_does_not_decide_for_another(tmp_path: Path) -> None
     a, b = (Config(cache_dir=str(tmp_path / x)) for x in "ab")
     for c, choice in ((a, other), (b, plain.choice), (replace(a, cache="off"), plain.choice), (a, other)):
         assert compile_program(p, config=c).choice == choice
+
+
+SHIPPED = """
+import sys
+from pathlib import Path
+import memcomp
+from memcomp.cache import Choice, Entry, Measured, Store, environment, layers, shipped
+from memcomp.config import config
+from memcomp.ir.text import parse
+from memcomp.pipeline import compile_program, forget, tunable
+
+read, tuned = parse(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+assert Path(memcomp.__file__).parent.samefile(tuned.parent) and shipped().root.samefile(tuned)
+opened = tunable(read, config=config({"tune": "off"}), sizes={})
+other = next(c for c in opened.space.choices() if c.knobs != opened.modelled.knobs)
+entry = Entry(opened.problem, environment("cpu"), other, Measured(1e-3, 0.1, 9, 0.5, 1.0))
+Store(tuned).put(entry)
+before = sorted((p, p.stat().st_mtime_ns) for p in tuned.rglob("*"))
+assert compile_program(read, config=config()).choice == other, "the defaults find it"
+for mode in ("on", "read"):
+    *_, last = layers(mode=mode).stores
+    try:
+        last.put(entry)
+    except PermissionError:
+        continue
+    raise AssertionError("it was written")
+nearest = layers().writable
+assert nearest is not None and nearest.root != tuned
+nearest.put(Entry(opened.problem, environment("cpu"), opened.modelled, Measured(1e-3, 0.1, 9, 0.5, 1.0)))
+forget()
+assert compile_program(read, config=config()).choice == opened.modelled, "what was measured here is nearer"
+assert sorted((p, p.stat().st_mtime_ns) for p in tuned.rglob("*")) == before
+"""
+
+
+def test_what_ships_with_the_package_is_found_and_never_written(tmp_path: Path) -> None:
+    """A package like this one, with an entry in its folder `tuned`."""
+    package = tmp_path / "lib" / "memcomp"
+    package.mkdir(parents=True)
+    for part in Path(memcomp.__file__).parent.iterdir():
+        if part.name not in ("tuned", "__pycache__"):
+            (package / part.name).symlink_to(part.resolve() if part.is_file() else part)
+    (package / "tuned").mkdir()
+    env = {n: x for n, x in os.environ.items() if not n.startswith("MEMCOMP_")} | {
+        "PYTHONPATH": str(package.parent), "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "XDG_CONFIG_DIRS": str(tmp_path / "none")}
+    case = Path(__file__).parent / "cases" / "attention_3pass.mc"
+    done = subprocess.run([sys.executable, "-c", SHIPPED, str(case), str(package / "tuned")], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_choice_of_another_backend_than_was_asked_for_is_not_taken(tmp_path: Path) -> None:

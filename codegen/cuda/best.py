@@ -28,7 +28,7 @@ template <class T, class I> INLINE bool before(T x, I i, T y, I j) {
 }
 template <class T> struct Lowest { static INLINE T of() { return -INFINITE32; } };
 template <> struct Lowest<double> { static INLINE double of() { return -INFINITE64; } };
-template <> struct Lowest<long long> { static INLINE long long of() { return -0x7fffffffffffffffLL; } };
+template <> struct Lowest<long long> { static INLINE long long of() { return -0x7fffffffffffffffLL - 1; } };
 template <> struct Lowest<int> { static INLINE int of() { return -0x7fffffff - 1; } };
 constexpr int NOWHERE = 0x7fffffff;
 
@@ -83,7 +83,7 @@ INLINE void from_warp(const T (&x)[K], T (&y)[K], int bit, char *rooms, int &tur
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)
       if (k + i < K) room[(i * WARPS + warp) * 32 + lane] = x[k + i];
-    __syncthreads();
+    meet<WARPS>();
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)
       if (k + i < K) y[k + i] = room[(i * WARPS + (warp ^ bit)) * 32 + lane];

@@ -30,15 +30,16 @@ def compiled(kernel: Kernel, layout: Layout, kept: bool = False) -> Form:
     """
     tp = kernel.program
     usual = layout == Layout(tuple(len(p.shape) - 1 for p in tp.params))
-    source = kernel.source if usual else emit(tp, kernel.isa, layout).source
-    given = launches(tp, kernel.isa, layout)
+    source = kernel.source if usual else emit(tp, kernel.isa, layout, kernel.runs).source
+    given = launches(tp, kernel.isa, layout, kernel.runs)
     made = compile_text(source, given, target(kernel.isa).capability)
     return Form(layout, made[0].version if made else "", given, tuple(b.cubin for b in made))
 
 
 def taken(kernel: Kernel, units: tuple[int, ...]) -> tuple[Argument, ...]:
     """All arguments of the launches, each once, and what they are multiples of where nothing is odd."""
-    return distinct(a for x in launches(kernel.program, kernel.isa, Layout(units)) for a in x.args)
+    return distinct(a for x in launches(kernel.program, kernel.isa, Layout(units), kernel.runs)
+                    for a in x.args)
 
 
 def compile_text(source: str, given: Sequence[Launch], capability: int, compiler: str = "") -> tuple[Binary, ...]:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from memcomp.codegen.cuda import chain
 from memcomp.codegen.cuda.best import WORDS, Bests
+from memcomp.codegen.cuda.chain import Chain, Within
 from memcomp.codegen.cuda.computed import Computed
 from memcomp.codegen.cuda.express import CTYPES
 from memcomp.codegen.cuda.inline import inlined
 from memcomp.codegen.cuda.lives import Lives
-from memcomp.codegen.cuda.memory import Memory
+from memcomp.codegen.cuda.memory import Memory, declared
 from memcomp.codegen.cuda.place import Places
 from memcomp.codegen.cuda.rows import WIDEST, Held, Rows, moved, vectors
-from memcomp.codegen.cuda.spread import blocks, places
-from memcomp.codegen.cuda.steps import Steps
+from memcomp.codegen.cuda.spread import LANE_BITS, blocks, places
+from memcomp.codegen.cuda.steps import EXCHANGE, Steps
 from memcomp.codegen.cuda.sums import Sums
 from memcomp.codegen.cuda.words import HEAD, TAKEN
 from memcomp.codegen.launches import Argument, Launch, Layout, loosened
@@ -52,22 +55,36 @@ LONE = 128          # threads of a block where each has a task of its own
 TENSOR_ROWS = 64    # of a product from which on tensor cores must have it
 
 
-def emit(tp: TileProgram, target: Target | str, layout: Layout | None = None) -> Kernel:
+def emit(tp: TileProgram, target: Target | str, layout: Layout | None = None,
+         settings: tuple[int, ...] = ()) -> Kernel:
     """Kernel text; deterministic.
 
     layout: of the tensors; the usual one by default: stride 1 in the last dimension, rows that begin at multiples of 16
     bytes wherever that lets a thread read 16 bytes at once.
+    settings: how many of the program's kernels each launch does, one after another (`options`); one each by default.
     Raises Refusal where a stored format or an operator has no form here, and where tiles do not fit in registers.
     """
     machine = named(target) if isinstance(target, str) else target
-    texts = [w.text for w in writers(tp, machine, layout)]
+    texts = [w.text for w in _launched(tp, machine, layout, settings)]
     lists = [WORDS] if any(isinstance(s, Best) for k in tp.kernels for s in statements(k.body)) else []
-    return Kernel(tp.name, "cuda", "\n".join([HEAD, *lists, *texts]), "", tp, machine.name)
+    meeting = [chain.WORDS] if any(n > 1 for n in settings) else []
+    return Kernel(tp.name, "cuda", "\n".join([HEAD, *lists, *meeting, *texts]), "", tp, machine.name, runs=settings)
 
 
-def launches(tp: TileProgram, target: Target | str, layout: Layout | None = None) -> tuple[Launch, ...]:
+def launches(tp: TileProgram, target: Target | str, layout: Layout | None = None,
+             settings: tuple[int, ...] = ()) -> tuple[Launch, ...]:
     """What the kernels of `emit` with the same arguments are launched with, in the program's order."""
-    return tuple(w.launch for w in writers(tp, target, layout))
+    return tuple(w.launch for w in _launched(tp, target, layout, settings))
+
+
+def options(tp: TileProgram, target: Target) -> dict[str, tuple[int, ...]]:
+    """What `emit` may be given as `settings` to be chosen from by measuring, by words: "" a launch for each kernel."""
+    return chain.options(writers(tp, target), target)
+
+
+def preferred(tp: TileProgram, target: Target, sizes: Mapping[str, int]) -> str:
+    """Of `options`, what is likely to be fastest at these sizes."""
+    return chain.preferred(writers(tp, target), target, sizes) if len(tp.kernels) > 1 else ""
 
 
 def admits(tp: TileProgram, target: Target) -> int:
@@ -78,8 +95,28 @@ def admits(tp: TileProgram, target: Target) -> int:
     return max((2 if w.spills else int(w.poor) for w in writers(tp, target)), default=0)
 
 
-def writers(tp: TileProgram, target: Target | str, layout: Layout | None = None) -> list[Writer]:
-    """The text of each launch, and what it was made of."""
+def _launched(tp: TileProgram, target: Target | str, layout: Layout | None,
+              runs: tuple[int, ...]) -> Sequence[Writer | Chain]:
+    """The text of each launch."""
+    alone = writers(tp, target, layout)
+    within: list[Within | None] = []
+    for n in runs:
+        some = alone[len(within):len(within) + n]
+        within += [Within.of(some) if n > 1 else None] * n
+    if not any(within):
+        return alone
+    parts, names = writers(tp, target, layout, within), Names({*TAKEN, *(w.name for w in alone)})
+    found: list[Writer | Chain] = []
+    for n in runs:
+        some, parts = parts[:n], parts[n:]
+        name = f"{some[0].name}_to_{some[-1].name}"
+        found.append(Chain.of(names.fresh(name, plain=True), some) if n > 1 else some[0])
+    return found
+
+
+def writers(tp: TileProgram, target: Target | str, layout: Layout | None = None,
+            within: Sequence[Within | None] = ()) -> list[Writer]:
+    """The text of each kernel, and what it was made of.  within: the launches that kernels are parts of."""
     machine = named(target) if isinstance(target, str) else target
     for p in tp.params:
         if p.dtype in ("e4m3", "e5m2"):
@@ -88,14 +125,17 @@ def writers(tp: TileProgram, target: Target | str, layout: Layout | None = None)
     layout = layout or Layout(tuple(len(p.shape) - 1 for p in tp.params))
     rows, names = Rows.of(tp, layout), Names(TAKEN)
     return [Writer(tp, k, names.fresh(re.sub(r"\W", "_", k.name), plain=True), rows, layout,
-                   machine.level("smem").bytes) for k in tp.kernels]
+                   machine.level("smem").bytes, part)
+            for k, part in zip(tp.kernels, within or [None] * len(tp.kernels), strict=True)]
 
 
 class Writer(Places):
-    """Text and launch of one kernel."""
+    """Text and launch of one kernel, or lines of one that is a part of a launch.  room: bytes of shared memory for what
+    passes between warps."""
 
-    def __init__(self, tp: TileProgram, k: TileKernel, name: str, rows: Rows, layout: Layout, most: int) -> None:
-        self.name, self.layout = name, rows
+    def __init__(self, tp: TileProgram, k: TileKernel, name: str, rows: Rows, layout: Layout, most: int,
+                 within: Within | None = None) -> None:
+        self.name, self.layout, self.within = name, rows, within
         self.params = {p.name: p for p in tp.params}
         for s in statements(k.body):
             if isinstance(s, Dot) and (few := _least_side(k, s)) >= TENSOR_ROWS:
@@ -111,23 +151,23 @@ class Writer(Places):
                           f"{block.most} with {32 * block.warps} threads",
                           tp.name, "smaller tiles; or the backend triton, which keeps operands in shared memory")
         names = Names(TAKEN)
-        self.args = loosened(tuple(self._argument(k, a) for a in arguments(tp, k, layout.units).args), layout)
+        self.args = within.args if within else loosened(
+            tuple(self._argument(k, a) for a in arguments(tp, k, layout.units).args), layout)
         for a in self.args:
             names[a.name]
+        self.thread, self.rooms, self.turn = names["thread"], names["rooms"], names["turn"]
         super().__init__(k, names, block, tiles)
         self.scope.params = {p.name: p.dtype for p in tp.params}
         self._narrow()
         self.memory = Memory(self)
         self.scope.element = self.memory.element
-        self.thread = names["thread"]
-        self.rooms, self.turn = names["rooms"], names["turn"]
         self.sums, self.steps = Sums(self), Steps(self, most)
         self.computed, self.bests = Computed(self), Bests(self)
         self.open: list[str] = []   # loop variables
         # where a task has nothing to share out, each thread has a task of its own
         self.lone = not block.mask(frozenset(block.dims)) and not self.memory.shared
         self.threads = LONE if self.lone else 32 * block.warps
-        self.text = self._kernel()
+        self._kernel()
         every: Expr = Const(1)
         for n, (_, e) in enumerate(k.grid):
             every = call("mul", every, e) if n else e
@@ -190,33 +230,54 @@ class Writer(Places):
 
     # -- text --------------------------------------------------------------------------------------------------------
 
-    def _kernel(self) -> str:
+    @property
+    def text(self) -> str:
+        args = self.declaration(self.args, declared(self.params, [self.k]))
+        return (f'extern "C" __global__ void __launch_bounds__({self.threads}, 1) {self.name}({args}) {{\n'
+                + "\n".join(self.lines) + "\n}\n")
+
+    def _kernel(self) -> None:
         for t in self.k.tiles:
             self.names[t.name]
-        self.line(f"const int {self.thread} = threadIdx.x;")
-        self._grid()
-        for d, s in self.block.dims.items():
-            if s.bits:
-                self.line(f"const int {self.names[f'{d}_at']} = {places(self.thread, s.bits, s.vector)};")
-        self.counts("")
-        for t in self.k.tiles:
-            if t.name not in self.inline:
-                self.line(self._declared(t.name))
-        self.body(self.k.body)
-        args = ", ".join(f"{self.memory.argument(a.of) if a.kind == 'pointer' else _INTEGER[a.type]}"
-                         f"{self.names[a.name]}" for a in self.args)
-        body = "\n".join(self.lines)
-        if any(int(n) >> 5 for n in re.findall(r"combine<\w+, (\d+),", body)):
-            room = f"  __shared__ __align__(16) char {self.rooms}[2 * AT_ONCE * {self.block.warps} * 32 * 8];\n"
-        else:
-            room = f"  char *{self.rooms} = nullptr;\n"
-        if "combine<" not in body:
-            room = ""
-        turn = f"  int {self.turn} = 0;\n" if room else ""
+        self.depth = 3 if self.within else 1
+        with self.aside() as body:
+            self._grid()
+            for d, s in self.block.dims.items():
+                if s.bits:
+                    self.line(f"const int {self.names[f'{d}_at']} = {places(self.thread, s.bits, s.vector)};")
+            self.counts("")
+            for t in self.k.tiles:
+                if t.name not in self.inline:
+                    self.line(self._declared(t.name))
+            self.body(self.k.body)
+        joins = re.findall(r"combine<\w+, (\d+),", "\n".join(body))
+        self.room = EXCHANGE * self.block.warps if any(int(n) >> LANE_BITS for n in joins) else 0
+        self.depth = 2 if self.within else 1
+        if joins:
+            if not self.room:
+                self.line(f"char *{self.rooms} = nullptr;")
+            elif not self.within:
+                self.line(f"SHARED({self.rooms}, {self.room});")
+            self.line(f"int {self.turn} = 0;")
         if self.steps.shared:
-            turn += f"  SHARED_BYTES({self.names['staged']});\n  int {self.names['slot']} = 0;\n"
-        return (f'extern "C" __global__ void __launch_bounds__({self.threads}, 1) {self.name}({args}) {{\n'
-                f"{room}{turn}{body}\n}}\n")
+            self.line(f"SHARED_BYTES({self.names['staged']});")
+            self.line(f"int {self.names['slot']} = 0;")
+        self.line(f"const int {self.thread} = threadIdx.x;")
+        self.lines += [*self._turns(), *body, "    }"] if self.within else body
+
+    def declaration(self, args: Sequence[Argument], pointers: Mapping[str, str]) -> str:
+        """Of arguments; pointers: their types, by param."""
+        return ", ".join(f"{pointers[a.of] if a.kind == 'pointer' else _INTEGER[a.type]}{self.names[a.name]}"
+                         for a in args)
+
+    def _turns(self) -> list[str]:
+        """The head of a loop over the tasks of a block that does other kernels too; of its threads some may be idle."""
+        step, first = ("1", "blockIdx.x") if not self.lone else (LONE, f"blockIdx.x * {LONE}LL + {self.thread}")
+        busy = f"{self.thread} < {self.threads} && " if self.within and self.threads < self.within.threads else ""
+        at = self.names["next"]
+        total = " * ".join(["1LL", *(self.scope.whole(e) for _, e in self.k.grid)])
+        return ["#pragma unroll 1",
+                f"    for (long long {at} = {first}; {busy}{at} < {total}; {at} += {step}LL * gridDim.x) {{"]
 
     def _declared(self, tile: str) -> str:
         n = self.numbers(tile)
@@ -225,9 +286,11 @@ class Writer(Places):
         return f"{CTYPES[self.scope.tiles[tile]]} {self.names[tile]}[{n}];"
 
     def _grid(self) -> None:
-        """The task: the block's, or in lone blocks the thread's."""
+        """The task: the block's, or in lone blocks the thread's, or of several the one whose turn it is."""
         task = self.names["task"]
-        if self.lone:
+        if self.within:
+            self.line(f"long long {task} = {self.names['next']};")
+        elif self.lone:
             total = " * ".join(["1LL", *(self.scope.whole(e) for _, e in self.k.grid)])
             self.line(f"long long {task} = (long long)blockIdx.x * {LONE} + {self.thread};")
             self.line(f"if ({task} >= {total}) return;")

@@ -16,6 +16,7 @@ from memcomp.codegen.cuda.spread import Spread
 from memcomp.codegen.names import Names
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, reads
+from memcomp.ir.ops import ROUNDED
 from memcomp.ir.target import INTEGERS
 
 CTYPES = {"bool": "bool", "int": "int", "i64": "long long", "f32": "float", "f64": "double"}
@@ -27,7 +28,8 @@ _REAL = {"neg": "-{0}", "square": "{0} * {0}", "abs": "fabs({0})", "exp": "exp({
          "round": "rint({0})", "sqrt": "sqrt({0})", "sigmoid": "sigmoid({0})", "xlogx": "xlogx({0})",
          "relu": "highest({0}, {zero})", "recip": "{one} / {0}", "rsqrt": "{one} / sqrt({0})",
          "div": "{0} / {1}", "pow": "pow({0}, {1})", "max": "highest({0}, {1})", "min": "lowest({0}, {1})",
-         "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}"}
+         "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}",
+         "as_f32": "{0}", "as_f16": "from_f16(to_f16({0}))", "as_bf16": "from_bf16(to_bf16({0}))"}
 _WHOLE = {"neg": "-{0}", "square": "{0} * {0}", "abs": "({0} < 0 ? -{0} : {0})", "relu": "most({0}, {zero})",
           "max": "most({0}, {1})", "min": "least({0}, {1})", "add": "{0} + {1}", "sub": "{0} - {1}",
           "mul": "{0} * {1}", "shr": "{0} >> {1}", "shl": "{0} << {1}", "bitand": "{0} & {1}", "bitor": "{0} | {1}",
@@ -77,6 +79,8 @@ class Scope:
             return "bool"
         if e.op == "int":
             return "i64"
+        if e.op in ROUNDED:
+            return "f32"
         if e.op == "real":
             got = self.type(e.args[0])
             return got if got in ("f32", "f64") else self.real
@@ -220,6 +224,8 @@ class Scope:
         return text if wide == kind else f"({CTYPES[kind]})({text})"
 
     def _real(self, e: Call, kind: str, at: Point) -> str:
+        if e.op == "as_f32" and isinstance(x := e.args[0], Call) and x.op in ("add", "sub", "mul", "div"):
+            return f"{x.op}_f32({', '.join(self.cast(a, kind, at) for a in x.args)})"
         args = [self.cast(a, kind, at) for a in e.args]
         if e.op == "pow" and isinstance(e.args[1], Const) and e.args[1].value in (1, 2, 3, 4):
             return " * ".join([args[0]] * int(e.args[1].value))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from memcomp.codegen.cuda.express import CTYPES, Point
 from memcomp.codegen.cuda.rows import WIDEST, Row
 from memcomp.ir.expr import Access, Const, variables, walk
 from memcomp.ir.target import BYTES
-from memcomp.ir.tile import Load, Store, expressions, statements
+from memcomp.ir.tile import Load, Param, Store, TileKernel, expressions, statements
 
 if TYPE_CHECKING:
     from memcomp.codegen.cuda.emit import Writer
@@ -23,22 +24,9 @@ class Memory:
 
     def __init__(self, w: Writer) -> None:
         self.w = w
-        written = {s.target.tensor for s in statements(w.k.body) if isinstance(s, Store)}
-        read = {a.tensor for s in statements(w.k.body) for e in expressions(s) for a in walk(e)
-                if isinstance(a, Access)} & set(w.params)
-        alike = {p.name: p.over for p in w.params.values() if p.over}
-        touched = written | {alike[n] for n in written if n in alike}
-        self.shared = {n for n in touched if n in read or any(alike.get(m) == n for m in written)} | {
-            n for n in written if alike.get(n) in read}
-        self.written = written
+        self.written, self.shared = _touched(w.params, [w.k])
 
-    # -- arguments ---------------------------------------------------------------------------------------------------
-
-    def argument(self, param: str) -> str:
-        """The declaration of a pointer.  What is read and written in one kernel is neither constant nor alone."""
-        const = "" if param in self.written or param in self.shared else "const "
-        alone = "" if param in self.shared else "__restrict__ "
-        return f"{const}{STORED[self.w.params[param].dtype]} *{alone}"
+    # -- addresses ---------------------------------------------------------------------------------------------------
 
     def address(self, a: Access, at: Point) -> str:
         strides = {x.at: x.name for x in self.w.args if x.kind == "stride" and x.of == a.tensor}
@@ -197,7 +185,7 @@ class Memory:
         w, t = self.w, self.w.k.tile(s.tile)
         dtype = w.params[s.target.tensor].dtype
         if s.target.tensor in self.shared:
-            w.line("__syncthreads();")
+            w.line(f"meet<{w.block.warps}>();")
         row = self.row(s.target, t.dims)
         once = row is not None and row.share == 1 and row.points == w.block.dims[row.dim].registers
         if row is not None and (not once or s.mask is not None and row.dim in variables(s.mask)):
@@ -216,7 +204,7 @@ class Memory:
             else:
                 self.vector(s, at, dim, tests, address)
         if s.target.tensor in self.shared:
-            w.line("__syncthreads();")
+            w.line(f"meet<{w.block.warps}>();")
 
     def vector(self, s: Store, at: Point, dim: str, tests: list[str], address: str) -> None:
         """Neighbours at once; one by one where not all of them count."""
@@ -239,6 +227,26 @@ class Memory:
         if dtype == "bool":
             return text if kind == "bool" else f"({text}) != 0"
         return text if CTYPES[kind] == STORED[dtype] else f"({STORED[dtype]})({text})"
+
+
+def declared(params: Mapping[str, Param], kernels: Sequence[TileKernel]) -> dict[str, str]:
+    """The types of pointers in a launch of these kernels.  What is read and written in it is neither constant nor
+    alone."""
+    written, shared = _touched(params, kernels)
+    return {n: f"{'' if n in written | shared else 'const '}{STORED[p.dtype]} *{'' if n in shared else '__restrict__ '}"
+            for n, p in params.items()}
+
+
+def _touched(params: Mapping[str, Param], kernels: Sequence[TileKernel]) -> tuple[set[str], set[str]]:
+    """Params that some of the kernels write, and those in memory that some write and some read."""
+    every = [s for k in kernels for s in statements(k.body)]
+    written = {s.target.tensor for s in every if isinstance(s, Store)}
+    read = {a.tensor for s in every for e in expressions(s) for a in walk(e) if isinstance(a, Access)} & set(params)
+    alike = {p.name: p.over for p in params.values() if p.over}
+    touched = written | {alike[n] for n in written if n in alike}
+    shared = {n for n in touched if n in read or any(alike.get(m) == n for m in written)} | {
+        n for n in written if alike.get(n) in read}
+    return written, shared
 
 
 def _times(text: str, n: float) -> str:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from memcomp.codegen.cuda.emit import Writer
 
 AT_MOST = 4         # steps under way at once
-OWN = 16 * 32 * 64  # bytes of shared memory for what passes between the most warps; the system's 1,024 are within
+EXCHANGE = 32 * 64  # bytes of shared memory that a warp's threads pass to others: `combine` has two rooms of AT_ONCE
+OWN = 16 * EXCHANGE  # for the most warps; the system's 1,024 are within
 
 
 class Steps:

@@ -8,7 +8,12 @@ HEAD = r'''
 #define INLINE __device__ __forceinline__
 
 #ifndef ON_HOST
+#define SHARED(name, bytes) __shared__ __align__(16) char name[bytes]
 #define SHARED_BYTES(name) extern __shared__ __align__(16) char name[]
+// the warps of a block that compute have come, which may not be all of its warps
+template <int WARPS> __device__ __forceinline__ void meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory");
+}
 template <int N> __device__ __forceinline__ void copy_later(char *to, const char *from, bool live) {
   const unsigned at = __cvta_generic_to_shared(to);
   const unsigned long long source = __cvta_generic_to_global(from);
@@ -127,6 +132,19 @@ INLINE float f16_of(unsigned word, int k) { return from_f16(k ? word >> 16 : wor
 INLINE int i8_of(unsigned word, int k) { return (signed char)(word >> 8 * k); }
 INLINE int u8_of(unsigned word, int k) { return (unsigned char)(word >> 8 * k); }
 
+// operations that nothing is fused with
+#ifndef ON_HOST
+INLINE float mul_f32(float a, float b) { return __fmul_rn(a, b); }
+INLINE float add_f32(float a, float b) { return __fadd_rn(a, b); }
+INLINE float sub_f32(float a, float b) { return __fadd_rn(a, -b); }
+INLINE float div_f32(float a, float b) { return __fdiv_rn(a, b); }
+#else
+INLINE float mul_f32(float a, float b) { return a * b; }
+INLINE float add_f32(float a, float b) { return a + b; }
+INLINE float sub_f32(float a, float b) { return a - b; }
+INLINE float div_f32(float a, float b) { return a / b; }
+#endif
+
 // nearest, ties to even; a NaN stays one
 INLINE unsigned short to_bf16(float x) {
   unsigned bits = __float_as_uint(x);
@@ -217,7 +235,7 @@ INLINE void combine(T (&x)[N], char *rooms, int &turn) {
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i)
         if (k + i < N) room[(i * WARPS + warp) * 32 + lane] = x[k + i];
-      __syncthreads();
+      meet<WARPS>();
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i)
         if (k + i < N) {
@@ -241,7 +259,8 @@ public register reinterpret_cast return short signed sizeof static static_assert
 this thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor
 xor_eq before Lowest NOWHERE enter power merge Best from_warp
 threadIdx blockIdx blockDim gridDim warpSize INLINE Block fetch put Sum Prod Max Min And Or combine from_lane
-AT_ONCE SHARED_BYTES ON_HOST INFINITE32 INFINITE64 NOT_A_NUMBER32 NOT_A_NUMBER64 memcpy
+AT_ONCE SHARED SHARED_BYTES meet all_meet counter arrive look here held ON_HOST INFINITE32 INFINITE64 NOT_A_NUMBER32
+NOT_A_NUMBER64 memcpy
 copy_later ask ask_around asked come take take_around loaded digit
-from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 highest lowest most least mod floordiv sigmoid
+from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 mul_f32 add_f32 sub_f32 div_f32 highest lowest most least mod floordiv sigmoid
 xlogx abs fabs exp exp2 log log2 sin cos erf tanh expm1 log1p floor rint sqrt pow i main linux unix""".split())

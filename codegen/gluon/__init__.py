@@ -2,9 +2,9 @@
 `interpreted` runs it on a CPU."""
 
 from memcomp.codegen.gluon.build import compiled, taken
-from memcomp.codegen.gluon.emit import admits, emit
+from memcomp.codegen.gluon.emit import admits, emit, unfit
 from memcomp.codegen.gluon.interpreter import interpreted
 
-__all__ = ["DEVICE", "admits", "compiled", "emit", "interpreted", "taken"]
+__all__ = ["DEVICE", "admits", "compiled", "emit", "interpreted", "taken", "unfit"]
 
 DEVICE = "cuda"

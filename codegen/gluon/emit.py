@@ -56,8 +56,8 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
     Raises Refusal for machines other than sm_90, and where a launch has not the form or does not fit.
     """
     machine = named(target) if isinstance(target, str) else target
-    if machine.capability != 90:
-        raise Refusal(f"the gluon backend writes for sm_90, {machine.name} has sm_{machine.capability}", tp.name,
+    if why := unfit(machine):
+        raise Refusal(f"the backend gluon has no kernels for {machine.name}: {why}", tp.name,
                       "the triton backend takes it")
     places = units if units is not None else tuple(len(p.shape) - 1 for p in tp.params)
     words: set[str] = set()
@@ -72,6 +72,13 @@ def emit(tp: TileProgram, target: Target | str, units: tuple[int, ...] | None = 
     told = "".join(f"    {name!r}: dict(num_warps={WARPS}),\n" for name in names)
     source = "\n\n".join([HEAD, *map(spoken, used(words)), *map(spoken, texts), f"SETTINGS = {{\n{told}}}\n"])
     return Kernel(tp.name, "gluon", source, "SETTINGS", tp, machine.name)
+
+
+def unfit(machine: Target) -> str:
+    """Why no kernel is written for a machine; "" where one may be."""
+    if not machine.has("cuda"):
+        return "it writes for GPUs"
+    return "" if machine.capability == 90 else f"it writes for sm_90, and that has sm_{machine.capability}"
 
 
 def admits(tp: TileProgram, target: Target) -> int:

@@ -14,9 +14,16 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["DEVICE", "build", "emit"]
+    from memcomp.ir.target import Target
+
+__all__ = ["DEVICE", "build", "emit", "unfit"]
 
 DEVICE = "cpu"
+
+
+def unfit(machine: Target) -> str:
+    """Why no kernel is written for a machine; "" where one may be: numpy shows here what would run there."""
+    return ""
 
 
 def emit(tp: TileProgram, target: object = None) -> Kernel:

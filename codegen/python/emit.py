@@ -6,7 +6,7 @@ import math
 
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
-from memcomp.ir.ops import MONOIDS, OPS
+from memcomp.ir.ops import MONOIDS, OPS, ROUNDED
 from memcomp.ir.places import LEAST
 from memcomp.ir.simplify import linear, simplify
 from memcomp.ir.tile import (
@@ -72,7 +72,8 @@ _BEST = """
 def best(k, *parts):  # of all pairs the k first: the greatest value, of equal ones the lower place, a NaN before all
     values, places = (np.concatenate(x, -1) for x in zip(*parts))
     nan = values != values
-    first = np.lexsort((places, np.where(nan, 0, -values), ~nan), -1)[..., :k]
+    falling = -values if values.dtype.kind == "f" else ~values  # -x is no integer where x is the least one
+    first = np.lexsort((places, np.where(nan, 0, falling), ~nan), -1)[..., :k]
     return (np.take_along_axis(x, first, -1) for x in (values, places))
 """
 
@@ -91,7 +92,7 @@ def emit_source(tp: TileProgram, entry: str) -> str:
     calls = _calls(tp)
     if unknown := sorted(c for c in calls if c not in _INFIX and c not in _FUNCTION and c not in _SPECIAL):
         lines += ["from memcomp.ir.ops import OPS", "", *(f"op_{n} = OPS[{n!r}].numpy" for n in unknown)]
-    if any(p.dtype == "bf16" for p in tp.params):
+    if "as_bf16" in calls or any(p.dtype == "bf16" for p in tp.params):
         lines += ["", *_BF16.splitlines()]
     if any(isinstance(s, Best) for k in tp.kernels for s in statements(k.body)):
         lines += ["", *_BEST.splitlines()]
@@ -102,7 +103,7 @@ def emit_source(tp: TileProgram, entry: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-_SPECIAL = {"and", "or", "not", "neg", "relu", "recip", "rsqrt", "ceildiv", "real", "int"}
+_SPECIAL = {"and", "or", "not", "neg", "relu", "recip", "rsqrt", "ceildiv", "real", "int", *ROUNDED}
 
 
 def _calls(tp: TileProgram) -> set[str]:
@@ -368,6 +369,9 @@ def _call(op: str, args: list[str], scalar: bool) -> str:
         "rsqrt": "(1.0 / np.sqrt({0}))",
         "ceildiv": "(-(-{0} // {1}))",
         "real": "np.asarray({0}, np.float32)",
+        "as_f32": "np.asarray({0}, np.float32)",
+        "as_f16": "np.asarray(np.asarray({0}, np.float16), np.float32)",
+        "as_bf16": "from_bf16(to_bf16({0}))",
         "int": "np.trunc({0}).astype(np.int64)",
     }
     if op in special:

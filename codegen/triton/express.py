@@ -18,13 +18,15 @@ from memcomp.ir.simplify import linear
 # an operator -> text of its arguments
 _FORMS: dict[str, str] = {
     "neg": "(-{0})", "square": "({0} * {0})", "abs": "tl.abs({0})", "exp": "tl.exp({0})", "exp2": "tl.exp2({0})",
-    "log": "tl.log({0})", "log2": "tl.log2({0})", "sin": "tl.sin({0})", "cos": "tl.cos({0})", "erf": "tl.erf({0})",
+    "log": "tl.log({0})", "log2": "tl.log2({0})", "erf": "tl.erf({0})",
     "sigmoid": "tl.sigmoid({0})", "floor": "tl.floor({0})", "where": "tl.where({0}, {1}, {2})", "not": "(({0}) == 0)",
     "and": "({0} & {1})", "or": "({0} | {1})", "recip": "(1.0 / {0})", "rsqrt": "(1.0 / tl.sqrt_rn({0}))",
     "sqrt": "tl.sqrt_rn({0})", "int": "tl.cast({0}, tl.int64)", "real": "tl.cast({0}, tl.float32)",
+    "as_f32": "tl.cast({0}, tl.float32)", "as_f16": "tl.cast(tl.cast({0}, tl.float16), tl.float32)",
 }
 _COMPARED = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", "ne": "ne"}  # with the sides changed
-_WORDS = {"tanh": "tanh", "expm1": "expm1", "log1p": "log1p", "xlogx": "xlogx", "round": "nearest"}
+_WORDS = {"tanh": "tanh", "expm1": "expm1", "log1p": "log1p", "xlogx": "xlogx", "round": "nearest",
+          "as_bf16": "as_bf16"}
 DTYPES = {"f32": "tl.float32", "f64": "tl.float64", "i64": "tl.int64", "bool": "tl.int1"}
 
 
@@ -130,6 +132,9 @@ class Scope:
     def call(self, e: Call, axes: tuple[Axis, ...]) -> str:
         e = self.parted(self.sided(e))
         args = [self.text(a, axes) for a in e.args]
+        if e.op == "as_f32" and isinstance(x := e.args[0], Call) and x.op in ("add", "sub", "mul", "div") \
+                and not self.double(x):
+            return f"{self.word(f'{x.op}_f32')}({', '.join(self.text(a, axes) for a in x.args)})"
         if e.op in _COMPARED and isinstance(e.args[0], Var) and e.args[0].name in self.dims:
             args[1] = self.against(e.args[0].name, e.args[1], axes)
         real = any(self.kind(a) == "real" for a in e.args)
@@ -155,6 +160,8 @@ class Scope:
             return f"{self.word('tanh64')}({args[0]})"
         if e.op == "real" and "f64" in self.dtypes.values():  # an f32 holds no integer of more than 24 bits
             return f"tl.cast({args[0]}, tl.float64)"
+        if e.op in ("sin", "cos"):
+            return f"{self.word('sine')}({args[0]}, {int(e.op == 'cos')})"
         if e.op in _WORDS:
             return f"{self.word(_WORDS[e.op])}({', '.join(args)})"
         if e.op in _FORMS:

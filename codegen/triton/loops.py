@@ -12,7 +12,7 @@ from memcomp.codegen.rounding import narrow
 from memcomp.codegen.triton.layout import layout
 from memcomp.codegen.triton.parts import parts
 from memcomp.codegen.triton.straight import straight
-from memcomp.ir.expr import Access, Const, walk
+from memcomp.ir.expr import Access, Const, variables, walk
 from memcomp.ir.target import BYTES
 from memcomp.ir.tile import (
     Dot,
@@ -54,12 +54,14 @@ class Body:
     """Statements that run as one loop, or those of a kernel in no loop.
 
     branched: a product stands in a branch, or anything where there are no products, so that nothing is fetched ahead.
+    full: dims of which a loop's steps have all points.
     """
 
     steps: tuple[Step, ...]
     products: tuple[Product, ...]
     looped: bool
     branched: bool
+    full: frozenset[str] = frozenset()
 
     @property
     def written(self) -> set[str]:
@@ -86,6 +88,11 @@ class Loops:
             else:
                 self.computed |= {*made(s)}
 
+    def ragged(self, body: Body, tile: str) -> bool:
+        """Do rows of the tile end at places that are known only when it runs, so that each element is fetched alone?"""
+        along = variables(self.loads[tile][0].source.index[-1]) & {*self.tiles[tile].dims}
+        return any(d not in body.full and not isinstance(self.k.dim(d).count, Const) for d in along)
+
     def dims(self, tile: str) -> int:
         return len(self.layout.of(self.tiles[tile].dims))
 
@@ -108,14 +115,14 @@ class Loops:
 
     def _parts(self, s: Loop) -> Iterator[Body]:
         for p in parts(self.k, s):
-            yield self._body(p.body, True)
+            yield self._body(p.body, True, p.full)
 
-    def _body(self, body: tuple[Statement, ...], looped: bool) -> Body:
+    def _body(self, body: tuple[Statement, ...], looped: bool, full: frozenset[str] = frozenset()) -> Body:
         steps = tuple(s for s in statements(body) if isinstance(s, (Load, Map, Fold, Dot)))
         found = tuple(p for s in steps if isinstance(s, Dot) if (p := self._product(s)) is not None)
         branched = any(isinstance(s, When) and (not found or any(isinstance(x, Dot) for x in statements((s,))))
                        for s in statements(body))
-        return Body(steps, found, looped, branched)
+        return Body(steps, found, looped, branched, full)
 
     def _product(self, s: Dot) -> Product | None:
         """None where the contraction is multiplied and summed without tensor cores."""
@@ -136,6 +143,13 @@ class Loops:
 
     def feeding(self, body: Body, tiles: Iterable[str]) -> set[str]:
         """Tiles that the loop loads and that these are computed from in one step, themselves included."""
+        return {t for t in self._before(body, tiles) if body.loaded(t)}
+
+    def follows(self, body: Body, tile: str) -> bool:
+        """Is the tile computed from what a product has made, so that it lies as that does?"""
+        return bool(self._before(body, [tile]) & {p.tile for p in body.products})
+
+    def _before(self, body: Body, tiles: Iterable[str]) -> set[str]:
         seen: set[str] = set()
         todo = list(tiles)
         while todo:
@@ -145,4 +159,4 @@ class Loops:
             seen.add(tile)
             todo += [n.tensor for s in body.steps if s.tile == tile and not isinstance(s, Load)
                      for e in expressions(s) for n in walk(e) if isinstance(n, Access) and n.tensor in self.tiles]
-        return {t for t in seen if body.loaded(t)}
+        return seen

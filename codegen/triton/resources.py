@@ -22,7 +22,7 @@ from memcomp.codegen.triton.loops import Body, Loops, Product, Step
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, variables, walk
 from memcomp.ir.target import BYTES, Target
-from memcomp.ir.tile import Dot, Fold, Loop, TileKernel, TileProgram, expressions, statements
+from memcomp.ir.tile import Dot, Fold, Loop, Map, TileKernel, TileProgram, expressions, statements
 
 FEWEST_ROWS = 16   # of one instruction of tensor cores
 ASYNC_ROWS = 64    # fewer rows and the tensor cores of sm_90 and sm_100 are fed through registers, as before
@@ -39,6 +39,9 @@ FITTED = {"mma": (21.0, 2.01, 2.27, 1.54, 0.54, 0.85, 1.09, 0.21),
           "tcgen05": (19.0, 1.16, 1.8, 0.0, 1.51, 1.07, 1.06, 0.34)}
 REGISTERS = 65536  # of one processor
 BUSY = 8           # warps on one processor below which too little is under way: half of them compute while half wait
+ALONE = 2.5        # registers of an element that is fetched alone: where it lies, and whether it counts
+# registers of a point, besides its value, while a long word makes it
+LONG, MEANWHILE = ("sin", "cos"), {"mma": 2.5, "wgmma": 3.0, "tcgen05": 5.5}
 SPILLED = {"mma": 248.6, "wgmma": 250.0, "tcgen05": 252.0}
 
 
@@ -221,7 +224,7 @@ class _Block:
         passing, turns = [0], [0]      # what lies there for a moment; what one product needs if nothing is ahead
         for p in body.products:
             fetched, parts = self.asynchronous(p), 2 if p.exact else 1
-            turn = 0
+            turn = moved = 0
             for tile, lines in ((p.left, p.rows), (p.right, p.columns)):
                 size = lines * p.depth * p.bytes
                 if tile not in own and body.looped and tile == p.left and not fetched and self.boxes(tile):
@@ -232,9 +235,11 @@ class _Block:
                     streamed[tile] = max(streamed.get(tile, 0), size * (ahead if fetched else ahead - 1))
                     turn += size
                 elif tile == p.right if fetched else tile == p.left and self.spread(body, p):
-                    passing.append(parts * size)
-                    turn += parts * size
-            turns.append(turn)
+                    moved += parts * size
+                elif fetched and not body.loaded(tile) and not self.loops.follows(body, tile):
+                    moved += parts * size * (2 if self.capability >= 100 else 1)   # no product has laid it out
+            passing.append(moved)
+            turns.append(turn + moved)
             for tile in self.loops.feeding(body, (p.left, p.right)) - set(streamed):
                 if self.copied(tile):
                     streamed[tile] = self.loops.points(tile) * self.loops.element(tile) * (ahead - 1)
@@ -314,19 +319,36 @@ class _Block:
     def estimate(self, body: Body) -> float:
         """Registers of a thread."""
         base, *weights = FITTED[self.form(body)]
-        return base + sum(w * n for w, n in zip(weights, self.held(body).values(), strict=True))
+        held = sum(w * n for w, n in zip(weights, self.held(body).values(), strict=True))
+        return base + held + ALONE * self.alone(body) + self.meanwhile(body)
+
+    def meanwhile(self, body: Body) -> float:
+        """Registers that what is made by long words takes beside the values, at most at once."""
+        return MEANWHILE[self.form(body)] * max((
+            self.loops.points(s.tile) / (32 * self.warps) for s in body.steps if isinstance(s, Map) and any(
+                isinstance(n, Call) and n.op in LONG for n in walk(s.body))), default=0.0)
+
+    def alone(self, body: Body) -> float:
+        """Elements that a thread fetches for products, each by itself."""
+        fed = {t for p in body.products for t in (p.left, p.right) if body.loaded(t)} if not self.boxed(body) else set()
+        return sum(self.loops.points(t) for t in fed if self.loops.ragged(body, t)) / (32 * self.warps)
 
     def masked(self, tile: str) -> int:
         """2 where each address goes with a mask: an axis is longer than what there is of it."""
         return 1 + any(a.points < a.size for a in self.loops.layout.of(self.loops.tiles[tile].dims))
 
     def spanned(self, body: Body, s: Step) -> int:
-        """Points of a reduction over tiles that each lack some of its dims: all of them are there at once."""
+        """Points of a reduction that are there at once beside its tiles: of one over tiles that each lack some of its
+        dims, and of one that computes with a tile's points what is not the tile, which is read once more."""
         if not isinstance(s, (Fold, Dot)) or any(p.tile == s.tile for p in body.products):
             return 0
         read = {n.tensor for e in expressions(s) for n in walk(e) if isinstance(n, Access)} & set(self.loops.tiles)
         points = math.prod(a.size for a in self.loops.layout.of((*self.loops.tiles[s.tile].dims, *s.over)))
-        return 0 if any(self.loops.points(t) == points for t in read) else points
+        whole = {t for t in read if self.loops.points(t) == points}
+        later = {n.tensor for x in body.steps[body.steps.index(s) + 1:] for e in expressions(x) for n in walk(e)
+                 if isinstance(n, Access)}
+        made = isinstance(s, Fold) and isinstance(s.body, Call)
+        return points if not whole or made and whole & later else 0
 
     def placed(self, e: Expr) -> Iterator[Expr]:
         """The numbers and comparisons in an expression that follow from the indices of rows and columns alone."""

@@ -21,10 +21,10 @@ from memcomp.codegen.triton.resources import Setting
 from memcomp.codegen.triton.straight import straight
 from memcomp.codegen.triton.words import TAKEN
 from memcomp.ir.errors import Refusal
-from memcomp.ir.expr import Access, Call, Const, Expr, call, reads
+from memcomp.ir.expr import Access, Call, Const, Expr, call, reads, walk
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.target import BYTES
-from memcomp.ir.tile import Dim, Dot, Fold, Load, Map, Statement, TileKernel, TileProgram, made, statements
+from memcomp.ir.tile import Dim, Dot, Fold, Load, Map, Statement, TileKernel, TileProgram, expressions, made, statements
 
 SPANNED = 1 << 17  # bytes of what a reduction makes of smaller tiles, beyond which registers cannot hold it
 STORED = ("bf16", "f16")  # formats that tensor cores multiply, and that f32 holds exactly
@@ -59,7 +59,7 @@ class Values:
         loaded = {t: self.params[first.source.tensor].dtype for t, (first, *more) in writers.items()
                   if isinstance(first, Load) and all(x == first for x in more)}
         self.stored = {t: dtype for t, dtype in loaded.items() if dtype in STORED}
-        self.small = {t for t, dtype in loaded.items() if dtype == "i8" and k.tile(t).dtype == "i64"}
+        self.small = self._multiplied({t for t, dtype in loaded.items() if dtype == "i8" and k.tile(t).dtype == "i64"})
         dtypes = {p.name: p.dtype for p in tp.params} | {t.name: t.dtype for t in k.tiles}
         tiles = {t.name: self.layout.of(t.dims) for t in k.tiles}
         self.scope = Scope(names, self.layout, dtypes, tiles, set(self.stored), {d.name: d.capacity for d in k.dims},
@@ -72,6 +72,17 @@ class Values:
         self.scope.element = self.memory.element
         self.lines: list[str] = []
         self.depth = self.top = 1
+
+    def _multiplied(self, tiles: set[str]) -> set[str]:
+        """Those of 8 bits that nothing reads but products of two of them on tensor cores: anything else would wrap."""
+        found, before = set(tiles), set[str]()
+        while found != before:
+            before = set(found)
+            for s in statements(self.k.body):
+                both = {n.tensor for e in expressions(s) for n in walk(e) if isinstance(n, Access)}
+                if not (isinstance(s, Dot) and both <= found and self.layout.matrices(self.k, s) is not None):
+                    found -= both
+        return found
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)

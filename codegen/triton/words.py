@@ -134,10 +134,98 @@ def tanh(x):
     near = x * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835 - y * (1382.0 / 155925))))))
     return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0.0, -far, far))
 ''', ()),
+    "digits": ('''\
+@triton.jit
+def digits(n, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr, e: tl.constexpr):
+    """The n-th of five words."""
+    first = tl.where(n > 0, tl.full((), b, tl.uint32), tl.full((), a, tl.uint32))
+    third = tl.where(n > 2, tl.full((), d, tl.uint32), tl.where(n > 1, tl.full((), c, tl.uint32), first))
+    return tl.where(n > 3, tl.full((), e, tl.uint32), third).to(tl.uint64)
+''', ()),
+    "sine": ('''\
+@triton.jit
+def sine(x, turn: tl.constexpr):
+    """sin(x + turn * pi/2).  Libraries keep the digits of 2/pi in local memory.  Here an x of up to 8,192 loses its
+    multiple of pi/2 in three steps, the first two exact; of a larger one, times 1/(2 pi), only the 64 digits are made
+    that follow those of whole turns.  Errs by at most 2**-23."""
+    if x.dtype == tl.float64:
+        return tl.cos(x) if turn else tl.sin(x)
+    else:
+        small = tl.abs(x) <= 8192.0
+        y = tl.where(small, x, 0.0)
+        k = tl.floor(y * 0.6366197723675814 + 0.5)
+        near = ((y - k * 1.5703125) - k * 0.0004837512969970703) - k * 7.549790126404332e-08
+        bits = x.to(tl.uint32, bitcast=True)
+        power = (bits >> 23) & 255
+        at = power - 118  # the digit of 1/(2 pi), behind 32 zeros, that is a half turn's
+        first = digits(at >> 5, 0, 0x28BE60DB, 0x9391054A, 0x7F09D5F4, 0x7D4D3770)
+        second = digits(at >> 5, 0x28BE60DB, 0x9391054A, 0x7F09D5F4, 0x7D4D3770, 0x36D8A566)
+        third = digits(at >> 5, 0x9391054A, 0x7F09D5F4, 0x7D4D3770, 0x36D8A566, 0x4F10E410)
+        by = (at & 31).to(tl.uint64)
+        high = (((first << 32) | second) << by) >> 32
+        low = (((second << 32) | third) << by) >> 32
+        turns = ((high << 32) | low) * ((bits & 0x7FFFFF) | 0x800000).to(tl.uint64)
+        part = (turns >> 32).to(tl.uint32)
+        quarter = (part + 0x20000000) >> 30
+        far = (part - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
+        r = tl.where(small, near, tl.where(x < 0.0, -far, far))
+        q = quarter.to(tl.int32, bitcast=True)
+        q = tl.where(small, k.to(tl.int32), tl.where(x < 0.0, -q, q)) + turn
+        z = r * r
+        odd = r + r * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+        even = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+        value = tl.where((q & 1) != 0, even, odd)
+        return tl.where(power == 255, float("nan"), tl.where((q & 2) != 0, -value, value))
+''', ("digits",)),
     "xlogx": ('''\
 @triton.jit
 def xlogx(x):
     return tl.where(x == 0.0, 0.0, x * tl.log(x))
+''', ()),
+    "add_f32": ('''\
+@triton.jit
+def add_f32(a, b):
+    """Nothing is fused with it."""
+    one = tl.full((), 1.0, tl.float32)
+    if INTERPRET:
+        return a * one + b * one
+    else:
+        return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=f,f,f", [a * one, b * one], dtype=tl.float32,
+                                         is_pure=True, pack=1)
+''', ()),
+    "sub_f32": ('''\
+@triton.jit
+def sub_f32(a, b):
+    """Nothing is fused with it."""
+    one = tl.full((), 1.0, tl.float32)
+    if INTERPRET:
+        return a * one - b * one
+    else:
+        return tl.inline_asm_elementwise("sub.rn.f32 $0, $1, $2;", "=f,f,f", [a * one, b * one], dtype=tl.float32,
+                                         is_pure=True, pack=1)
+''', ()),
+    "mul_f32": ('''\
+@triton.jit
+def mul_f32(a, b):
+    """Nothing is fused with it."""
+    one = tl.full((), 1.0, tl.float32)
+    if INTERPRET:
+        return a * one * b * one
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a * one, b * one], dtype=tl.float32,
+                                         is_pure=True, pack=1)
+''', ()),
+    "as_bf16": ('''\
+@triton.jit
+def as_bf16(x):
+    return tl.cast(to_bf16(tl.cast(x, tl.float32)), tl.float32)
+''', ("to_bf16",)),
+    "div_f32": ('''\
+@triton.jit
+def div_f32(a, b):
+    """As IEEE rounds it, which / does not."""
+    one = tl.full((), 1.0, tl.float32)
+    return tl.div_rn(a * one, b * one)
 ''', ()),
     "nearest": ('''\
 @triton.jit

@@ -8,6 +8,7 @@ the machine's own is taken where the text is compiled for it.
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Sequence
 
 from tvm import tirx
@@ -136,6 +137,38 @@ def in_pairs(x: Value) -> Value:
     if dtype(x) == "int64":
         x = cast("int8", x)
     return T.reinterpret(vector("int32", width(x) // (4 if dtype(x) in ("int8", "uint8") else 2)), x)
+
+
+def field(x: Value, shift: int, mask: int, more: int) -> Value:
+    """Numbers of words: (x >> shift & mask) + more."""
+    got = (x >> like(x, shift) if shift else x) & like(x, mask)
+    return got + like(x, more) if more else got
+
+
+def field_pairs(x: Value, shift: int, mask: int, place: int) -> Value:
+    """Of each word the numbers at bits `shift` and `shift` + 16 as a pair of bf16.
+
+    Up to 7 bits stand at bit `place` of a mantissa under the exponent that makes the bit there 1: each is
+    2**(7 - place) too much.  Numbers of 8 bits are converted: a float32 that holds one has no bits but those of a bf16.
+    """
+    if mask.bit_length() > 7:
+        low, high = (bits(cast("float32", field(x, s, mask, 0)), "int32") for s in (shift, shift + 16))
+        return (low >> like(low, 16)) | high
+    both, one = (n | n << 16 for n in (mask << place, (127 + 7 - place) << 7))
+    return ((x >> like(x, shift - place) if shift > place else x) & like(x, both)) | like(x, one)
+
+
+def same_pairs(numbers: Sequence[int], lanes: int) -> Value:
+    """Pairs of equal numbers, each of at most 8 bits without what follows its last 1; so many in turn."""
+    made = [struct.unpack("<I", struct.pack("<f", float(x)))[0] >> 16 for x in numbers]
+    words = [made[k % len(made)] * 0x10001 for k in range(lanes)]
+    return T.Shuffle([tirx.const(x - (x >> 31 << 32), "int32") for x in words], list(range(lanes)))
+
+
+def reordered(x: Value, order: Sequence[int]) -> Value:
+    """Neighbours in another order, the same in each group of so many."""
+    n = len(order)
+    return T.Shuffle([x], [base + k for base in range(0, width(x), n) for k in order])
 
 
 # -- tiles -------------------------------------------------------------------------------------------------------------

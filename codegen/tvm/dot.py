@@ -12,11 +12,12 @@ inner: both operands run along the contracted dim.  Products accumulate in vecto
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memcomp.codegen.tvm import pairs, tiles
 from memcomp.codegen.tvm.access import contiguous, over_points, scalar_element, strips, vector
 from memcomp.codegen.tvm.ahead import LINE, PLACES, ahead
+from memcomp.codegen.tvm.codes import WORD, Codes
 from memcomp.codegen.tvm.pairs import Pairs, Product
 from memcomp.codegen.tvm.writer import Point, Writer, plus, power_of_two, times
 from memcomp.ir.expr import Access, call, variables
@@ -70,13 +71,19 @@ def dot(w: Writer, s: Dot, point: Point) -> Fold | None:
     product = w.products.get(id(s))
     if product is not None:
         rows, columns = (pairs.operand(w, side, point, product.form == "tiles") for side in product.sides)
+        if product.form == "outer":
+            _outer(w, s, rows, columns, point, product)
+            return None
+        assert isinstance(rows, Pairs) and isinstance(columns, Pairs)
         if product.form == "tiles":
             tiles.product(w, s, product, rows, columns, point)
-        elif product.form == "inner":
-            _inner(w, s, rows, columns, product.k, point, product)
         else:
-            _outer(w, s, rows, columns, point, product)
+            _inner(w, s, rows, columns, product.k, point, product)
         return None
+    for mine, other in ((s.a, s.b), (s.b, s.a)):
+        if mine.tensor in w.coded:
+            _outer(w, s, Operand.of(w, other), w.coded[mine.tensor], point)
+            return None
     t = w.tiles[s.tile]
     a, b = Operand.of(w, s.a), Operand.of(w, s.b)
     if t.dtype == "f32" and t.dims and all(_real(w, x) for x in (a, b)):
@@ -217,7 +224,9 @@ def _pairs_then_last(w: Writer, sides: tuple[Pairs, ...], over: tuple[str, ...],
     _loops(w, [d for d in over if d != k], point, along)
 
 
-def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Point, by: Product | None = None) -> None:
+def _outer(w: Writer, s: Dot, a: Operand | Pairs | Codes, b: Operand | Pairs | Codes, point: Point,
+           by: Product | None = None) -> None:
+    assert not isinstance(a, Codes)
     t = w.tiles[s.tile]
     lane = t.dims[-1]
     free = [d for d in t.dims[:-1] if d not in b.dims]
@@ -226,7 +235,9 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
     rows = w.fixed(row) or w.dims[row].capacity if row else 1
     size, vectors = w.isa.block(rows, w.padded(lane) // w.vector(lane))
     k, each = (b.side.k, b.side.each) if isinstance(b, Pairs) else (s.over[-1], 1)  # along what, and numbers of a step
-    parts = _part(w, k, vectors * w.vector(lane), (a, b))
+    if isinstance(b, Codes):
+        k, each = b.k, 1 if by is None else 2
+    parts = None if isinstance(b, Codes) else _part(w, k, vectors * w.vector(lane), (a, b))
 
     def all_parts(q: Point) -> None:
         if parts is None:
@@ -269,6 +280,9 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
 
     def across(q: Point, base: str, lanes: int, given: int) -> str:
         """What lies across the lanes at a step, in a register."""
+        if isinstance(b, Codes):
+            b.ask(w, q, lane, lanes, base)
+            return w.keep((b.vec if by is None else b.pairs)(w, q, lane, lanes, base), "b")
         x, mask = w.names.fresh("b"), _edge(w, b, lane, base, lanes)
         if not b.tile and given == each:
             for n in range(each):
@@ -292,6 +306,17 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
                     step(p.at(**{k: f"({i} + {part[0]})"}), each)
 
             _loops(w, [d for d in s.over if d != k], q, along)
+        elif isinstance(b, Codes):
+            many, count = b.period // each, w.fixed(k)
+            assert count is not None
+
+            def words(p: Point) -> None:
+                with w.repeat("i", f"i64({count // b.period})") as i:
+                    for phase in range(many):
+                        at = b.order[phase] if by is None else phase
+                        step(replace(p.at(**{WORD: i, k: plus(times(i, many), at)}), phase=phase), each)
+
+            _loops(w, [d for d in s.over if d != k], q, words)
         elif isinstance(a, Pairs) and isinstance(b, Pairs):
             _pairs_then_last(w, (a, b), s.over, q, step)
         else:
@@ -299,9 +324,10 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
 
     def _tile(rows: list[Point], base: str, lanes: int, part: tuple[str, int] | None, begin: str) -> None:
         totals = []
-        for _ in rows:
+        for r in rows:
+            first = begin if not isinstance(b, Codes) or by is None else f"splat({_owed(w, s, a, b, r)}, {lanes})"
             totals.append(w.names.fresh("total"))
-            w.line(f"{totals[-1]} = acc({begin})")
+            w.line(f"{totals[-1]} = acc({first})")
 
         def step(q: Point, given: int) -> None:
             inside = {d: q.scalars[d] for d in s.over}
@@ -323,6 +349,25 @@ def _outer(w: Writer, s: Dot, a: Operand | Pairs, b: Operand | Pairs, point: Poi
             w.line(f"{out} = {old}{_held(w, t.name, got)}")
 
     _loops(w, outside, point, all_parts)
+
+
+def _owed(w: Writer, s: Dot, a: Operand | Pairs, codes: Codes, row: Point) -> str:
+    """Text of what a row's products with codes are too much, with the sign turned."""
+    assert isinstance(a, Pairs)
+    total, n, lanes = w.names.fresh("owed"), w.fixed(codes.k), pairs.LANES
+    w.line(f"{total} = acc(splat(f32(0.0), {lanes}))")
+    spare = codes.spares()
+    assert n is not None
+
+    def along(q: Point) -> None:
+        def strip(base: str, m: int, mask: str) -> None:
+            x = a.vec(w, q, codes.k, m, base, mask)
+            w.line(f"{total}[at({lanes})] = dot_pairs({total}[at({lanes})], {x}, same_pairs({spare}, {m // 2}))")
+
+        strips(w, codes.k, strip, 2 * lanes)
+
+    _loops(w, [d for d in s.over if d != codes.k], row, along)
+    return f"f32(0.0) - across('sum', {total}[at({lanes})])"
 
 
 def _edge(w: Writer, b: Operand | Pairs, lane: str, base: str, lanes: int) -> str:

@@ -16,6 +16,7 @@ from memcomp.codegen.tvm import dot as contraction
 from memcomp.codegen.tvm import pairs
 from memcomp.codegen.tvm.access import load, some_element, store, view
 from memcomp.codegen.tvm.best import best
+from memcomp.codegen.tvm.codes import codes
 from memcomp.codegen.tvm.express import Expressions, truth
 from memcomp.codegen.tvm.group import Group, Nest, grouped, without_branch
 from memcomp.codegen.tvm.isa import Isa, isa
@@ -77,6 +78,7 @@ def _program(tp: TileProgram, shape: Isa, units: Layout) -> tuple[str, int]:
         w = Writer(tp, k, shape, names)
         w.rough = allowed
         w.units = {p.name: u for p, u in zip(tp.params, units, strict=True)}
+        w.coded, w.hidden = codes(w)
         w.products = pairs.products(w)
         w.narrow = narrow(w)
         scratch = max(scratch, _kernel(w))
@@ -195,6 +197,7 @@ class Body:
     def run(self, body: Sequence[Statement], point: Point) -> None:
         self._counts(point)
         w = self.w
+        body = [s for s in body if id(s) not in w.hidden]
         for s in body:
             if isinstance(s, Load) and self._in_place(s, body):
                 w.in_place[s.tile] = s

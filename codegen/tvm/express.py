@@ -10,7 +10,7 @@ from memcomp.codegen.bounds import near
 from memcomp.codegen.tvm.writer import Point, Writer
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call, variables, walk
-from memcomp.ir.ops import OPS
+from memcomp.ir.ops import OPS, ROUNDED
 
 LEAST = 2.0**-64  # of a factor that products of numbers are joined to: none of them comes near the ends of f32
 ELEMENT_OF = {"f32": "float32", "f64": "float64", "i64": "int64"}
@@ -136,8 +136,22 @@ class Expressions:
     def _call(self, e: Call) -> Val:
         if e.op in _COMPARE and (v := self._lane_compare(e)) is not None:
             return v
+        if e.op in ROUNDED:
+            return self._rounded(e)
         if (v := self._scaled(e)) is not None:
             return v
+        return self._plain(e)
+
+    def _rounded(self, e: Call) -> Val:
+        """The nearest number of a format; one operation in it is done as it stands."""
+        x = e.args[0]
+        alone = isinstance(x, Call) and x.op in ("add", "sub", "mul", "div")
+        v = convert(self._plain(x) if alone and isinstance(x, Call) else self._value(x), "f32")
+        if v.const is not None:
+            return Val(f"f32({number(float(OPS[e.op].numpy(v.const)))})", "f32", const=float(OPS[e.op].numpy(v.const)))
+        return Val(f"{e.op}({v.text})", "f32", v.vec)
+
+    def _plain(self, e: Call) -> Val:
         args = [self._value(a) for a in e.args]
         vec = any(a.vec for a in args)
         if e.op in ("and", "or"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from memcomp.codegen.tvm.build import machine_code
 from memcomp.codegen.tvm.isa import named_isa, required
+from memcomp.codegen.tvm.walk import TEXT as WALK
 from memcomp.ir.errors import Refusal
 from memcomp.ir.tile import Kernel
 
@@ -41,15 +42,15 @@ int (*__TVMBackendFreeWorkspace)(int, int, void*) = give;
 
 
 def library(kernel: Kernel) -> bytes:
-    """The library's bytes; equal texts give equal bytes with one compiler.  It has the functions `kernel.entry` and
-    `memcomp_install`, which must be called first (`codegen.threads`).
+    """The library's bytes; equal texts give equal bytes with one compiler.  It has the functions `kernel.entry`,
+    `memcomp_install`, which must be called first (`codegen.threads`), and `memcomp_walk` (`walk`).
 
     Raises Refusal where the text does not compile and where this machine has no C compiler to link with.
     """
     linker = compiler()
     made = machine_code(kernel)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "room.c").write_text(_ROOM)
+        (Path(folder) / "room.c").write_text(_ROOM + WALK)
         made.write_to_file(f"{folder}/kernel.o")
         command = [*linker, "-shared", "-fPIC", "-O2", "-s", "-Wl,--build-id=none", "-o", "kernel.so", "kernel.o",
                    "room.c", "-lm"]

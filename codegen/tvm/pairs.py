@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from memcomp.codegen.rounding import rounds
 from memcomp.codegen.tvm.access import contiguous, over_points, place, strips
+from memcomp.codegen.tvm.codes import Codes, paired
 from memcomp.codegen.tvm.isa import Multiply
 from memcomp.codegen.tvm.writer import BITS, ELEMENT, Point, Writer, plus
 from memcomp.ir.expr import Access
@@ -38,7 +39,8 @@ class Side:
     """An operand as int32 pairs along `k`: a buffer over [other dims.., pair], or [other dims.., pair, last].
 
     beside: which of the other dims lies beside the pairs, where that matters.  each: numbers of a pair.  more: numbers
-    with sign go as numbers without, 128 more.
+    with sign go as numbers without, 128 more.  order: of so many neighbours along k, where they are not paired as they
+    come.
     """
 
     tile: str
@@ -47,6 +49,7 @@ class Side:
     beside: str = ""
     each: int = 2
     more: bool = False
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +96,15 @@ def _dtypes(w: Writer, s: Dot, stored: dict[str, Load], may_round: bool) -> tupl
     kinds = {w.tiles[n].dtype for n in (s.tile, *names)}
     if len(kinds) > 1:
         return None
-    a, b = (w.params[stored[n].source.tensor].dtype if n in stored else "" for n in names)
+    a, b = (w.params[stored[n].source.tensor].dtype if n in stored else "bf16" if n in w.coded else "" for n in names)
     if kinds == {"i64"} and a and b:
         terms = math.prod(w.dims[d].capacity for d in s.over)
         return (a, b) if sums_fit(terms, a, b) else None
     may_round = may_round or s.held == (a or b) != ""
     for mine, given in (names, names[::-1]):
-        if mine not in stored and not (
-                may_round and given in stored and _shared(w, w.tiles[s.tile], w.tiles[given]) > SHARED):
+        if mine not in stored and mine not in w.coded and not (
+                may_round and (given in stored or given in w.coded)
+                and _shared(w, w.tiles[s.tile], w.tiles[given]) > SHARED):
             return None
     return a or b, b or a
 
@@ -126,6 +130,8 @@ def _product(w: Writer, s: Dot, stored: dict[str, Load], may_round: bool) -> Pro
                 return contiguous(w, stored[tile].source, dim)
             return w.tiles[tile].dims[-1] == dim
 
+        if y in w.coded or x in w.coded:
+            return _of_codes(w, s, x, y, row, rows, ways) if y in w.coded and x not in w.coded else None
         k = max(both, key=lambda d: w.dims[d].capacity)
         wide, deep = w.dims[lane].capacity, w.dims[k].capacity
         tiles = next((m for m in ways if m.tiles and (m.left, m.right) == kinds), None)
@@ -150,6 +156,20 @@ def _product(w: Writer, s: Dot, stored: dict[str, Load], may_round: bool) -> Pro
     return None
 
 
+def _of_codes(w: Writer, s: Dot, x: str, y: str, row: str, rows: int, ways: list[Multiply]) -> Product | None:
+    """A product with codes, whose partners in a word say who is a pair."""
+    codes, lanes = paired(w.coded[y]), next((m for m in ways if not m.tiles), None)
+    if codes is None or lanes is None or codes.k not in w.tiles[x].dims:
+        return None
+    order = () if codes.order == tuple(range(codes.period)) else codes.order
+    if order and w.tiles[x].dims[-1] != codes.k:
+        return None
+    w.coded[y] = codes
+    across = not order and row and w.tiles[x].dims[-1] == row != codes.k
+    return Product("outer", codes.k, row, rows, Side(x, codes.k, row if across else "", each=lanes.each, order=order),
+                   Side(y, codes.k, w.tiles[s.tile].dims[-1], each=lanes.each), lanes)
+
+
 def _shared(w: Writer, result: Tile, operand: Tile) -> int:
     """How many products each element of an operand takes part in, per point of the contracted dims."""
     return math.prod(w.dims[d].capacity for d in result.dims if d not in operand.dims)
@@ -162,7 +182,7 @@ def in_place(w: Writer, load: Load, ways: list[Product]) -> bool:
     """
     def direct(p: Product) -> bool:
         if p.x.tile == load.tile:
-            return p.form == "outer" and not (p.x.last or p.x.more) and contiguous(w, load.source, p.k)
+            return p.form == "outer" and not (p.x.last or p.x.more or p.x.order) and contiguous(w, load.source, p.k)
         return p.form != "tiles" and p.rows <= FEW and contiguous(w, load.source, p.y.last or p.k)
 
     return all(map(direct, ways))
@@ -266,12 +286,14 @@ class Pairs:
         return self.raw.pairs(w, q, self.side, lane, lanes, base, mask, given or each, woven)
 
 
-def operand(w: Writer, side: Side, point: Point, deep: bool) -> Pairs:
+def operand(w: Writer, side: Side, point: Point, deep: bool) -> Pairs | Codes:
     """The operand ready to be multiplied; packs it here unless its Load has done so or it is read in place.
 
     deep: fill up to whole tiles along `k`.
     """
     dims = w.tiles[side.tile].dims
+    if side.tile in w.coded:
+        return w.coded[side.tile]
     if side.tile in w.in_place:
         return Pairs(side, Raw(w.in_place[side.tile].source, ""), "", dims)
     raw = Raw(Access(side.tile, ()), side.tile)
@@ -343,7 +365,8 @@ def _along(w: Writer, to: Pairs, q: Point) -> None:
     each = to.side.each
 
     def strip(base: str, lanes: int, mask: str) -> None:
-        got = sign(to.side, f"in_pairs({to.raw.vec(w, q, to.side.k, lanes, base, mask)})")
+        x = to.raw.vec(w, q, to.side.k, lanes, base, mask)
+        got = sign(to.side, f"in_pairs({f'reordered({x}, {to.side.order})' if to.side.order else x})")
         w.line(f"{to.at(w, q, f'at({lanes // each}, T.truncdiv({base}, {each}))', '')} = {got}")
 
     strips(w, to.side.k, strip, each * LANES)

@@ -304,6 +304,21 @@ def to_bf16(x: Value) -> Value:
     return cast("uint16", select(isnan(x), splat(tirx.const(0x7FC0, "uint32"), width(x)), rounded))
 
 
+def as_f32(x: Value) -> Value:
+    """f32 as it stands: LLVM fuses nothing with it."""
+    return T.call_llvm_intrin(vector("float32", width(x)), "llvm.arithmetic.fence", x)
+
+
+def as_f16(x: Value) -> Value:
+    """The nearest number of f16, as f32."""
+    return cast("float32", cast("float16", x))
+
+
+def as_bf16(x: Value) -> Value:
+    """The nearest number of bf16, as f32."""
+    return from_bf16(to_bf16(x))
+
+
 def tasks(n: Value) -> None:
     """Tell the launcher how many tasks the next parallel loop has."""
     T.evaluate(T.call_extern("int32", "memcomp_tasks", cast("int32", n)))

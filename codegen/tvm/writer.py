@@ -26,6 +26,7 @@ from memcomp.ir.tile import (
 )
 
 if TYPE_CHECKING:
+    from memcomp.codegen.tvm.codes import Codes
     from memcomp.codegen.tvm.pairs import Product
 
 ELEMENT = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32",
@@ -39,7 +40,8 @@ class Point:
     """Where in its loops an expression is evaluated.
 
     lane: the dim laid across `width` lanes, whose first lane is element `base` (text of an int64); scalars: text of
-    every other variable; held: values of tiles at this point, by tile name, as register names.
+    every other variable; held: values of tiles at this point, by tile name, as register names; phase: which of the
+    numbers (or pairs) of a word of codes.
     """
 
     scalars: dict[str, str]
@@ -47,6 +49,7 @@ class Point:
     width: int = 1
     base: str = ""
     held: dict[str, str] = field(default_factory=dict)
+    phase: int = 0
 
     def at(self, **scalars: str) -> Point:
         return replace(self, scalars=self.scalars | scalars)
@@ -67,6 +70,8 @@ class Writer:
         self.loops: list[str] = []            # variables of the enclosing Loops, outermost first
         self.units: dict[str, int] = {}       # per param the position whose stride is 1, or -1
         self.products: dict[int, Product] = {}  # contractions on bf16 pairs, by id of the statement
+        self.coded: dict[str, Codes] = {}     # tiles of codes that are never filled
+        self.hidden: set[int] = set()         # statements (by id) that would fill them
         self.rough: dict[int, frozenset[Expr]] = {}  # calls that may be rough, by id of the statement
         self.narrow: set[str] = set()         # tiles of i64 that are held in 32 bits
         self.packed: dict[str, str] = {}      # tiles that are filled as pairs only -> their buffer

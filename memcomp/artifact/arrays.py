@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -14,9 +15,12 @@ from memcomp.ir.errors import InputError, Refusal
 
 def held(x: Any, t: Tensor) -> Any:
     """An input as steps take it: row-major, of the plan's dtype."""
-    if type(x) is np.ndarray and x.flags.carray and _KINDS.get(x.dtype) == t.dtype and _near(x):
+    if type(x) is np.ndarray and x.flags.carray and _KINDS.get(x.dtype) == t.dtype:
         return x
     if is_torch(x):
+        if x.is_cpu and not x.requires_grad and _torchs().get(x.dtype) == t.dtype and x.is_contiguous() and \
+                not x.is_neg():
+            return x
         found = _named(str(x.dtype))
         if x.requires_grad and _graded():
             raise Refusal("a model of an artifact has no gradient", t.name, "call it under torch.no_grad()")
@@ -35,6 +39,14 @@ def held(x: Any, t: Tensor) -> Any:
     raise InputError(f"{t.name} is {found}; the model takes {t.dtype}", hint="convert it first")
 
 
+def same(x: Any, given: Any) -> bool:
+    """Is what `held` gave for an input the input's own memory, to be written into?"""
+    if is_torch(given):
+        return is_torch(x) and bool(x.data_ptr() == given.data_ptr()) and not x.is_neg()
+    mine, data = given.data if isinstance(given, Array) else given, x.data if isinstance(x, Array) else x
+    return isinstance(data, np.ndarray) and data.flags.writeable and mine.ctypes.data == data.ctypes.data
+
+
 def _near(x: np.ndarray[Any, Any]) -> bool:
     """Is the last stride one element?  Kernels ask for it where the extent is 1 or 0, too."""
     return not x.ndim or x.strides[-1] == x.itemsize
@@ -51,7 +63,20 @@ _KINDS = {np.dtype(kind): name for name, kind in NUMPY.items()}
 
 
 def is_torch(x: Any) -> bool:
-    return type(x).__module__.partition(".")[0] == "torch"
+    kind: Any = type(x)
+    return _of_torch(kind)
+
+
+@lru_cache(maxsize=64)
+def _of_torch(kind: Any) -> bool:
+    return str(kind.__module__).partition(".")[0] == "torch"
+
+
+@lru_cache(maxsize=1)
+def _torchs() -> dict[Any, str]:
+    from memcomp.dtypes import DTYPES
+
+    return {kind: name for name, kind in DTYPES.items()}
 
 
 def _named(dtype: str) -> str:
@@ -63,11 +88,16 @@ def strided(x: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: in
     """Part of a row-major array.  Refusal where it would reach out of it."""
     x = x if isinstance(x, Array) else Array(_KINDS[x.dtype], x)
     flat = x.data.reshape(-1)
-    reach = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if prod(shape) and (reach >= flat.size or offset < 0 or any(s < 0 for s in strides)):
-        raise Refusal(f"a view of {x} reaches element {reach}")
+    inside(flat.size, str(x), shape, strides, offset)
     return Array(x.dtype, np.lib.stride_tricks.as_strided(
         flat[offset:], shape, [s * flat.itemsize for s in strides]))
+
+
+def inside(count: int, name: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> None:
+    """Refusal where a view of `count` elements would reach out of them."""
+    reach = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if prod(shape) and (reach >= count or offset < 0 or any(s < 0 for s in strides)):
+        raise Refusal(f"a view of {name} reaches element {reach}")
 
 
 def _numbers(x: Any) -> Any:
@@ -88,6 +118,15 @@ def copy(source: Any, to: Any) -> None:
     a, b = _bits(source), _bits(to)
     word = np.dtype(f"u{a.dtype.itemsize}")
     np.copyto(b.view(word), a.view(word), casting="no")
+
+
+def put(source: Any, index: Any, to: Any, dim: int, wraps: bool) -> None:
+    """The library's put: slices of `source` along a dim go to the places that `index` names.  IndexError, and nothing
+    written, where one of them does not exist."""
+    look(index, to.shape[dim], wraps, None)
+    a, b, places = _bits(source), _bits(to), np.atleast_1d(_numbers(index))
+    word = np.dtype(f"u{a.dtype.itemsize}")
+    b.view(word)[(slice(None),) * dim + (places,)] = a.view(word)
 
 
 def look(x: Any, size: int, wraps: bool, ignored: int | None) -> None:

@@ -36,9 +36,13 @@ class Driver(Protocol):
         """A tensor as the memory unit knows it.  extents, strides in bytes (all but the last, which is one element),
         box: slowest first."""
 
+    def room(self, device: int, kernel: Any, block: int, shared: int) -> int:
+        """How many blocks of so many threads and bytes the device, the current one, holds at one time."""
+
     def launch(self, kernel: Any, stream: Any, grid: tuple[int, int, int], block: int, shared: int, data: bytes,
-               places: Sequence[int]) -> None:
-        """Put one launch into the stream; waits for nothing.  data: the arguments; places: where each begins."""
+               places: Sequence[int], together: bool) -> None:
+        """Put one launch into the stream; waits for nothing.  data: the arguments; places: where each begins;
+        together: all of its blocks run at one time, or there is an error."""
 
 
 class Core:
@@ -85,14 +89,23 @@ class Core:
             d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
         return ctypes.string_at(_did("a tensor cannot be fetched in boxes", made).getPtr(), 128)
 
+    @lru_cache(maxsize=1024)  # noqa: B019
+    def room(self, device: int, kernel: Any, block: int, shared: int) -> int:
+        d = _cuda().driver
+        count = d.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        what = "a device does not say how many blocks it holds"
+        each = _did(what, d.cuOccupancyMaxActiveBlocksPerMultiprocessor(kernel, block, shared))
+        return int(each) * int(_did(what, d.cuDeviceGetAttribute(count, d.CUdevice(device))))
+
     def launch(self, kernel: Any, stream: Any, grid: tuple[int, int, int], block: int, shared: int, data: bytes,
-               places: Sequence[int]) -> None:
+               places: Sequence[int], together: bool) -> None:
         room = ctypes.create_string_buffer(len(data) + _LINE)
         start = -(-ctypes.addressof(room) // _LINE) * _LINE
         ctypes.memmove(start, data, len(data))
         each = (ctypes.c_void_p * len(places))(*(start + at for at in places))
-        _did("a kernel cannot be launched", _cuda().driver.cuLaunchKernel(
-            kernel, *grid, block, 1, 1, shared, stream, ctypes.addressof(each), 0))
+        given, driver = (kernel, *grid, block, 1, 1, shared, stream, ctypes.addressof(each)), _cuda().driver
+        _did("a kernel cannot be launched",
+             driver.cuLaunchCooperativeKernel(*given) if together else driver.cuLaunchKernel(*given, 0))
 
 
 _TYPES = {"f64": "FLOAT64", "f32": "FLOAT32", "f16": "FLOAT16", "bf16": "BFLOAT16", "i64": "INT64", "i32": "INT32",

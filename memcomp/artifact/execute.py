@@ -1,38 +1,34 @@
 """Runs a plan: kernels and copies on an arena.  Needs numpy and what the kernels need; torch where the plan says so.
 
 What depends on the inputs' shapes alone is made once a thread and shape: places in the arena, arguments of all steps.
-A call then hands over its inputs, fresh outputs, and launches.
+A call then hands over its inputs and fresh outputs; between the steps that torch runs, machine code walks all others.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 from memcomp.artifact import weights
 from memcomp.artifact.arena import placed
-from memcomp.artifact.arrays import copy, held, is_torch, look, strided
+from memcomp.artifact.arrays import held, inside, is_torch, same, strided
+from memcomp.artifact.bind import Binding, Bound, View, Walk
 from memcomp.artifact.folder import Folder
-from memcomp.artifact.foreign import by_torch
 from memcomp.artifact.manifest import expression
-from memcomp.artifact.memory import Array, empty, fresh, tensor, within
-from memcomp.artifact.plan import Plan, Step, check, lives, root
+from memcomp.artifact.memory import Array, empty, steps_of, within
+from memcomp.artifact.plan import Plan, Step, lives, root, written
 from memcomp.ir.errors import InputError
 from memcomp.ir.expr import Const, Expr, Size, walk
 from memcomp.ir.target import BYTES
 from memcomp.sizes import evaluate
 
 KEPT = 8  # so many combinations of shapes stay bound, a thread
-Act: TypeAlias = Callable[[list[Any]], None]  # of a call's tensors, by position
 
 
-def bound(folder: Folder, kernels: Mapping[str, Any], plan: Plan) -> Model:
+def bound(folder: Folder, kernels: Mapping[str, Any], plan: Plan, walker: Walk | None) -> Model:
     """The model of a verified directory.  InputError where its parts do not fit each other."""
-    check(plan, kernels)
     stored = weights.read(folder.place(weights.FILE)) if weights.FILE in folder.manifest.files else {}
     for t in plan.tensors:
         if t.kind == "weight" and (t.name not in stored or stored[t.name].dtype != t.dtype or
@@ -43,31 +39,45 @@ def bound(folder: Folder, kernels: Mapping[str, Any], plan: Plan) -> Model:
         if spec is not None and ((len(step.reads), len(step.writes)) != (len(spec.inputs), len(spec.outputs)) or
                                  step.sizes.keys() != {r.name for r in spec.sizes}):
             raise InputError(f"the plan cannot be run: step {k} does not call {step.what} as it is")
-    model, sizes = Model(plan, kernels, stored), {s.name for s in plan.sizes}
+    model, sizes = Model(plan, kernels, stored, walker), {s.name for s in plan.sizes}
     if any(isinstance(x, Size) and x.rank not in sizes for e in model.extents for x in walk(e)):
         raise InputError("the plan cannot be run: it has an extent over sizes that it does not have")
     return model
 
 
 class Model:
-    """A plan as a function of its inputs: `model(*inputs)`, or by name.  Several threads may call it at once.
+    """A plan as a function of its inputs: `model(*inputs)`, or by name.  Several threads may call it at once; where it
+    has a state, one call after another.
 
     Inputs: numpy arrays, `Array`s or torch's tensors; outputs are torch's where an input is, else numpy arrays, or
     `Array`s where numpy has no such dtype.  Raises TypeError for a wrong number of inputs, InputError for an input of
-    another dtype or shape than the model takes, Refusal where a gradient is asked for, IndexError for an index out of
-    bounds.
+    another dtype or shape than the model takes, or that it writes into and cannot, Refusal where a gradient is asked
+    for, IndexError for an index out of bounds.
     """
 
-    def __init__(self, plan: Plan, kernels: Mapping[str, Any], stored: Mapping[str, Array]) -> None:
-        """kernels: by name, with `function`, `arguments` and `work`; stored: the weights by name, all of the plan."""
+    def __init__(self, plan: Plan, kernels: Mapping[str, Any], stored: Mapping[str, Array],
+                 walker: Walk | None = None) -> None:
+        """kernels: by name, with `function`, `arguments` and `work`; stored: the weights by name, all of the plan;
+        walker: `memcomp_walk` of one of the kernels' libraries, where functions are tvm-ffi's.  The state is this
+        model's own."""
         self.plan = plan
         self.of = {t.name: t for t in plan.tensors}
-        self._kernels, self._weights = kernels, dict(stored)
+        self._kernels, self._walker = kernels, walker
         self._texts = {x: expression(x) for t in plan.tensors for x in (*t.shape, *t.strides, t.offset)}
         self._texts |= {x: expression(x) for s in plan.steps for x in s.sizes.values()}
-        self._shared = {n: tensor(a) for n, a in self._weights.items()}
-        self._mine = threading.local()
+        self._stored = dict(stored)
+        self.state = {t.name: empty(t.dtype, self._shape(t.name, {})) for t in plan.tensors if t.kind == "state"}
+        self._fixed = {**self._stored, **self.state}
+        self._mine, self._turn = threading.local(), threading.Lock() if self.state else None
         self._taken = [self.of[n] for n in plan.inputs]
+        self._written = [k for k, n in enumerate(plan.inputs) if n in written(plan)]
+        self.reset()
+
+    def reset(self) -> None:
+        """The state as it was when the model was compiled."""
+        for name, array in self.state.items():
+            start = self.of[name].of
+            array.data[...] = self._stored[start].data if start else 0
 
     @property
     def extents(self) -> Collection[Expr]:
@@ -77,9 +87,19 @@ class Model:
     def __call__(self, *inputs: Any, **named: Any) -> tuple[Any, ...]:
         if named or len(inputs) != len(self._taken):
             inputs = self._ordered(inputs, named)
-        given = [held(x, t) for x, t in zip(inputs, self._taken, strict=True)]
-        return self._bound(tuple([x.shape for x in given]))(given, any(map(is_torch, given)))
-
+        given, torch = [], False
+        for x, t in zip(inputs, self._taken, strict=True):
+            given.append(held(x, t))
+            torch = torch or is_torch(given[-1])
+        for k in self._written:
+            if not same(inputs[k], given[k]):
+                raise InputError(f"the model writes into {self._taken[k].name}, which must lie row by row and take it",
+                                 hint="copy it first")
+        run = self.at(tuple([x.shape for x in given]))
+        if self._turn is None:
+            return run(given, torch)
+        with self._turn:
+            return run(given, torch)
     def bytes(self, **sizes: int) -> int:
         """Bytes of the arena, scratch included, at these sizes."""
         return self._places(sizes)[1]
@@ -91,15 +111,15 @@ class Model:
                             + (f" and {', '.join(named)}" if named else ""))
         return (*inputs, *(named[n] for n in names[len(inputs):]))
 
-    def _bound(self, shapes: tuple[tuple[int, ...], ...]) -> _Bound:
-        known: OrderedDict[Any, _Bound] | None = getattr(self._mine, "known", None)
-        if known is None:
-            known = self._mine.known = OrderedDict()
-        found = known.get(shapes)
-        if found is None:
-            found = known[shapes] = self._bind(shapes)
-            if len(known) > KEPT:
-                known.popitem(last=False)
+    def at(self, shapes: tuple[tuple[int, ...], ...]) -> Bound:
+        """What a call with inputs of these shapes does, for this thread."""
+        try:
+            return self._mine.known[shapes]  # type: ignore[no-any-return]
+        except (AttributeError, KeyError):
+            known = self._mine.__dict__.setdefault("known", {})
+        found = known[shapes] = self._bind(shapes)
+        if len(known) > KEPT:
+            del known[next(iter(known))]
         return found
 
     def _sizes(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
@@ -125,7 +145,7 @@ class Model:
         return sizes
 
     def _at(self, text: str, sizes: Mapping[str, int]) -> int:
-        return _value(self._texts[text], sizes)
+        return _value(self._texts.get(text) or expression(text), sizes)
 
     def _places(self, sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
         """Offsets in the arena, of every buffer and of scratch (the k-th of step s is `s/k`), and its bytes."""
@@ -143,17 +163,17 @@ class Model:
     def _own(self, step: Step, sizes: Mapping[str, int]) -> dict[str, int]:
         return {n: self._at(x, sizes) for n, x in step.sizes.items()}
 
-    def _bind(self, shapes: Sequence[tuple[int, ...]]) -> _Bound:
+    def _bind(self, shapes: Sequence[tuple[int, ...]]) -> Bound:
         sizes = self._sizes(shapes)
         places, total = self._places(sizes)
         room = empty("u8", (total,)).data
-        fixed: dict[str, Array] = dict(self._weights)
+        fixed = dict(self._fixed)
         for name, at in places.items():
             if name in self.of:
                 fixed[name] = within(room, at, self.of[name].dtype, self._shape(name, sizes))
-        outs = list(dict.fromkeys(n for n in self.plan.outputs))
+        outs = list(dict.fromkeys(self.plan.outputs))
         slots = {n: k for k, n in enumerate((*self.plan.inputs, *outs))}
-        views: list[tuple[int, int, tuple[int, ...], tuple[int, ...], int]] = []
+        views: list[View] = []
         for t in self.plan.tensors:
             if t.kind == "alias":
                 shape = self._shape(t.name, sizes)
@@ -162,86 +182,17 @@ class Model:
                 if base in fixed:
                     fixed[t.name] = strided(fixed[base], shape, strides, self._at(t.offset, sizes))
                 else:
+                    inside(prod(self._shape(base, sizes)), t.name, shape, strides, self._at(t.offset, sizes))
                     slots[t.name] = len(slots)
-                    views.append((slots[t.name], slots[base], shape, strides, self._at(t.offset, sizes)))
-        handed = {n: self._shared.get(n) or tensor(a) for n, a in fixed.items()}
-        acts = [a for s, step in enumerate(self.plan.steps)
-                if (a := self._act(s, step, sizes, room, places, fixed, handed, slots)) is not None]
-        made = [(self.of[n].dtype, self._shape(n, sizes)) for n in outs]
-        return _Bound(acts, made, views, [slots[n] for n in self.plan.outputs], room)
+                    views.append((slots[base], shape, strides, self._at(t.offset, sizes)))
+        shaped = {n: (x.dtype, self._shape(n, sizes)) for n, x in self.of.items()}
+        binding = Binding(self._kernels, lambda x: self._at(x, sizes), shaped, room, places, fixed, slots,
+                          len(slots) - len(views), views, self._walker)
+        return Bound(binding.acts(self.plan.steps), [(*shaped[n], steps_of(shaped[n][1])) for n in outs],
+                     [slots[n] for n in self.plan.outputs])
 
     def _shape(self, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(self._at(x, sizes) for x in self.of[name].shape)
-
-    def _act(self, at: int, step: Step, sizes: Mapping[str, int], room: Any, places: Mapping[str, int],
-             fixed: Mapping[str, Array], handed: Mapping[str, Any], slots: Mapping[str, int]) -> Act | None:
-        if all(0 in self._shape(n, sizes) for n in step.writes) and step.writes:
-            return None
-        if step.kind == "kernel":
-            kernel, own = self._kernels[step.what], self._own(step, sizes)
-            work = [tensor(within(room, places[f"{at}/{k}"], dtype, shape))
-                    for k, (dtype, shape) in enumerate(kernel.work(own))]
-            args = [handed.get(n) for n in (*step.reads, *step.writes)] + [*work, *kernel.arguments(own)]
-            return _launch(kernel.function, args, [(k, slots[n]) for k, n in enumerate((*step.reads, *step.writes))
-                                                   if n in slots])
-        reads = [_pick(n, fixed, slots) for n in step.reads]
-        writes = [_pick(n, fixed, slots) for n in step.writes]
-        if step.kind == "copy":
-            return lambda given: copy(reads[0](given), writes[0](given))
-        if step.kind == "check":
-            size, wraps = self._at(step.sizes["size"], sizes), step.what == "wraps"
-            ignored = self._at(step.sizes["ignored"], sizes) if "ignored" in step.sizes else None
-            return lambda given: look(reads[0](given), size, wraps, ignored)
-        return by_torch(step, sizes, reads, writes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Bound:
-    """A plan at fixed shapes, for one thread: `room` is the arena that its steps' arguments lie in."""
-
-    acts: Sequence[Act]
-    outs: Sequence[tuple[str, tuple[int, ...]]]
-    views: Sequence[tuple[int, int, tuple[int, ...], tuple[int, ...], int]]
-    results: Sequence[int]
-    room: Any
-
-    def __call__(self, given: list[Any], torch: bool) -> tuple[Any, ...]:
-        if torch:
-            from torch import empty
-
-            from memcomp.dtypes import DTYPES
-
-            given += [empty(shape, dtype=DTYPES[dtype]) for dtype, shape in self.outs]
-        else:
-            given += [fresh(dtype, shape) for dtype, shape in self.outs]
-        for _, base, shape, strides, offset in self.views:
-            x = given[base]
-            given.append(x.as_strided(shape, strides, offset + x.storage_offset()) if is_torch(x)
-                         else strided(x, shape, strides, offset))
-        for act in self.acts:
-            act(given)
-        return tuple([given[k] for k in self.results])
-
-
-def _launch(function: Callable[..., Any], args: list[Any], filled: Sequence[tuple[int, int]]) -> Act:
-    if not filled:
-        return lambda _: function(*args)
-
-    def act(given: list[Any]) -> None:
-        mine = args.copy()
-        for k, slot in filled:
-            mine[k] = given[slot]
-        function(*mine)
-
-    return act
-
-
-def _pick(name: str, fixed: Mapping[str, Array], slots: Mapping[str, int]) -> Callable[[list[Any]], Any]:
-    if name in fixed:
-        one = fixed[name]
-        return lambda _: one
-    slot = slots[name]
-    return lambda given: given[slot]
 
 
 def _value(e: Expr, sizes: Mapping[str, int]) -> int:

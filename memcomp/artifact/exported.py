@@ -17,7 +17,7 @@ from torch.fx.experimental import _config as oblivious
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from memcomp.artifact.plan import Size as Shown
-from memcomp.capture import read_exported
+from memcomp.capture import read_exported, table
 from memcomp.capture.candidates import OWN_FRAME, source
 from memcomp.capture.extent import expression, extent, size_name
 from memcomp.capture.reader import DTYPE, meta
@@ -28,12 +28,25 @@ from memcomp.ir.errors import InputError, Refusal
 from memcomp.ir.expr import Expr, Size, substitute
 from memcomp.ir.show import show_expr
 from memcomp.ir.simplify import simplify
+from memcomp.signature import parameters
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that a call leaves another: a buffer of the model, whose value `start` was, or an input (None).
+
+    before, after: its value when the call begins, as a placeholder, and when it ends."""
+
+    name: str
+    before: fx.Node
+    after: fx.Node
+    start: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class Exported:
     """labels: names of the inputs; results: of the outputs; sizes: the run-time numbers of the graph, as the inputs'
-    shapes show them; names: of its symbols; example: what they were when it was exported."""
+    shapes show them; names: of its symbols; example: what they were when it was exported; kept: what it writes into."""
 
     gm: fx.GraphModule
     inputs: tuple[fx.Node, ...]
@@ -43,6 +56,7 @@ class Exported:
     sizes: tuple[Shown, ...]
     names: Mapping[sympy.Symbol, str]
     example: Mapping[str, int]
+    kept: tuple[Kept, ...] = ()
 
     def text(self, x: int | torch.SymInt) -> str:
         """An extent as an expression over `sizes`.  Raises Refusal where it depends on data."""
@@ -61,38 +75,68 @@ class Exported:
 def export(given: Function) -> Exported:
     """Export a function called with its inputs; what is no tensor is as it is in every call.
 
-    Raises InputError where torch cannot export it, or its open extents cannot differ; Refusal for a model that keeps a
-    state.
+    Raises InputError where torch cannot export it, or its open extents cannot differ.
     """
     fn = given.fn
+    if left := [p.name for p in parameters(fn) if p.kind == p.KEYWORD_ONLY and p.default is p.empty]:
+        raise InputError(f"its inputs {', '.join(left)} are given by keyword only",
+                         hint="memcomp.signature.by_position(model) takes them by position, after the others")
     at = [i for i, x in enumerate(given.inputs) if isinstance(x, torch.Tensor)]
     dims = [given.dims[i] if i < len(given.dims) else {} for i in at]
     module = fn if isinstance(fn, torch.nn.Module) and len(at) == len(given.inputs) else _Wrapped(fn, given.inputs, at)
     with _stateless(fn), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch, about torch's own code
         ep = _exported(module, tuple(given.inputs[i] for i in at), dims)
-        if any(map(mutates, ep.graph.nodes)):
-            ep = ep.run_decompositions({})  # the same operators, and what they wrote in place as values
-    signature = ep.graph_signature
-    if changed := [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]:
-        raise Refusal(f"it writes into {changed[0]}, and an artifact keeps no state",
-                      hint="return the new value instead")
+        if any(map(mutates, ep.graph.nodes)):  # the same operators, and what they wrote in place as values
+            try:
+                ep = ep.run_decompositions({})
+            except AssertionError:  # torch's, for a tensor that is a buffer and something else's attribute, too
+                ep = _exported(module, tuple(given.inputs[i] for i in at), dims, strict=True).run_decompositions({})
     gm = read_exported(ep)
-    if wrong := next(filter(mutates, gm.graph.nodes), None):
+    if wrong := next((n for n in gm.graph.nodes if mutates(n) and not _keeps(n)), None):
         raise Refusal(f"{wrong.target} writes into a tensor", source(wrong), "compute a new one instead")
     tidy(gm)
-    return _read(gm, [given.names[i] for i in at], dims)
+    return _read(gm, _kept(gm), [given.names[i] for i in at], dims)
+
+
+def _keeps(n: fx.Node) -> bool:
+    """Is it what torch.export writes at a graph's end for each buffer and input that the model writes into?"""
+    return n.target is torch.ops.aten.copy_.default and isinstance(n.args[0], fx.Node) and \
+        n.args[0].op in ("get_attr", "placeholder")
+
+
+def _kept(gm: fx.GraphModule) -> tuple[Kept, ...]:
+    """Take these out of a graph; a buffer becomes a placeholder, since its value is not a constant."""
+    found: list[tuple[fx.Node, fx.Node]] = []
+    for n in filter(_keeps, list(gm.graph.nodes)):
+        to, after = n.all_input_nodes[0], n.all_input_nodes[-1]
+        n.replace_all_uses_with(after)
+        gm.graph.erase_node(n)
+        found.append((to, after))
+    now: dict[fx.Node, fx.Node] = {}
+    for path in dict.fromkeys(str(to.target) for to, _ in found if to.op == "get_attr"):
+        shown = [n for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) == path]
+        with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+            held = gm.graph.placeholder(re.sub(r"\W", "_", f"kept_{path}"))
+        held.meta = dict(shown[0].meta)
+        for n in shown:
+            n.replace_all_uses_with(held)
+            gm.graph.erase_node(n)
+            now[n] = held
+    return tuple(Kept(str(to.target), now.get(to, to), now.get(after, after),
+                      table.attribute(gm, str(to.target)).detach() if to in now else None) for to, after in found)
 
 
 def _exported(module: torch.nn.Module, inputs: tuple[Any, ...],
-              dims: Sequence[Mapping[int, Any]]) -> torch.export.ExportedProgram:
+              dims: Sequence[Mapping[int, Any]], strict: bool = False) -> torch.export.ExportedProgram:
     """Where a dimension may be 1, as one that is treated like others, if the model allows it; else from 2 on, which is
     torch's own way: what is 1 broadcasts."""
     small = any(x.least < 2 for given in dims for x in given.values())
     for alike in (True, False) if small else (False,):
         try:
             with oblivious.patch(backed_size_oblivious=alike):  # type: ignore[attr-defined]
-                return torch.export.export(module, inputs, dynamic_shapes=_dynamic(module, inputs, dims), strict=False)
+                shapes = _dynamic(module, inputs, dims)
+                return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=strict)
         except (KeyboardInterrupt, MemoryError, RecursionError):
             raise
         except Exception as error:  # anything at all: it runs the user's code, and torch's own errors have no base
@@ -154,8 +198,10 @@ def _dynamic(module: torch.nn.Module, inputs: Sequence[Any], dims: Sequence[Mapp
     return by_name
 
 
-def _read(gm: fx.GraphModule, names: Sequence[str], dims: Sequence[Mapping[int, Any]]) -> Exported:
-    inputs = tuple(n for n in gm.graph.nodes if n.op == "placeholder")
+def _read(gm: fx.GraphModule, kept: tuple[Kept, ...], names: Sequence[str], dims: Sequence[Mapping[int, Any]]
+          ) -> Exported:
+    own = {k.before for k in kept if k.start is not None}
+    inputs = tuple(n for n in gm.graph.nodes if n.op == "placeholder" and n not in own)
     labels = tuple(names[i] if names[i].isidentifier() else f"input{i}" for i in range(len(inputs)))
     named: dict[sympy.Symbol, Shown] = {}
     example: dict[str, int] = {}
@@ -187,8 +233,9 @@ def _read(gm: fx.GraphModule, names: Sequence[str], dims: Sequence[Mapping[int, 
         raise InputError("it returns nothing", hint="return tensors")
     results = [n for n, _ in found]
     results = [n if results.count(n) == 1 and n.isidentifier() else f"out{k}" for k, n in enumerate(results)]
+    out.args = ((*(x for _, x in found), *(k.after for k in kept)),)
     return Exported(gm, inputs, labels, tuple(x for _, x in found), tuple(results), tuple(named.values()),
-                    {s: x.name for s, x in named.items()}, example)
+                    {s: x.name for s, x in named.items()}, example, kept)
 
 
 def _results(gm: fx.GraphModule) -> list[str]:

@@ -27,7 +27,7 @@ from memcomp.ir.target import target
 from memcomp.ir.tile import Kernel, Param
 from memcomp.sizes import evaluate, sources
 
-MAGIC, VERSION = b"memcomp\0", 1
+MAGIC, VERSION = b"memcomp\0", 2
 ENDING = ".mcc"
 _HEAD = struct.Struct("<8sIQ")
 

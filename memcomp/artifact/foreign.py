@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from memcomp.artifact.arrays import is_torch
-from memcomp.artifact.manifest import expression
 from memcomp.artifact.plan import Step
 from memcomp.ir.errors import Refusal
-from memcomp.sizes import evaluate
 
 
-def by_torch(step: Step, sizes: Mapping[str, int], reads: Sequence[Callable[[list[Any]], Any]],
+def operators(names: Sequence[str], where: str) -> None:
+    """Refusal where torch must run steps and is not installed, or has no such operator."""
+    if names and find_spec("torch") is None:
+        raise Refusal(f"{where} needs torch, which is not installed, for {', '.join(names)}",
+                      hint="pip install torch; `memcomp compile --strict` says what is in the way")
+    for name in names:
+        _operator(name)
+
+
+def _operator(what: str) -> Any:
+    import torch
+
+    space, _, rest = what.partition(".")
+    name, _, overload = rest.partition(".")
+    packet = getattr(torch.ops.aten, name, None) if space == "aten" else None
+    found = getattr(packet, overload, None)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise Refusal(f"torch {torch.__version__} has no operator {what}")
+    return found
+
+
+def by_torch(step: Step, at: Callable[[str], int], reads: Sequence[Callable[[list[Any]], Any]],
               writes: Sequence[Callable[[list[Any]], Any]]) -> Callable[[list[Any]], None]:
     """A step that torch runs: an operator of torch's own, by its name; what it makes is copied to where it belongs."""
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise Refusal(f"{step.what} needs torch, which is not installed",
-                      hint="pip install torch, or compile with --strict to see what is in the way") from error
+    import torch
     from torch.utils.dlpack import from_dlpack
 
     from memcomp.dtypes import DTYPES
 
-    space, _, rest = step.what.partition(".")
-    name, _, overload = rest.partition(".")
-    packet = getattr(torch.ops.aten, name, None) if space == "aten" else None
-    run = getattr(packet, overload, None)
-    if not isinstance(run, torch._ops.OpOverload):
-        raise Refusal(f"torch {torch.__version__} has no operator {step.what}")
+    run = _operator(step.what)
     args, kwargs = json.loads(step.args)
     places = [int(x) for k, x in step.sizes.items() if k.startswith("out")]
 
@@ -42,7 +53,7 @@ def by_torch(step: Step, sizes: Mapping[str, int], reads: Sequence[Callable[[lis
             if kind == "tensor":
                 held = reads[value](given)
                 return held if is_torch(held) else from_dlpack(held)
-            return evaluate(expression(value), sizes) if kind == "size" else \
+            return at(value) if kind == "size" else \
                 DTYPES[value] if kind == "dtype" else torch.device(value)
         return x
 

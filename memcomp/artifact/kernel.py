@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from importlib import import_module
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from memcomp.artifact.manifest import Code, KernelSpec, Lookup, TensorSpec, expression, expressions
-from memcomp.artifact.memory import OURS, Array, copied, fresh, tensor
+from memcomp.artifact.memory import OURS, Array, copied, fresh, steps_of, tensor
 from memcomp.codegen.launches import value
 from memcomp.ir.errors import Refusal
 from memcomp.sizes import sources
@@ -154,9 +154,7 @@ def _shaped(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> Shaped:
 
 
 def _strided(tensors: Shaped) -> Fresh:
-    """Row by row; where an extent is 0, as torch counts."""
-    return tuple((dtype, shape, tuple(prod(max(1, n) for n in shape[d + 1:]) for d in range(len(shape))))
-                 for dtype, shape in tensors)
+    return tuple((dtype, shape, steps_of(shape)) for dtype, shape in tensors)
 
 
 def _torchs(torch: Any, inputs: Sequence[Any]) -> Maker:
@@ -166,21 +164,27 @@ def _torchs(torch: Any, inputs: Sequence[Any]) -> Maker:
             if getattr(x, "requires_grad", False):
                 raise Refusal("a kernel of an artifact has no gradient", hint="call it under torch.no_grad()")
     if inputs[0].is_cpu:
-        return _on_cpu(torch)
+        return _on_cpu()
     from memcomp.dtypes import DTYPES
 
     return lambda dtype, shape, _: torch.empty(shape, dtype=DTYPES[dtype], device=inputs[0].device)
 
 
 @lru_cache(maxsize=1)
-def _on_cpu(torch: Any) -> Maker:
+def _on_cpu() -> Maker:
     from memcomp.dtypes import DTYPES
 
-    try:
-        make = torch._C._dynamo.guards._empty_strided_cpu  # as Inductor's code allocates: half of the time
-    except AttributeError:
-        return lambda dtype, shape, _: torch.empty(shape, dtype=DTYPES[dtype])
+    make = empty_strided()
     return lambda dtype, shape, strides: make(shape, strides, DTYPES[dtype])
+
+
+def empty_strided() -> Callable[..., Any]:
+    """torch's (shape, strides, dtype) -> a tensor in this memory."""
+    torch: Any = import_module("torch")
+    try:
+        return torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[no-any-return]  # Inductor's: half of the time
+    except AttributeError:
+        return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
 
 
 def _fresh(dtype: str, shape: tuple[int, ...], _: tuple[int, ...]) -> Any:

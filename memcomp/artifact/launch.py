@@ -70,12 +70,15 @@ class Launched:
                 grid = launch.blocks(sizes)
                 if not all(grid):
                     continue
+                if launch.together:
+                    grid = (min(grid[0], self._driver.room(device, kernel, launch.block, launch.shared)), 1, 1)
                 if launch.scratch:
                     scratch = self._scratch(device, grid[0] * grid[1] * grid[2] * launch.scratch)
                     values["scratch"] = scratch.data_ptr()
                 data = form.pack(*(self._map(a, tensors[a.of]) if a.kind == "map" else values[a.name]
                                    for a in launch.args))
-                self._driver.launch(kernel, stream, grid, launch.block, launch.shared, data, places)
+                self._driver.launch(kernel, stream, grid, launch.block, launch.shared, data, places,
+                                    launch.together)
 
     def _taken(self, given: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, int]]:
         if len(given) != len(self.params) + len(self.sizes):

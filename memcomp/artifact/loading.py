@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from memcomp.artifact.folder import Folder, verified
+from memcomp.artifact.foreign import operators
 from memcomp.artifact.kernel import Kernel
 from memcomp.artifact.machines import chosen
-from memcomp.artifact.manifest import Code, KernelSpec, Machine, TensorSpec
+from memcomp.artifact.manifest import Code, KernelSpec, Machine, Manifest, TensorSpec
 from memcomp.codegen import threads
 from memcomp.ir.errors import InputError, OptionError, Refusal, nearest
 
@@ -61,6 +64,16 @@ class Artifact:
             return tuple(map(self.plan.tensor, getattr(self.plan, side)))
         return tuple(getattr(self._only(), side))
 
+    @property
+    def states(self) -> tuple[Any, ...]:
+        """What a model keeps from call to call (`plan.Tensor`), each loaded one its own."""
+        return tuple(t for t in self.plan.tensors if t.kind == "state") if self.plan is not None else ()
+
+    def reset(self) -> None:
+        """The model's state as it was when it was compiled."""
+        if self.plan is not None:
+            self._only().reset()
+
     def __getitem__(self, name: str) -> Kernel:
         """A kernel.  OptionError lists those that there are."""
         if name not in self.kernels:
@@ -69,7 +82,7 @@ class Artifact:
 
     def __call__(self, *inputs: Any, **named: Any) -> tuple[Any, ...]:
         """The outputs of the model, or of the only kernel."""
-        made: tuple[Any, ...] = self._only()(*inputs, **named)
+        made: tuple[Any, ...] = (self._model or self._only())(*inputs, **named)
         return made
 
     def _only(self) -> Any:
@@ -84,36 +97,49 @@ def load(place: str | Path, *, target: str | None = None, digest: str | None = N
 
     target: the name of one of its targets instead of the best for this machine; digest: what the manifest's must be.
     Raises InputError for what `folder.verified` refuses, OptionError for an unknown target, Refusal where no target is
-    this machine and where what loads it is not installed.
+    this machine and where what loads or runs it is not installed.
     """
     start = time.perf_counter()
-    folder = verified(place, digest)
+    folder = verified(place, digest, _imports)
     m = folder.manifest
     at, others = chosen(m.targets, str(folder.path), target)
     machine = m.targets[at]
+    if m.plan is not None:
+        operators(m.plan.torch, str(folder.path))
     if "amx_tile" in machine.features:
         threads.allow_tiles()
     modules: dict[str, Callable[..., Any]] = {}
+    walker: Callable[..., Any] | None = None
     kernels, pool = {}, "" if machine.device == "cpu" else "the GPU's"
     for spec in m.kernels:
         code = next((c for c in spec.code if c.target == at), None)
         if code is None:
             raise InputError(f"{folder.path} has no code of {spec.name} for {machine.name}")
         if code.file not in modules:
-            modules[code.file], pool = (_library(folder, code) if machine.device == "cpu" else
-                                        (_cubins(folder, spec, code), pool))
+            if machine.device == "cpu":
+                modules[code.file], walker, pool = _library(folder, code)
+            else:
+                modules[code.file] = _cubins(folder, spec, code)
         kernels[spec.name] = Kernel(spec, code, machine.device, modules[code.file])
     model = None
     if m.plan is not None:
         from memcomp.artifact.execute import bound
 
-        model = bound(folder, kernels, m.plan)
+        model = bound(folder, kernels, m.plan, walker)
     report = Report(m.digest, machine, others, pool or "none: there is no kernel", len(m.files),
                     sum(f.bytes for f in m.files.values()), time.perf_counter() - start)
     return Artifact(folder, kernels, report, model)
 
 
-def _library(folder: Folder, code: Code) -> tuple[Callable[..., Any], str]:
+def _imports(m: Manifest) -> None:
+    """What loading will import anyway; what is missing is said there."""
+    if any(t.device == "cpu" for t in m.targets):
+        with suppress(ModuleNotFoundError):
+            import_module("tvm_ffi")
+
+
+def _library(folder: Folder, code: Code) -> tuple[Callable[..., Any], Callable[..., Any], str]:
+    """A kernel, what walks plans, and whose threads they run on."""
     try:
         import tvm_ffi
     except ModuleNotFoundError as error:
@@ -122,7 +148,7 @@ def _library(folder: Folder, code: Code) -> tuple[Callable[..., Any], str]:
     try:
         module = tvm_ffi.load_module(str(folder.place(code.file).absolute()))
         pool = threads.install(module, load=True)
-        return module[code.entry], pool
+        return module[code.entry], module["memcomp_walk"], pool
     except (OSError, RuntimeError, AttributeError, ValueError, KeyError) as error:  # another C library, say
         raise InputError(f"{folder.place(code.file)} cannot be loaded: {str(error).splitlines()[0]}") from error
 

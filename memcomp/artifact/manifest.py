@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from memcomp.artifact import schema
 from memcomp.artifact.plan import Plan, check
@@ -20,7 +21,7 @@ from memcomp.ir.lex import read_line
 from memcomp.ir.parse import parse_expr
 from memcomp.ir.target import BYTES
 
-FORMAT, VERSION, NAME = "memcomp artifact", 1, "manifest.json"
+FORMAT, VERSION, NAME = "memcomp artifact", 2, "manifest.json"
 LONGEST = 1 << 26  # bytes of a manifest
 LONG = 400         # characters of an extent
 DIVIDING = ("floordiv", "mod", "ceildiv")
@@ -122,10 +123,17 @@ class Manifest:
 
     def text(self) -> str:
         """The canonical text, with its digest."""
-        return schema.canonical(replace(self, digest=self.own_digest()))
+        return _signed(schema.canonical(replace(self, digest="")))[1]
 
     def own_digest(self) -> str:
-        return hashlib.sha256(schema.canonical(replace(self, digest="")).encode()).hexdigest()
+        return _signed(schema.canonical(replace(self, digest="")))[0]
+
+
+def _signed(text: str) -> tuple[str, str]:
+    """The digest of a text that has none, and the text with it.  Only a name of the outermost mapping stands after one
+    space at the beginning of a line."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return digest, text.replace('\n "digest": ""', f'\n "digest": "{digest}"', 1)
 
 
 def read(data: bytes, where: str) -> Manifest:
@@ -139,7 +147,7 @@ def read(data: bytes, where: str) -> Manifest:
         raise InputError(f"{where} is of {age} format, {version}; this memcomp reads {VERSION}", hint=
                          "load it with a newer memcomp" if age == "a newer" else "compile it again with this memcomp")
     made = schema.read(Manifest, given, where)
-    if made.text().encode() != data:
+    if _signed(schema.text(given | {"digest": ""}))[1].encode() != data:
         raise InputError(f"{where} is damaged: it is not what its digest says")
     _sensible(made, where)
     if made.plan is not None:
@@ -180,6 +188,7 @@ def _sensible(m: Manifest, where: str) -> None:
                 raise InputError(f"{where}: {k.name} has code that is not there")
 
 
+@lru_cache(maxsize=4096)
 def expression(text: str) -> Expr:
     """An extent over sizes: whole numbers, sizes, sums and the like; nothing that reads data or may divide by 0.
     InputError."""

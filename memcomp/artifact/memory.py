@@ -16,7 +16,8 @@ NUMPY: dict[str, Any] = {
     "f64": np.float64, "f32": np.float32, "f16": np.float16, "i64": np.int64, "i32": np.int32, "i16": np.int16,
     "i8": np.int8, "u8": np.uint8, "bool": np.bool_}
 _BITS: dict[str, Any] = {"bf16": np.uint16, "e4m3": np.uint8, "e5m2": np.uint8}  # numpy has no such numbers
-_CODES = {"bf16": 4, "e4m3": 10, "e5m2": 12}  # DLPack's kDLBfloat, kDLFloat8_e4m3fn, kDLFloat8_e5m2
+CODES = {**dict.fromkeys(("i64", "i32", "i16", "i8"), 0), "u8": 1, **dict.fromkeys(("f64", "f32", "f16"), 2), "bf16": 4,
+         "bool": 6, "e4m3": 10, "e5m2": 12}  # DLPack's kDLInt, kDLUInt, kDLFloat, kDLBfloat, kDLBool, kDLFloat8_...
 OURS = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3",
         "float8_e5m2": "e5m2", "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8",
         "bool": "bool"}  # by the names that torch, numpy and DLPack give them
@@ -50,22 +51,23 @@ class Array:
 
     def __dlpack__(self, **_: Any) -> Any:
         capsule = _writable(self.data).__dlpack__()
-        if self.dtype in _CODES:
+        if self.dtype not in NUMPY:
             pointer = ctypes.pythonapi.PyCapsule_GetPointer
             pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-            tensor = _Tensor.from_address(pointer(capsule, b"dltensor"))
-            tensor.code = _CODES[self.dtype]
+            tensor = DLTensor.from_address(pointer(capsule, b"dltensor"))
+            tensor.code = CODES[self.dtype]
         return capsule
 
     def __repr__(self) -> str:
         return f"Array({self.dtype}, {list(self.shape)})"
 
 
-class _Tensor(ctypes.Structure):
-    """The head of DLPack's DLTensor."""
+class DLTensor(ctypes.Structure):
+    """DLPack's tensor."""
 
     _fields_ = [("data", ctypes.c_void_p), ("device", ctypes.c_int32), ("id", ctypes.c_int32), ("ndim", ctypes.c_int32),
-                ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+                ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+                ("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p), ("offset", ctypes.c_uint64)]
 
 
 def carrier(dtype: str) -> Any:
@@ -83,8 +85,12 @@ def within(room: np.ndarray[Any, Any], at: int, dtype: str, shape: Sequence[int]
     """The array that lies row by row in `room`, from byte `at` on.  Kernels ask for a last stride of one element even
     where there is none, and numpy's own strides are 0 there."""
     kind = np.dtype(carrier(dtype))
-    steps = [kind.itemsize * prod(max(1, n) for n in shape[d + 1:]) for d in range(len(shape))]
-    return Array(dtype, np.ndarray(tuple(shape), kind, room, at, steps))
+    return Array(dtype, np.ndarray(tuple(shape), kind, room, at, [kind.itemsize * s for s in steps_of(shape)]))
+
+
+def steps_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides row by row, in elements; where an extent is 0, as torch counts."""
+    return tuple(prod(max(1, n) for n in shape[d + 1:]) for d in range(len(shape)))
 
 
 def fresh(dtype: str, shape: Sequence[int]) -> Any:

@@ -145,7 +145,7 @@ class Pack:
         work = tuple(_spec(p.name, p.dtype, [substitute(x, table) for x in p.shape])
                      for p in tiles.params if p.role == "work")
         return Code(list(self._targets).index(target), self._code[key], kernel.entry, work,
-                    tuple(show_expr(table[Size(s)]) for s in tiles.sizes), len(tiles.kernels))
+                    tuple(show_expr(table[Size(s)]) for s in tiles.sizes), kernel.launches)
 
 
 def check_directory(root: Path) -> None:

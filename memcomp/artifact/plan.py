@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from memcomp.ir.errors import InputError
 
-KINDS = ("input", "weight", "buffer", "output", "alias")
-STEPS = ("kernel", "check", "copy", "torch")
+KINDS = ("input", "weight", "state", "buffer", "output", "alias")
+STEPS = ("kernel", "check", "copy", "put", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,10 @@ class Size:
 class Tensor:
     """A tensor of the plan.
 
-    kind: "input" and "output" are the caller's; "weight" is read from weights.safetensors by its name; a "buffer" lies
-    in the arena while somebody needs it; an "alias" shows the memory of the tensor `of` with strides and an offset, in
-    elements.  All but aliases are row-major.
+    kind: "input" and "output" are the caller's; "weight" is read from weights.safetensors by its name; a "state" is
+    kept from call to call, and is at first the weight `of`, or 0 where that is empty; a "buffer" lies in the arena
+    while somebody needs it; an "alias" shows the memory of the tensor `of` with strides and an offset, in elements.
+    All but aliases are row-major.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Step:
     check:  the elements of the tensor read name places of a dimension of `sizes["size"]` elements, from its end too
             with `what` "wraps"; `sizes["ignored"]`, where there is one, names none.
     copy:   the library's: elements from one tensor to another of the same shape and dtype.
+    put:    the library's: the slices of the first tensor read along `sizes["dim"]` go to those places of the tensor
+            written that the second, of one dim or none, names; from its end too with `what` "wraps".
     torch:  an operator of torch, by its name with overload.  args: its arguments as JSON, tensors as {"tensor": i}, the
             i-th read, sizes as {"size": text}.
     """
@@ -117,6 +120,12 @@ def root(of: Mapping[str, Tensor], name: str) -> Tensor:
     return t
 
 
+def written(plan: Plan) -> frozenset[str]:
+    """The inputs that a call writes into."""
+    of = {t.name: t for t in plan.tensors}
+    return frozenset(n for step in plan.steps for n in step.writes if of[n].kind == "input")
+
+
 def check(plan: Plan, kernels: Collection[str]) -> None:
     """What a plan must be to be run.  Raises InputError with the first thing that is not so."""
     for why in _faults(plan, kernels):
@@ -147,7 +156,13 @@ def _faults(plan: Plan, kernels: Collection[str]) -> Iterator[str]:
     for s in plan.sizes:
         if s.of not in plan.inputs or not 0 <= s.dim < len(of[s.of].shape) or s.divisor < 1:
             yield f"the size {s.name} is no extent of an input"
-    made = {t.name for t in plan.tensors if t.kind in ("input", "weight")}
+    for t in plan.tensors:
+        if t.kind == "state" and not all(x.isdigit() for x in t.shape):
+            yield f"the state {t.name} has open extents"
+        if t.kind == "state" and t.of and (t.of not in of or of[t.of].kind != "weight" or
+                                           (of[t.of].dtype, of[t.of].shape) != (t.dtype, t.shape)):
+            yield f"the state {t.name} is at first {t.of!r}, which is no such weight"
+    made = {t.name for t in plan.tensors if t.kind in ("input", "weight", "state")}
     for k, step in enumerate(plan.steps):
         if step.kind not in STEPS:
             yield f"step {k} is a {step.kind!r}"
@@ -161,9 +176,14 @@ def _faults(plan: Plan, kernels: Collection[str]) -> Iterator[str]:
             if root(of, name).name not in made:
                 yield f"step {k} reads {name} before it is made"
         for name in step.writes:
-            if of[name].kind not in ("buffer", "output"):
+            own = ("buffer", "output", "state", "input") if step.kind in ("copy", "put") else ("buffer", "output")
+            if of[name].kind not in own:
                 yield f"step {k} writes {name}, which is no tensor of its own"
+            if step.kind == "put" and name not in made:
+                yield f"step {k} writes into {name} before it is made"
             made.add(name)
+    if {step.what for step in plan.steps if step.kind == "torch"} != set(plan.torch):
+        yield "it does not say which operators need torch"
     for name in plan.outputs:
         if root(of, name).name not in made:
             yield f"the output {name} is never made"

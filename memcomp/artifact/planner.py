@@ -11,11 +11,12 @@ import torch
 from torch import fx
 
 from memcomp.artifact.arena import placed
-from memcomp.artifact.exported import Exported
-from memcomp.artifact.plan import Life, Plan, Step, Tensor, lives
+from memcomp.artifact.exported import Exported, Kept
+from memcomp.artifact.plan import Life, Plan, Step, Tensor, lives, root
 from memcomp.capture import table
 from memcomp.capture.candidates import source
 from memcomp.capture.lookups import ancestors, lookups
+from memcomp.capture.puts import Put, put
 from memcomp.capture.reader import DTYPE, meta
 from memcomp.capture.region import Region
 from memcomp.capture.rest import Alias, Foreign, Part
@@ -39,6 +40,12 @@ class Planner:
         self._looked: set[tuple[str, ...]] = set()
         for n, label in zip(exported.inputs, exported.labels, strict=True):
             self.names[n] = self._new(label, "input", DTYPE[meta(n).dtype], exported.shape(n))
+        for k in exported.kept:
+            if k.start is not None:
+                start = self._stored(f"{k.name}.start", k.start) if k.start.any() else ""
+                self.names[k.before] = self._new(k.name, "state", DTYPE[k.start.dtype], exported.shape(k.before),
+                                                 of=start)
+        self._over = {n for k in exported.kept for n in _in_place(k)}
 
     def add(self, part: Part, kernel: str = "") -> None:
         """kernel: of a region."""
@@ -48,11 +55,13 @@ class Planner:
                       offset=held.text(x.storage_offset() - base.storage_offset()))
         elif isinstance(part, Region):
             self._kernel(part, kernel)
+        elif isinstance(part, Put):
+            self._put(part)
         else:
             self._foreign(part)
 
     def plan(self) -> Plan:
-        """The plan, its outputs in memory of their own."""
+        """The plan: its outputs in memory of their own, and what it keeps where it is kept."""
         outs: dict[fx.Node, str] = {}
         for n in dict.fromkeys(self.exported.outputs):
             name = self.name(n)
@@ -63,6 +72,7 @@ class Planner:
             else:
                 outs[n] = self._new(self._called[n], "output", t.dtype, t.shape)
                 self.steps.append(Step("copy", "", (name,), (outs[n],), {}))
+        self._keep()
         tensors = tuple(self.tensors.values())
         spans = lives(tensors, self.steps)
         of = {t.name: t for t in tensors}
@@ -74,6 +84,23 @@ class Planner:
                     tuple(Life(n, *spans[n], at, size) for n, at, size in zip(spans, offsets, sizes, strict=True)),
                     example, total, tuple(dict.fromkeys(self.torch)))
 
+    def _keep(self) -> None:
+        """Copy new values to where old ones are that nobody reads any more; those that are themselves old values of
+        others first to where they stay."""
+        held = self.exported
+        left = [(self.names[k.before], self.name(k.after)) for k in held.kept
+                if self.names[k.before] != self.name(k.after)]
+        gone = {to for to, _ in left}
+        late = []
+        for to, new in left:
+            t = self.tensors[new]
+            if root(self.tensors, new).name in gone:
+                stays = self._new(f"{to}.new", "buffer", t.dtype, t.shape)
+                self.steps.append(Step("copy", "", (new,), (stays,), {}))
+                new = stays
+            late.append(Step("copy", "", (new,), (to,), {}))
+        self.steps += late
+
     def name(self, node: fx.Node) -> str:
         """The name of a node's tensor; a weight is taken in when it is first asked for."""
         if node not in self.names:
@@ -82,13 +109,16 @@ class Planner:
         return self.names[node]
 
     def _weight(self, node: fx.Node) -> str:
-        value = table.attribute(self.exported.gm, str(node.target)).detach().contiguous()
+        return self._stored(str(node.target), table.attribute(self.exported.gm, str(node.target)))
+
+    def _stored(self, wanted: str, value: torch.Tensor) -> str:
+        value = value.detach().contiguous()
         if value.dtype not in DTYPE:
-            raise Refusal(f"the weight {node.target} is {value.dtype}", hint=f"known: {', '.join(DTYPE.values())}")
+            raise Refusal(f"the weight {wanted} is {value.dtype}", hint=f"known: {', '.join(DTYPE.values())}")
         content = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
         key = (value.dtype, tuple(value.shape), content.digest())
         if key not in self._same:
-            name = self._new(str(node.target), "weight", DTYPE[value.dtype], tuple(map(str, value.shape)))
+            name = self._new(wanted, "weight", DTYPE[value.dtype], tuple(map(str, value.shape)))
             self.weights[name], self._same[key] = value, name
         return self._same[key]
 
@@ -122,6 +152,14 @@ class Planner:
         for rank, number in region.sizes:
             sizes[rank] = held.text(meta(number) if isinstance(number, fx.Node) else number)
         self.steps.append(Step("kernel", kernel, reads, tuple(self._add(n, "buffer") for n in region.outputs), sizes))
+
+    def _put(self, p: Put) -> None:
+        if p.node in self._over:
+            self.names[p.node] = self.name(p.of)
+        else:
+            self.steps.append(Step("copy", "", (self.name(p.of),), (self._add(p.node, "buffer"),), {}))
+        self.steps.append(Step("put", "wraps" if p.wraps else "", (self.name(p.source), self.name(p.index)),
+                               (self.names[p.node],), {"dim": str(p.dim)}))
 
     def _look(self, x: Any) -> None:
         """An index that names an element that is not there is an error, as it is in torch."""
@@ -168,6 +206,18 @@ class Planner:
         if a is None or isinstance(a, (bool, int, float, str)):
             return a
         raise Refusal(f"an argument {a!r} of an operator of torch cannot be kept")
+
+
+def _in_place(k: Kept) -> list[fx.Node]:
+    """The nodes that may put into the memory of what is kept itself: nobody else reads what it held before each."""
+    found, at = [], k.after
+    while at is not k.before:
+        p = put(at)
+        if p is None or len(p.of.users) != 1 or p.of in (p.source, p.index):
+            return []
+        found.append(at)
+        at = p.of
+    return found
 
 
 def bytes_of(t: Tensor, sizes: Mapping[str, int]) -> int:

@@ -19,12 +19,28 @@ from memcomp.ir.errors import InputError
 
 T = TypeVar("T")
 WHOLE = 2**63  # integers stay below
+LINES = 3      # values that lie so deep have lines of their own
 _PLAIN = {str: "a text", int: "an integer below 2**63", float: "a finite number", bool: "true or false"}
 
 
 def canonical(value: Any) -> str:
-    """The one text of a value: sorted names, one space of indent, ASCII, a line end at the end."""
-    return json.dumps(plain(value), sort_keys=True, indent=1, allow_nan=False) + "\n"
+    """The one text of a value: sorted names, ASCII, what lies deeper than LINES on one line, a line end at the end."""
+    return text(plain(value))
+
+
+def text(value: Any) -> str:
+    """The same of a value that is plain."""
+    return _lines(value, 0) + "\n"
+
+
+def _lines(value: Any, depth: int) -> str:
+    if depth == LINES or not value or not isinstance(value, (dict, list)):
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    items = [f"{json.dumps(k)}: {_lines(value[k], depth + 1)}" for k in sorted(value)] if isinstance(value, dict) else [
+        _lines(v, depth + 1) for v in value]
+    begin, end = "{}" if isinstance(value, dict) else "[]"
+    pad = "\n" + " " * depth
+    return begin + pad + " " + f",{pad} ".join(items) + pad + end
 
 
 def plain(value: Any) -> Any:
@@ -50,7 +66,7 @@ def read(kind: type[T], value: Any, where: str) -> T:
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    origin, args = get_origin(kind), get_args(kind)
+    origin, args, known = _parts(kind)
     if origin in (Union, types.UnionType):
         return None if value is None else _read(next(a for a in args if a is not type(None)), value, where)
     if origin is tuple:
@@ -59,26 +75,32 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return tuple(_read(args[0], v, f"{where}[{n}]") for n, v in enumerate(value))
     if origin is dict:
         return {k: _read(args[1], v, f"{where}.{k}") for k, v in _mapping(value, where).items()}
-    if isinstance(kind, type) and is_dataclass(kind):
-        known, given = _hints(kind), _mapping(value, where)
+    if known is not None:
+        given = _mapping(value, where)
         for name in sorted(given.keys() ^ known.keys()):
             raise InputError(f"{where} {'lacks' if name in known else 'has an unknown field'} {name}")
         return kind(**{n: _read(t, given[n], f"{where}.{n}") for n, t in known.items()})
-    right = {str: isinstance(value, str), bool: isinstance(value, bool),
-             int: isinstance(value, int) and not isinstance(value, bool) and -WHOLE < value < WHOLE,
-             float: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < WHOLE
-             and math.isfinite(value)}
-    if not right[kind]:
+    if not _right(kind, value):
         raise InputError(f"{where} is not {_PLAIN[kind]}")
     return kind(value)
+
+
+def _right(kind: Any, value: Any) -> bool:
+    if isinstance(value, bool) or kind in (bool, str):
+        return type(value) is kind
+    if kind is int:
+        return isinstance(value, int) and -WHOLE < value < WHOLE
+    return kind is float and isinstance(value, (int, float)) and abs(value) < WHOLE and math.isfinite(value)
+
+
+@lru_cache(maxsize=None)
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any] | None]:
+    """Origin, arguments, and the types of a dataclass's fields."""
+    known = get_type_hints(kind) if isinstance(kind, type) and is_dataclass(kind) else None
+    return get_origin(kind), get_args(kind), known
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{where} is no mapping")
     return value
-
-
-@lru_cache(maxsize=None)
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)

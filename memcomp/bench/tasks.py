@@ -304,5 +304,5 @@ def _call(run: Layer, args: Sequence[Tensor]) -> Callable[[], object]:
 def _told(one: Installed) -> dict[str, Any]:
     """A region's kernel: what the cache calls its program, and what was chosen."""
     made = one.compiled
-    return {"digest": made.digest, "launches": len(made.tiles.kernels), "problem": dict(made.problem),
-            "choice": {"form": made.choice.form, "knobs": dict(made.choice.knobs)}}
+    return {"digest": made.digest, "launches": made.kernel.launches, "problem": dict(made.problem),
+            "choice": {"form": made.choice.form, "knobs": dict(made.choice.knobs), "setting": made.choice.setting}}

@@ -23,7 +23,7 @@ TEXT, ITEMS, DEPTH = 2048, 512, 6  # of a string, of a list or mapping, of neste
 class Choice:
     """One point of a problem's space.  form: of the program, in the words of `memcomp.choice`; knobs: of its mapping;
     backend: the folder of codegen that writes the kernels, "" for the target's own; setting: how, in the words of the
-    backend's `options`, "" for what the backend itself thinks best."""
+    backend's `options`, "" for what the backend writes unless it is told."""
 
     form: str = ""
     knobs: Mapping[str, int] = field(default_factory=dict)

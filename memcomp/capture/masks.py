@@ -175,6 +175,11 @@ class Reading:
         return e if p.guard is None or p.outside is None or not lowest(p.outside) else make(
             "where", p.guard, p.inside, p.outside)
 
+    def unseen(self, p: Parts, over: Sequence[str]) -> bool:
+        """Is `p` the lowest number of a format outside its guard, and greater somewhere in each row of `over`?  Then
+        the greatest of a row is inside; of a row that is -inf wherever the guard holds it would be that number."""
+        return lowest(p.outside) and self.live(p.guard, over) and self.tame(p.inside)
+
     def _choice(self, e: Call) -> Parts:
         c, a, b = e.args
         flip = isinstance(a, Const) and (not isinstance(b, Const) or _rank(a) < _rank(b))

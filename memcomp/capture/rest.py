@@ -20,6 +20,7 @@ from memcomp.capture.candidates import module_path, source
 from memcomp.capture.decompose import decompose
 from memcomp.capture.finish import finish
 from memcomp.capture.lookups import ancestors, lookups
+from memcomp.capture.puts import Put, put, spelled
 from memcomp.capture.reader import Reader, meta
 from memcomp.capture.region import Region
 from memcomp.capture.value import Value
@@ -49,7 +50,7 @@ class Foreign:
     why: str
 
 
-Part: TypeAlias = "Region | Alias | Foreign"
+Part: TypeAlias = "Region | Alias | Put | Foreign"
 
 
 def tidy(gm: fx.GraphModule) -> None:
@@ -62,6 +63,7 @@ def tidy(gm: fx.GraphModule) -> None:
         elif name == "convert" and isinstance(of, fx.Node) and not mutates(n) and _same(meta(of), meta(n)):
             n.replace_all_uses_with(of)
     decompose(gm, everywhere=True)
+    spelled(gm)
     gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or mutates(n))
 
 
@@ -123,6 +125,8 @@ class _Cut:
         return part
 
     def _chosen(self, n: fx.Node) -> Part:
+        if (found := put(n)) is not None:
+            return found
         core = self._core(n)
         if all(_kind(x) == "view" for x in core) and (base := self._base(n)) is not None:
             return Alias(n, base)
@@ -195,6 +199,8 @@ class _Cut:
 def _inputs(part: Part) -> Collection[fx.Node]:
     if isinstance(part, Alias):
         return (part.of,)
+    if isinstance(part, Put):
+        return part.of, part.source, part.index
     if isinstance(part, Region):  # places that torch looks at, too
         return (*part.inputs, *(x.index for x in lookups(ancestors(part))))
     return part.node.all_input_nodes

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from memcomp.capture.extent import expression, quotient, same
-from memcomp.capture.masks import Parts, lowest
+from memcomp.capture.masks import Parts
 from memcomp.capture.pieces import cat
 from memcomp.capture.reader import Reader, meta, real
 from memcomp.capture.rules_contract import matmul
@@ -61,7 +61,7 @@ def _scores(r: Reader, v: Value, dims: Sequence[int], index: Index | None) -> Sc
     p: Parts = r.parts(e)
     live = r.live(p.guard, rows.over)
     masked = p.guard is not None and p.outside is not None and (
-        p.outside.value == -INF or lowest(p.outside) and live)
+        p.outside.value == -INF or r.unseen(p, rows.over))
     body = p.inside if masked else r.absorbed(e)
     if not isinstance(body, Access):
         body = Access(r.write("W", rows.axes, body, finite=r.tame(body)), rows.index)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from memcomp.capture.extent import expression, same
-from memcomp.capture.masks import lowest, make
+from memcomp.capture.masks import make
 from memcomp.capture.reader import Reader, meta, real, whole
 from memcomp.capture.rules_map import NARROW, apply, convert, operands, truth
 from memcomp.capture.table import Rule, base_name
@@ -64,7 +64,7 @@ def reduced(r: Reader, v: Value, monoid: str, dims: Sequence[int], keepdim: bool
     identity = {"sum": 0.0, "max": -INF, "min": INF, "or": False, "and": True, "prod": 1.0}[monoid]
     live = r.live(p.guard, rows.over)
     fits = p.guard is not None and p.outside is not None and (
-        p.outside.value == identity or monoid == "max" and lowest(p.outside) and live)
+        p.outside.value == identity or monoid == "max" and r.unseen(p, rows.over))
     body = p.inside if fits else r.absorbed(e)
     finite = r.tame(body) and (live or monoid not in ("max", "min"))
     made = r.write(name, rows.kept, body, reduce=Reduce(monoid, rows.over), guard=p.guard if fits else None,
@@ -132,7 +132,7 @@ def guarded(r: Reader, e: Expr, monoid: str, over: tuple[str, ...]) -> tuple[Exp
     identity = INF if monoid == "argmin" else -INF
     if p.guard is None or p.outside is None or not r.live(p.guard, over):
         return r.absorbed(e), None
-    fits = p.outside.value == identity or monoid == "argmax" and lowest(p.outside)  # a top-k may show what is outside
+    fits = p.outside.value == identity or monoid == "argmax" and r.unseen(p, over)  # a top-k may show what is outside
     return (p.inside, p.guard) if fits else (r.absorbed(e), None)
 
 

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _told(made: Made, place: Path, digest: str) -> dict[str, Any]:
+    from memcomp.artifact.plan import written
+
     plan = made.plan
     of = {t.name: t for t in plan.tensors} if plan else {}
     return {
@@ -69,6 +71,8 @@ def _told(made: Made, place: Path, digest: str) -> dict[str, Any]:
         "targets": sorted({t for k in made.kernels for t in k.compiled}),
         "inputs": [f"{n} {of[n].dtype}[{', '.join(of[n].shape)}]" for n in plan.inputs] if plan else [],
         "outputs": [f"{n} {of[n].dtype}[{', '.join(of[n].shape)}]" for n in plan.outputs] if plan else [],
+        "states": [f"{t.name} {t.dtype}[{', '.join(t.shape)}]" for t in of.values() if t.kind == "state"],
+        "writes": sorted(written(plan)) if plan else [],
         "sizes": {s.name: [s.least, s.most] for s in plan.sizes} if plan else {},
         "steps": len(plan.steps) if plan else 0,
         "weights": {"tensors": len(made.weights), "bytes": sum(t.nbytes for t in made.weights.values())},
@@ -82,6 +86,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
 
     lines = [f"wrote    {told['directory']}", f"targets  {', '.join(told['targets'])}"]
     lines += [f"input    {x}" for x in told["inputs"]] + [f"output   {x}" for x in told["outputs"]]
+    lines += [f"state    {x}" for x in told["states"]] + [f"writes   {x}" for x in told["writes"]]
     lines += [f"size     {n}: {least} to {most or 'any'}" for n, (least, most) in told["sizes"].items()]
     if not told["steps"]:
         lines += [f"kernel   {k['name']}: {k['where']}" + (f" and {k['calls'] - 1} more" if k["calls"] > 1 else "")

@@ -79,8 +79,14 @@ def _cases() -> Iterable[str]:
     return (case.name for case in named())
 
 
+def _systems() -> Iterable[str]:
+    from memcomp.passes.kv.systems import systems
+
+    return systems()
+
+
 NAMES: dict[str, Callable[[], Iterable[str]]] = {
-    "target": _targets, "backend": _backends, "dump_after": _stations, "only": _cases}
+    "target": _targets, "backend": _backends, "dump_after": _stations, "only": _cases, "system": _systems}
 
 
 def _inputs(names: tuple[str, ...]) -> dict[str, str | dict[str, str]]:

@@ -57,7 +57,7 @@ def _regions(args: argparse.Namespace, found: Function) -> list[tuple[str, Progr
 
     if getattr(args, "target", None):
         for target in (args.target,) if isinstance(args.target, str) else args.target:
-            config({"target": target})
+            config({"target": target, "backend": ""})
     with used(found):  # what is read is the same for every machine, and not every one can be compiled for here
         explained = explain(found.fn, *found.marked(), target="cpu", backend="")
     left: dict[str, list[str]] = {}

@@ -20,7 +20,7 @@ GROUPS = {
                                     "memcomp.cli.emit"),
     "check and measure": ("memcomp.cli.check", "memcomp.cli.bench", "memcomp.cli.tune", "memcomp.cache.commands"),
     "deploy": ("memcomp.cli.compile", "memcomp.cli.run"),
-    "more": ("memcomp.cli.lists", "memcomp.cli.completion"),
+    "more": ("memcomp.cli.lists", "memcomp.cli.kv", "memcomp.cli.completion"),
 }
 CODES = {
     0: "done",

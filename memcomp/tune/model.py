@@ -54,8 +54,8 @@ def modelled(program: Program, sizes: Mapping[str, int],
         return spent.seconds, spent.traffic, spent.again, _idle(closed, sizes), off_middle
 
     if count > CANDIDATES:
-        return named(_descended([k.choices for k in open_knobs],
-                                lambda x: (strain(close(program, named(x))) if strain else 0.0, *rating(x))))
+        return named(_descended([k.choices for k in open_knobs], rating,
+                                lambda x: strain(close(program, named(x))) if strain else 0.0))
     candidates = product(*(k.choices for k in open_knobs))
     ranked = [min(candidates, key=rating)] if strain is None else sorted(candidates, key=rating)
     best, least = ranked[0], math.inf
@@ -69,18 +69,22 @@ def modelled(program: Program, sizes: Mapping[str, int],
     return named(best)
 
 
-def _descended(choices: Sequence[tuple[int, ...]], worth: Callable[[tuple[int, ...]], tuple[float, ...]]
-               ) -> tuple[int, ...]:
+def _descended(choices: Sequence[tuple[int, ...]], rating: Callable[[tuple[int, ...]], tuple[float, ...]],
+               strain: Callable[[tuple[int, ...]], float] = lambda choice: 0.0) -> tuple[int, ...]:
     """Where no change of one knob is better: most knobs belong to one kernel, and kernels add up.  Begins with the
-    smallest tiles, which fit if any do."""
+    smallest tiles, which fit if any do.  The strain, which is costly, is asked only where it decides."""
     best = tuple(min(x) for x in choices)
-    least = worth(best)
+    least, seen = (strain(best), rating(best)), {best}
     for _ in range(SWEEPS):
         before = best
         for n, values in enumerate(choices):
             for value in values:
                 other = (*best[:n], value, *best[n + 1:])
-                if other != best and (found := worth(other)) < least:
+                if other in seen:
+                    continue
+                seen.add(other)
+                rated = rating(other)
+                if (least[0] or rated < least[1]) and (found := (strain(other), rated)) < least:
                     best, least = other, found
         if best == before:
             break

@@ -322,13 +322,14 @@ def ranked(t: Tunable, slower: float, hints: Sequence[Choice] = ()) -> list[Choi
     those of `hints` that are members.  Backends and settings, of which it knows nothing, come in turn: all mappings'
     first way, beside the second one of those that it likes best, and so on."""
     first = t.modelled
-    hinted = {replace(h, backend="", setting="") for h in hints}
+    hinted = dict.fromkeys(replace(h, backend="", setting="") for h in hints)
 
     def spent(c: Choice) -> float:
         return modelled_seconds(t.space.closed(c), t.forms[c.form].extents)
 
     limit = slower * spent(first)
-    members = t.space.mappings() if len(t.space) <= MEMBERS else dict.fromkeys(t.space.near(first))
+    members = t.space.mappings() if len(t.space) <= MEMBERS else dict.fromkeys(
+        [*t.space.near(first), *(h for h in hinted if h in t.space)])
     timed = [(s, n, c) for n, c in enumerate(members) if (s := spent(c)) <= limit or c in hinted]
     likely = [first, *(c for *_, c in sorted(timed, key=lambda x: x[:2]) if c != first)]
     found = [(n + m, n, c) for n, mapping in enumerate(likely)

@@ -40,6 +40,13 @@ class Space:
             for values in product(*(k.choices for k in knobs(p))):
                 yield Choice(words, {f"k{n}": v for n, v in enumerate(values)})
 
+    def __contains__(self, choice: object) -> bool:
+        """Is this a member?"""
+        try:
+            return isinstance(choice, Choice) and self.closed(choice) is not None
+        except OptionError:
+            return False
+
     def near(self, choice: Choice) -> Iterator[Choice]:
         """Those of one form that differ from a choice in two knobs at most."""
         values = {f"k{n}": k.choices for n, k in enumerate(knobs(self.forms[choice.form]))}

@@ -15,6 +15,8 @@ def assembled(c: Cascade, statements: list[Einsum], wanted: Mapping[str, str],
 
     wanted: tile tensor -> the name it takes back where the whole tensor is gone.  dtypes: of what holds no reals.
     """
+    held = {mine: t.dtype for mine, want in wanted.items() if (t := c.declared(want)) is not None and t.dtype != "f32"}
+    dtypes = {**held, **dtypes}
     kept = live(statements, roots(c))
     written = {n for s in kept for n in s.names}
     back = {want: mine for mine, want in reversed(list(wanted.items())) if mine in written and want not in written}

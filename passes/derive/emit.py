@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from memcomp.ir.cascade import Einsum, Rank, Reduce
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var
 from memcomp.ir.ops import MONOIDS
+from memcomp.ir.places import whole
 from memcomp.passes.derive.frames import Frames
 from memcomp.passes.derive.states import OrderState, SumState
 
@@ -20,13 +21,17 @@ class Writer(Frames):
 
     def order(self, o: OrderState, space: tuple[str, ...]) -> None:
         monoid = MONOIDS[o.monoid]
-        identity = Const(bool(monoid.identity)) if o.monoid in ("and", "or") else Const(monoid.identity)
+        identity = Const(bool(monoid.identity)) if o.monoid in ("and", "or") else whole(monoid) if o.whole else Const(
+            monoid.identity)
         self.start(o.name, o.vars, identity)
         local = Access(self.fresh("L" + o.name[1:]), (*self.cut.lead, self.now, *(Var(v) for v in o.vars)))
         bools = o.monoid in ("and", "or")  # a condition has no tensor of its own
         y = self.tile(o.body) if bools else self.operand(o.body, "Y" + o.name[1:], space, o.guard)
         if bools:
             self.dtypes |= dict.fromkeys((o.name, local.tensor, self.stage.final(o).tensor), "bool")
+        if o.whole:
+            made = (o.name, local.tensor, self.stage.final(o).tensor, *((y.tensor,) if isinstance(y, Access) else ()))
+            self.dtypes |= dict.fromkeys(made, "i64")
         self.body.append(Einsum((local,), y, Reduce(o.monoid, self.inside(o.over)), self.guarded(o.guard)))
         self.body.append(Einsum((self.at(o.name, self.then, o.vars),),
                                 Call(monoid.join, (self.at(o.name, self.now, o.vars), local))))

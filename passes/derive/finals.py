@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from memcomp.ir.cascade import Einsum
-from memcomp.ir.expr import Access, Call, Const, Expr, Var, substitute, walk
+from memcomp.ir.expr import Access, Call, Const, Expr, Var, children, rebuild, substitute
 from memcomp.passes.derive.facts import Facts
 from memcomp.passes.derive.linear import ONE, Linear, accumulate, added, flatten, number, scaled, times, to_expr
 from memcomp.passes.derive.terms import Term, exponential_base, logarithm_scale, product
@@ -161,8 +161,11 @@ class Finals:
         return {self.build(replace(t, coef=1.0)): t.coef}
 
     def _indexed(self, e: Access) -> Expr:
-        return Access(e.tensor, tuple(self.expr(i) if any(isinstance(n, Access) for n in walk(i)) else i
-                                      for i in e.index))
+        return Access(e.tensor, tuple(map(self._place, e.index)))
+
+    def _place(self, i: Expr) -> Expr:
+        """An index with what it reads in terms of finished states; its integers are not brought to a form of reals."""
+        return self.expr(i) if isinstance(i, Access) else rebuild(i, tuple(map(self._place, children(i))))
 
     # -- back to expressions --------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from memcomp.ir.cascade import Cascade, Einsum, Rank, Reduce, extent_of
 from memcomp.ir.expr import Access, Call, Const, Expr, Size, Var, call
 from memcomp.ir.kinds import kind_of
 from memcomp.ir.ops import MONOIDS
-from memcomp.ir.places import LEAST, Placed, order_of, placed, row_major
+from memcomp.ir.places import Placed, order_of, placed, row_major, whole
 from memcomp.ir.simplify import simplify
 from memcomp.passes._ranks import fresh_rank
 from memcomp.passes.derive.closing import Closing
@@ -87,6 +87,8 @@ def write(w: Writer, state: PlaceState, space: tuple[str, ...], c: Cascade) -> N
             w.merge.append(Einsum((value, where), Placed(best, at).body(), Reduce("topk", (w.cut.outer, again.var))))
         return
     best, at = (Access(w.fresh("L" + n), w.step(state.vars)) for n in (stem, place))
+    if _whole(c, state.body):
+        w.dtypes |= dict.fromkeys((best.tensor, at.tensor), "i64")
     w.body.append(Einsum((best, at), y, Reduce(state.monoid, over), guard))
     shift: Expr = call("mul", _outer_step(w), Size(w.cut.inner.upper()))
     for v in state.over[1:]:
@@ -152,5 +154,5 @@ def _whole(c: Cascade, body: Expr) -> bool:
 
 def _identity(c: Cascade, state: PlaceState) -> Const:
     """What comes after all values."""
-    x = MONOIDS[state.monoid].identity
-    return Const((LEAST if x < 0 else -LEAST) if _whole(c, state.body) else x)
+    monoid = MONOIDS[state.monoid]
+    return whole(monoid) if _whole(c, state.body) else Const(monoid.identity)

@@ -157,7 +157,7 @@ class _Scanner:
 
     def order(self, o: OrderState) -> None:
         monoid = MONOIDS[o.monoid]
-        if o.monoid not in ("max", "min"):
+        if o.monoid not in ("max", "min") or o.whole:
             raise _Still
         identity, shift = Const(monoid.identity), self.shift(o.body)
         old, new = self.at(o.name, Var(self.t), o.vars), self.at(o.name, call("add", Var(self.t), 1), o.vars)

@@ -79,12 +79,20 @@ class Stage:
         self.heads[s.names[0]] = state.name
         return lifted.rebuild(self.final(state)), lifted
 
-    def _order(self, s: Einsum, monoid: str, body: Expr, guard: tuple[Expr, ...], over: tuple[str, ...]) -> OrderState:
+    def whole(self, s: Einsum, body: Expr, guard: tuple[Expr, ...]) -> tuple[Expr, Lifted]:
+        """Accept a reduction of integers to an integer as it stands: the laws are those of reals, and round."""
+        assert s.reduce is not None
+        if self.sides(s.reduce.over)(body) != "carried":
+            raise NoLaw(s.reduce.monoid, body, "the result is an integer, and the laws are those of reals")
+        end = self.final(self._order(s, s.reduce.monoid, body, guard, s.reduce.over, True))
+        return end, Lifted(body, lambda x: x, laws=("integers as they are",))
+
+    def _order(self, s: Einsum, monoid: str, body: Expr, guard: tuple[Expr, ...], over: tuple[str, ...],
+               whole: bool = False) -> OrderState:
         for o in self.orders:
-            if (o.monoid, o.body, set(o.guard), set(o.over)) == (monoid, body, set(guard), set(over)):
+            if (o.monoid, o.body, set(o.guard), set(o.over), o.whole) == (monoid, body, set(guard), set(over), whole):
                 return o
-        state = OrderState(self.fresh("R" + s.names[0]), monoid, body, guard, over,
-                           self.rows(s, body, *guard))
+        state = OrderState(self.fresh("R" + s.names[0]), monoid, body, guard, over, self.rows(s, body, *guard), whole)
         self.orders.append(state)
         return state
 
@@ -161,7 +169,7 @@ class Stage:
         assert s.reduce is not None
         known = list(self.gauges.values())
         for o in self.orders:
-            if o.monoid in ("max", "min") and set(o.over) == set(s.reduce.over):
+            if o.monoid in ("max", "min") and set(o.over) == set(s.reduce.over) and not o.whole:
                 known.append(self.gauge(o.name, o.monoid, o.body, o.guard, o.over))
         return next((g for g in known if _fits(g, ea, points)), None)
 
@@ -210,7 +218,8 @@ class Stage:
         assert s.reduce is not None
         names = {self.heads.get(n) for t in terms for c, _ in t.c + t.ec for n in reads(c)}
         known = [self.gauge(o.name, o.monoid, o.body, o.guard, o.over) for o in self.orders
-                 if o.name in names and o.monoid in ("max", "min") and set(o.over) == set(s.reduce.over)]
+                 if o.name in names and o.monoid in ("max", "min") and set(o.over) == set(s.reduce.over)
+                 and not o.whole]
         return next((g for g in known if ratio(keyed(linear(x)), keyed(dict(g.level))) is not None
                      and set(g.guard) <= set(guard)), None)
 

@@ -19,7 +19,8 @@ from memcomp.passes.derive.terms import Powers, raised
 
 @dataclass(frozen=True, slots=True)
 class OrderState:
-    """A reduction by any monoid but sum of a carried body."""
+    """A reduction by any monoid but sum of a carried body; or, where it is `whole`, of integers to an integer by any
+    monoid, whose values are integers and never a reference."""
 
     name: str
     monoid: str
@@ -27,6 +28,7 @@ class OrderState:
     guard: tuple[Expr, ...]
     over: tuple[str, ...]
     vars: tuple[str, ...]
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from memcomp.ir.cascade import Cascade, Einsum, Knob, Rank, extent_of
 from memcomp.ir.expr import Access, Call, Expr, Size, Var, conjunction, reads, variables, walk
+from memcomp.ir.kinds import kind_of_dtype
 from memcomp.ir.ops import MONOIDS
 from memcomp.ir.places import order_of
 from memcomp.ir.program import Program
@@ -279,17 +280,18 @@ class _Stream:
                 body, guard = inline.body(s)
                 if name in before:
                     self.again += sum(1 for _ in walk(body))
-                part = self._part(look, s, body)
+                whole = self._whole(s)
+                part = s if whole else self._part(look, s, body)
                 try:
                     self._check(look, body, guard)
-                    if sums:
+                    if sums and not whole:
                         terms, laws = stage.sum(part, body, guard)
                         accepted[k] = terms
                     elif MONOIDS[s.reduce.monoid].outs == 2:
                         found = places.accept(stage, s, body, guard)
                         accepted[k], laws = found, found.laws
                     else:
-                        value, lifted = stage.order(part, body, guard)
+                        value, lifted = (stage.whole if whole else stage.order)(part, body, guard)
                         accepted[k], laws = value, lifted.laws
                     if part is not s:
                         self.parts[name] = part
@@ -301,6 +303,13 @@ class _Stream:
                     edge = f" (edge {', '.join(waits)} -> {name})" if waits else ""
                     refused[name] = f"{why}{edge}"
         return accepted, refused
+
+    def _whole(self, s: Einsum) -> bool:
+        """Is the result declared an integer, and one of numbers?"""
+        if s.reduce is None or s.reduce.monoid not in ("sum", "prod", "max", "min"):
+            return False
+        t = self.program.cascade.declared(s.names[0].removesuffix("'"))
+        return t is not None and kind_of_dtype(t.dtype) == "int"
 
     def _alone(self, c: Cascade, accepted: list[Einsum]) -> set[str]:
         """Reductions that lack a long variable which others of the stage have, and that are read where it is lacking:

@@ -17,7 +17,7 @@ int cuDeviceGetCount(int *n) { *n = 2; return 0; }
 int cuDeviceGet(int *d, int ordinal) { *d = ordinal; return 0; }
 int cuDeviceGetAttribute(int *v, int which, int device) {
   int capability = atoi(getenv("DRIVER_CAPABILITY"));
-  *v = which == 75 ? capability / 10 : which == 76 ? capability % 10 : 1;
+  *v = which == 75 ? capability / 10 : which == 76 ? capability % 10 : which == 16 ? 132 : 1;
   return 0;
 }
 int cuDevicePrimaryCtxRetain(void **c, int device) { *c = context; return 0; }
@@ -38,9 +38,14 @@ int cuKernelSetAttribute(int which, int value, void *k, int device) {
   SAY("attribute %d %d %p %d\n", which, value, k, device);
   return value > 232448 ? 1 : 0;
 }
-int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                   void *stream, void **args, void **extra) {
-  SAY("launch %p %u,%u,%u %u,%u,%u %u %p ", f, x, y, z, bx, by, bz, shared, stream);
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, void *f, int block, size_t shared) {
+  SAY("room %p %d %zu\n", f, block, shared);
+  *n = 1;
+  return 0;
+}
+static int launch(const char *how, void *f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
+                  unsigned shared, void *stream, void **args) {
+  SAY("%s %p %u,%u,%u %u,%u,%u %u %p ", how, f, x, y, z, bx, by, bz, shared, stream);
   static char *left;
   if (!left) left = strdup(getenv("DRIVER_SIZES"));
   char *rest = strsep(&left, ";");
@@ -48,6 +53,14 @@ int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned bx, uns
     for (int n = atoi(one), i = 0; i < n; ++i) SAY("%02x%s", ((unsigned char *)*args)[i], i == n - 1 ? "," : "");
   SAY("\n");
   return 0;
+}
+int cuLaunchKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   void *stream, void **args, void **extra) {
+  return launch("launch", f, x, y, z, bx, by, bz, shared, stream, args);
+}
+int cuLaunchCooperativeKernel(void *f, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
+                              unsigned shared, void *stream, void **args) {
+  return launch("together", f, x, y, z, bx, by, bz, shared, stream, args);
 }
 int cuTensorMapEncodeTiled(void *map, int type, unsigned rank, void *place, const uint64_t *extents,
                            const uint64_t *strides, const uint32_t *box, const uint32_t *steps, int interleave,

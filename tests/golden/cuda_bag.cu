@@ -1,5 +1,5 @@
 extern "C" __global__ void __launch_bounds__(256, 1) bag_g0(const long long *__restrict__ I_ptr, int I_s0, const float *__restrict__ W_ptr, int W_s0, float *__restrict__ O_ptr, int O_s0, int T, int L, int N, int D) {
-  __shared__ __align__(16) char rooms[2 * AT_ONCE * 8 * 32 * 8];
+  SHARED(rooms, 16384);
   int turn = 0;
   SHARED_BYTES(staged);
   int slot = 0;

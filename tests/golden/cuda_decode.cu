@@ -1,5 +1,5 @@
 extern "C" __global__ void __launch_bounds__(256, 1) decode_g0(const unsigned short *__restrict__ Q_ptr, int Q_s0, int Q_s1, const unsigned short *__restrict__ K_ptr, int K_s0, int K_s1, const unsigned short *__restrict__ V_ptr, int V_s0, int V_s1, unsigned short *__restrict__ O_ptr, int O_s0, int O_s1, int J, int M) {
-  __shared__ __align__(16) char rooms[2 * AT_ONCE * 8 * 32 * 8];
+  SHARED(rooms, 16384);
   int turn = 0;
   SHARED_BYTES(staged);
   int slot = 0;

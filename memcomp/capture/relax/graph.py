@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -32,6 +32,7 @@ class Graph:
         self.used = set(hints.values())
         self.literals: dict[fx.Node, bool | int | float] = {}
         self.name = ""  # of the nodes made next
+        self.wanted: Callable[[], torch.Tensor]  # what TVM says that they give
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Append a call.  Raises Refusal where torch does not take these arguments."""
@@ -74,8 +75,13 @@ class Graph:
             return self._node("placeholder", "size", size)
 
     def empty(self, shape: tuple[Any, ...], dtype: torch.dtype, weight: bool = False) -> torch.Tensor:
+        """Raises Refusal where a size would be negative at the sizes that are looked at."""
         with self.fake:
-            made = torch.empty(fx.map_arg(shape, value), dtype=dtype)
+            try:
+                made = torch.empty(fx.map_arg(shape, value), dtype=dtype)
+            except RuntimeError as error:
+                raise Refusal(f"a shape that cannot be: {str(error).partition(chr(10))[0]}",
+                              hint="FuseRegions(sizes=...) says which sizes to look at") from error
             return torch.nn.Parameter(made, requires_grad=False) if weight else made
 
     def held(self, data: torch.Tensor) -> fx.Node:
@@ -92,7 +98,7 @@ class Graph:
         """The number that a node holds which the user wrote; anything else as it is."""
         return self.literals.get(x, x) if isinstance(x, fx.Node) else x
 
-    def other(self, target: Any, made: Any, *args: fx.Node) -> fx.Node:
+    def other(self, target: Any, made: Any, *args: Any) -> fx.Node:
         """A node that gives `made`, by what torch does not know."""
         return self._node("call_function", target, made, args)
 

@@ -198,6 +198,7 @@ class _Reading:
         if isinstance(binding, relax.MatchCast):
             self.outside(var, x)
         else:
+            self.g.wanted = lambda: self.fake(var.ty)
             try:
                 made = self.expression(x)
                 if not _agrees(made, var.ty, self):

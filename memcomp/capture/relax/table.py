@@ -107,11 +107,17 @@ def _take(g: Graph, a: Any, x: fx.Node, index: fx.Node) -> fx.Node:
 
 def _slice(g: Graph, a: Any, x: fx.Node, axes: Sequence[int], begin: Sequence[Any], end: Sequence[Any],
            step: Sequence[Any] = ()) -> fx.Node:
-    for k, dim in enumerate(axes):
-        by = step[k] if step else 1
-        if not isinstance(by, int) or by < 1:
-            raise Refusal(f"a slice in steps of {by}")
-        x = g(torch.ops.aten.slice.Tensor, x, dim, begin[k], end[k], by)
+    steps = step or [1] * len(axes)
+    if wrong := [by for by in steps if not isinstance(by, int) or by < 1]:
+        raise Refusal(f"a slice in steps of {wrong[0]}")
+    cuts = list(zip(axes, begin, end, steps, strict=True))
+    late = [c for c in cuts if isinstance(c[1], fx.Node) or isinstance(c[2], fx.Node)]
+    for cut in (c for c in cuts if c not in late):
+        x = g(torch.ops.aten.slice.Tensor, x, *cut)
+    if len(late) > 1:
+        raise Refusal("a slice with run-time ends of several dimensions", hint="one after another")
+    for cut in late:  # how long it is depends on what is the less at run time, which TVM's type says
+        x = g.other(torch.ops.aten.slice.Tensor, g.wanted(), x, *cut)
     return x
 
 

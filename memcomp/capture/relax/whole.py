@@ -15,19 +15,24 @@ from memcomp.ir.errors import InputError, nearest
 from memcomp.signature import Dim
 
 
-def function(module: Any, name: str = "main") -> tuple[fx.GraphModule, tuple[torch.Tensor, ...],
-                                                       tuple[dict[int, Dim], ...]]:
-    """The Relax function `name` of an IRModule (or its only one) as a torch module, tensors to call it with, and which
-    of their extents are open, by dim.
+def function(module: Any, name: str = "") -> tuple[fx.GraphModule, tuple[torch.Tensor, ...],
+                                                   tuple[dict[int, Dim], ...]]:
+    """The Relax function `name` of an IRModule (by default its only one, else main) as a torch module, tensors to call
+    it with, and which of their extents are open, by dim.
 
     Raises InputError where there is none, or some of its operators have no row in the table.
     """
     from tvm import relax
 
     known = {str(n.name_hint): f for n, f in functions(module)}
-    found = known.get(name) or (next(iter(known.values())) if len(known) == 1 else None)
-    if found is None:
+    if not name:
+        name = next(iter(known)) if len(known) == 1 else "main"
+        if known and name not in known:
+            raise InputError("the IRModule has several Relax functions, and none is called main",
+                             hint=f"say which, module:name@function: {', '.join(sorted(known))}")
+    if name not in known:
         raise InputError(f"the IRModule has no Relax function {name!r}", hint=nearest(name, known))
+    found = known[name]
     body = found.body
     if not isinstance(body, relax.SeqExpr):
         raise InputError(f"the Relax function {name!r} is not in normal form",
