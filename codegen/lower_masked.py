@@ -21,8 +21,8 @@ class Masked(Starts):
         self, tests: tuple[Expr, ...], plain: tuple[Statement, ...],
         masked: Callable[[tuple[Expr, ...]], tuple[Statement, ...]],
     ) -> tuple[Statement, ...]:
-        """`plain` on tiles where the tests hold everywhere, else `masked` by those that may fail: what holds of the data
-        is asked of a tile at once, before the rest is asked of its points."""
+        """`plain` on tiles where the tests hold everywhere, else `masked` by those that may fail: what holds of data is
+        asked of a tile at once, before the rest is asked of its points."""
         by_data = tuple(t for t in tests if reads(t))
         rest = tuple(t for t in tests if t not in by_data)
         known = self.full(by_data) if by_data and rest else None

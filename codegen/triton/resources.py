@@ -215,7 +215,8 @@ class _Block:
 
     def shared(self, body: Body) -> int:
         """Bytes that a loop needs at once."""
-        parted = self.capability >= 100 and any(p.exact for p in body.products)   # Triton fetches nothing ahead for it
+        # Triton fetches nothing ahead for an f32 product, but where both operands come from memory
+        parted = self.capability >= 100 and any(p.exact and not body.loaded(p.left) for p in body.products)
         ahead = self.stages if body.looped and not body.branched and not parted else 1
         own = body.written if body.looped else set()
         kept: dict[str, int] = {}      # operands that stay

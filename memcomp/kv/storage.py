@@ -99,15 +99,19 @@ class Storage(nn.Module):
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Write new tokens, [batch, heads, n, width] each.  More than `tokens` in all is an error where it can be seen:
-        n is checked here, the length is data."""
+        """Write new tokens, [batch, heads, n, width] each.  Raises InputError for more than `tokens` in all; in a graph
+        and on other devices than the CPU, where the length is data, torch asserts it."""
         n = k.shape[2]
         if tuple(k.shape) != (*self.shape[:2], n, self.shape[2]) or k.shape != v.shape:
             raise InputError(f"keys of shape {tuple(k.shape)} and values of {tuple(v.shape)}",
                              hint=f"this storage takes {(*self.shape[:2], 'n', self.shape[2])}")
-        if n > self.tokens:
-            raise InputError(f"{n} tokens for a storage of {self.tokens}")
+        if not n:
+            return
+        seen = not torch.compiler.is_compiling() and self.length.device.type == "cpu"
+        if (most := n + (int(self.length) if seen else 0)) > self.tokens:
+            raise InputError(f"{most} tokens for a storage of {self.tokens}", hint="more tokens, or reset()")
         before, after = self.length.clone(), self.length + n
+        torch._assert_async(after <= self.tokens, f"more tokens than a storage of {self.tokens} holds")
         for stream, x in (("k", k), ("v", v)):
             planes = self._encoded("last", stream, x) if "last" in self.sizes else {}
             self._flush(stream, x, planes, before, after)
