@@ -116,7 +116,7 @@ REFUSED = {
     # what is refused: (program, rows, target, what the refusal says)
     "f32": (VARIANTS["causal"].replace("bf16", "f32"), 128, "h100", "stored as f32"),
     "few rows": (VARIANTS["causal"], 64, "h100", "64 rows, and two groups of four warps take 128"),
-    "another machine": (VARIANTS["causal"], 128, "a100", "sm_90, a100 has sm_80"),
+    "another machine": (VARIANTS["causal"], 128, "a100", "sm_90, and that has sm_80"),
     "pages": (VARIANTS["causal"].replace("K[h//1, m, e]", "K[h//1, X[m], e]").replace("in V", "in X[M]: i64\nin V"),
               128, "h100", "is data"),
     "one product": ("program scores\nrank H\nrank P\nrank M\nrank E = 64\nin Q[H, P, E]: bf16\nin K[H, M, E]: bf16\n"

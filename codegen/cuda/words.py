@@ -263,4 +263,5 @@ AT_ONCE SHARED SHARED_BYTES meet all_meet counter arrive look here held ON_HOST 
 NOT_A_NUMBER64 memcpy
 copy_later ask ask_around asked come take take_around loaded digit
 from_bf16 from_f16 bf16_of f16_of i8_of u8_of to_bf16 to_f16 mul_f32 add_f32 sub_f32 div_f32 highest
-lowest most least mod floordiv sigmoid xlogx abs fabs exp exp2 log log2 sin cos erf tanh expm1 log1p floor rint sqrt pow i main linux unix""".split())
+lowest most least mod floordiv sigmoid xlogx
+abs fabs exp exp2 log log2 sin cos erf tanh expm1 log1p floor rint sqrt pow i main linux unix""".split())
