@@ -15,6 +15,7 @@ from memcomp.codegen.triton.straight import straight
 from memcomp.ir.expr import Access, Const, variables, walk
 from memcomp.ir.target import BYTES
 from memcomp.ir.tile import (
+    Best,
     Dot,
     Fold,
     Load,
@@ -29,7 +30,7 @@ from memcomp.ir.tile import (
     statements,
 )
 
-Step: TypeAlias = Union[Load, Map, Fold, Dot]
+Step: TypeAlias = Union[Load, Map, Fold, Dot, Best]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class Loops:
             yield self._body(p.body, True, p.full)
 
     def _body(self, body: tuple[Statement, ...], looped: bool, full: frozenset[str] = frozenset()) -> Body:
-        steps = tuple(s for s in statements(body) if isinstance(s, (Load, Map, Fold, Dot)))
+        steps = tuple(s for s in statements(body) if isinstance(s, (Load, Map, Fold, Dot, Best)))
         found = tuple(p for s in steps if isinstance(s, Dot) if (p := self._product(s)) is not None)
         branched = any(isinstance(s, When) and (not found or any(isinstance(x, Dot) for x in statements((s,))))
                        for s in statements(body))

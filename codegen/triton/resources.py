@@ -22,7 +22,7 @@ from memcomp.codegen.triton.loops import Body, Loops, Product, Step
 from memcomp.ir.errors import Refusal
 from memcomp.ir.expr import Access, Call, Const, Expr, variables, walk
 from memcomp.ir.target import BYTES, Target
-from memcomp.ir.tile import Dot, Fold, Loop, Map, TileKernel, TileProgram, expressions, statements
+from memcomp.ir.tile import Best, Dot, Fold, Loop, Map, TileKernel, TileProgram, expressions, statements
 
 FEWEST_ROWS = 16   # of one instruction of tensor cores
 ASYNC_ROWS = 64    # fewer rows and the tensor cores of sm_90 and sm_100 are fed through registers, as before
@@ -42,6 +42,7 @@ BUSY = 8           # warps on one processor below which too little is under way:
 ALONE = 2.5        # registers of an element that is fetched alone: where it lies, and whether it counts
 # registers of a point, besides its value, while a long word makes it
 LONG, MEANWHILE = ("sin", "cos"), {"mma": 2.5, "wgmma": 3.0, "tcgen05": 5.5}
+RANKED = 1.0       # registers of a point that is ranked
 SPILLED = {"mma": 248.6, "wgmma": 250.0, "tcgen05": 252.0}
 
 
@@ -324,10 +325,16 @@ class _Block:
         return base + held + ALONE * self.alone(body) + self.meanwhile(body)
 
     def meanwhile(self, body: Body) -> float:
-        """Registers that what is made by long words takes beside the values, at most at once."""
-        return MEANWHILE[self.form(body)] * max((
-            self.loops.points(s.tile) / (32 * self.warps) for s in body.steps if isinstance(s, Map) and any(
-                isinstance(n, Call) and n.op in LONG for n in walk(s.body))), default=0.0)
+        """Registers that what is made by long words takes beside the values, or points that are ranked with their
+        places in one integer of 64 bits; at most at once."""
+        threads = 32 * self.warps
+        long = (self.loops.points(s.tile) for s in body.steps if isinstance(s, Map) and any(
+            isinstance(n, Call) and n.op in LONG for n in walk(s.body)))
+        ranked = (math.prod(a.size for a in self.loops.layout.of(
+            (*(d for d in self.loops.tiles[s.tile].dims if d != s.order), *s.over)))
+            for s in body.steps if isinstance(s, Best))
+        return max((MEANWHILE[self.form(body)] * n / threads for n in long), default=0.0) + max(
+            (RANKED * n / threads for n in ranked), default=0.0)
 
     def alone(self, body: Body) -> float:
         """Elements that a thread fetches for products, each by itself."""
