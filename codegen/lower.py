@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from math import isfinite
+from math import isfinite, isinf
 
 from memcomp.codegen.lower_emit import Emitter
 from memcomp.codegen.lower_exact import in_parts, references, small_sums, spread
@@ -171,7 +171,7 @@ def _workspace_reads(g: GroupOps, dropped: dict[str, int]) -> None:
 def _dtypes(c: Cascade, g: GroupOps, params: dict[str, Param]) -> dict[str, str]:
     """dtype of each group tensor's tile: declared, or what its statements compute (reals are f32).
 
-    A whole number that starts a sum of integers, 0.0, is one of them.
+    A whole number that starts a sum of integers, 0.0, is one of them, and an infinity that starts a maximum.
     """
     stored = {n: p.dtype for n, p in params.items()}
     out: dict[str, str] = {}
@@ -184,7 +184,8 @@ def _dtypes(c: Cascade, g: GroupOps, params: dict[str, Param]) -> dict[str, str]
         for o in g.ops:
             if c.declared(o.target.removesuffix("'")) is None:
                 found = kinds.setdefault(o.target, set())
-                whole = isinstance(o.body, Const) and isinstance(o.body.value, float) and o.body.value.is_integer()
+                x = o.body.value if isinstance(o.body, Const) else None
+                whole = isinstance(x, float) and (x.is_integer() or isinf(x))
                 found.add("int" if o.twin else "whole" if whole else kind(o.body, {**stored, **out}))
                 chosen = (("real", real), ("int", "i64"), ("whole", start), ("bool", "bool"))
                 out[o.target] = next((d for k, d in chosen if k in found), real)

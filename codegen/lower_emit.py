@@ -120,7 +120,7 @@ class Emitter(Masked):
     def _map(self, o: Op, exact: tuple[Expr, ...], guards: tuple[Expr, ...], body: Expr, out: list[Statement]) -> None:
         self._set_fill(o, body, exact, guards)
         tests = tuple(self.read(c, o.phase) for c in exact)
-        plain = self.read(body, o.phase)
+        plain = self._typed(body, o)
         name = self.tile(o.target, o.dims)
         if not tests:
             if plain != Access(name, tuple(Var(d) for d in o.dims)):  # a copy within one buffer is nothing

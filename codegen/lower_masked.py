@@ -10,7 +10,7 @@ from dataclasses import replace
 from memcomp.codegen.lower_limits import TRUE
 from memcomp.codegen.lower_ops import Op
 from memcomp.codegen.lower_start import Starts
-from memcomp.ir.expr import Access, Const, Expr, Var, call, conjunction, reads, substitute, variables
+from memcomp.ir.expr import Access, Const, Expr, Var, call, conjunction, reads, substitute, variables, walk
 from memcomp.ir.tile import Dot, Map, Statement, Tile, When
 
 
@@ -80,7 +80,10 @@ class Masked(Starts):
         if at is None:
             return ()
         own = Access(name, tuple(Var(x) for x in o.dims))
-        rest = tuple(substitute(t, {Var(d): at}) for t in tests if t is not test)
+        others = [t for t in tests if t is not test]
+        if any(isinstance(n, Access) and d in variables(n) for t in others for n in walk(t)):
+            return ()  # a tile is read at its own points
+        rest = tuple(substitute(t, {Var(d): at}) for t in others)
         there = every((call("ge", at, 0), call("lt", at, self.g.dims[d].count), *rest))
         value = call("where", there, body, self._zero(own))
         return (Map(name, call("add", own, value) if o.accumulate else value),)

@@ -30,9 +30,9 @@ def span(e: Expr, dtype: Callable[[str], str]) -> tuple[int, int] | None:
         return first
     if e.op == "neg":
         return -first[1], -first[0]
-    if e.op == "shr" and first[0] >= 0:
-        return 0, first[1]
     second = span(last, dtype)
+    if e.op == "shr" and first[0] >= 0:
+        return 0, first[1] >> max(second[0], 0) if second is not None else first[1]
     if e.op not in ("add", "sub") or second is None:
         return None
     (a, b), (x, y) = first, second

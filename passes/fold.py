@@ -36,7 +36,9 @@ def fold(program: Program) -> Program:
     does not vary along a summed rank leaves that sum; of three factors the two with the fewest points together meet
     first (`Q*s` once for a group of keys); a code is summed apart from what is added to it, measured from the middle of
     its range, so that nothing cancels and whoever rounds what stands beside it loses little.  A rank that a factor
-    reads at `e//k` becomes two.  An offset leaves only codes, integers of at most 8 bits: reals might cancel.
+    reads at `e//k` becomes two.  An offset leaves only codes of at most 8 bits whose range masks and shifts tell: reals
+    might cancel, and so might bytes of which few values are in use.  A sum that waits for a value reduced over its own
+    ranks is not cut in two: it shares a pass with that only whole.
     Infinite data may give NaN where the written form gives an infinity.  On a GPU the writer of kernels does this for
     what a thread holds (`codegen/cuda`), and nothing is done here.
 
@@ -51,7 +53,7 @@ def fold(program: Program) -> Program:
         in Z[J, M]: u8
         in S[J, M]: f16
         out O[J, G, M]: f32
-        D[j, m, e] = (K[j, m, e] - Z[j, m]) * S[j, m]
+        D[j, m, e] = ((K[j, m, e] & 15) - Z[j, m]) * S[j, m]
         O[j, g, m] = sum{e} Q[j, g, e] * D[j, m, e]
     after:
         program p
@@ -64,9 +66,9 @@ def fold(program: Program) -> Program:
         in Z[J, M]: u8
         in S[J, M]: f16
         out O[J, G, M]: f32
-        OA[j, g, m] = sum{e} Q[j, g, e] * (K[j, m, e] - 128)
+        OA[j, g, m] = sum{e} Q[j, g, e] * ((K[j, m, e] & 15) - 8)
         OB[j, g] = sum{e} Q[j, g, e]
-        O[j, g, m] = OA[j, g, m] * S[j, m] + OB[j, g] * (128 - Z[j, m]) * S[j, m]
+        O[j, g, m] = OA[j, g, m] * S[j, m] + OB[j, g] * (8 - Z[j, m]) * S[j, m]
     """
     c = program.cascade
     if any(r.iterative for r in c.ranks):  # loops are cut already
@@ -202,6 +204,14 @@ def _code(c: Cascade, e: Expr) -> int | None:
     return (got[0] + got[1] + 1) // 2 if got is not None and got[1] - got[0] <= WIDE else None
 
 
+def _masked(e: Expr) -> bool:
+    """Is the range of a code told by masks and shifts?  Where few values of a byte are in use, far from the middle of
+    all that it could hold, what leaves the sum cancels."""
+    while isinstance(e, Call) and e.op in ("real", "int"):
+        e = e.args[0]
+    return not isinstance(e, Access)
+
+
 def _multiplied_out(c: Cascade, parts: list[Expr]) -> list[tuple[int, list[Expr]]]:
     """The product as a sum of products: codes and what is added to them apart, where that varies with less."""
     for k, f in enumerate(parts):
@@ -209,7 +219,8 @@ def _multiplied_out(c: Cascade, parts: list[Expr]) -> list[tuple[int, list[Expr]
         if len(terms) != 2:
             continue
         for n, (sign, mine) in enumerate(terms):
-            at = next((i for i, x in enumerate(mine) if _code(c, x) is not None and variables(x) == variables(f)), None)
+            at = next((i for i, x in enumerate(mine) if _masked(x) and _code(c, x) is not None
+                       and variables(x) == variables(f)), None)
             other_sign, other = terms[1 - n]
             if at is None or not reads(_times(other)) or not variables(_times(other)) < variables(f):
                 continue
@@ -267,7 +278,7 @@ class _Sum:
             apart = over - variables(f)
             coarse = [x for x in inner if not variables(x) & apart]
             fine = [x for x in inner if variables(x) & apart]
-            if not apart or not fine:
+            if not apart or not fine or any(map(self._late, fine)):
                 continue
             left = frozenset().union(*map(variables, fine)) - apart
             one = Access("", tuple(Var(v) for v in sorted(left)))  # what the inner sum will be
@@ -283,6 +294,18 @@ class _Sum:
         else:
             total = self._statement(_times([self._met(f, over) for f in two]), over)
         return _times([total, *outer])
+
+    def _late(self, f: Expr) -> bool:
+        """Is a factor made of what is reduced over ranks of this sum?  The sum shares a pass with that only whole."""
+        assert self.s.reduce is not None
+        over, seen, waiting = set(self.s.reduce.over), set[str](), set(reads(f))
+        while waiting - seen:
+            seen.add(name := (waiting - seen).pop())
+            for s in self.c.writers(name):
+                if s.reduce is not None and over & set(s.reduce.over):
+                    return True
+                waiting |= s.reads()
+        return False
 
     def _met(self, f: Expr, over: frozenset[str]) -> Expr:
         """What has met of several factors, as a temporary of its own."""

@@ -96,6 +96,24 @@ def test_functions_are_as_exact_as_f32() -> None:
 
 
 @on_host
+def test_what_is_rounded_is_computed_before_as_wide_as_it_is() -> None:
+    text = """
+program p
+rank N
+in X[N]: f64
+in I[N]: i64
+out A[N]: f64
+out B[N]: f64
+A[n] = as_f32(X[n] * X[n])
+B[n] = as_f32(I[n] + I[n])
+"""
+    closed, rng = mapped(parse(text)), np.random.default_rng(0)
+    given = {"X": rng.normal(size=200), "I": rng.integers(-2**31, 2**31, 200)}
+    got, want = run(lower(closed), given, {}), interpret(closed, given)
+    assert all((got[n] == want[n]).all() for n in want)
+
+
+@on_host
 def test_integers_round_down_and_wrap_as_the_program_says() -> None:
     text = """
 program p

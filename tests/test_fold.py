@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memcomp.ir.counts import Sizes
-from memcomp.ir.expr import Call, Const, reads, variables, walk
+from memcomp.ir.expr import Access, Call, Const, Var, call, reads, variables, walk
 from memcomp.ir.interpret import interpret
 from memcomp.ir.program import Program
+from memcomp.ir.span import span
 from memcomp.ir.text import parse
 from memcomp.ir.verify import verify
 from memcomp.passes._roles import factors
 from memcomp.passes.fold import fold
+from memcomp.passes.reduce_passes import reduce_passes
 
 E, T, GROUP = 32, 32, 16
 HEAD = f"""
@@ -44,7 +46,7 @@ def program(scale: str, zero: str = "", values: bool = False, groups: str = "", 
     def declared(name: str, index: str, dtype: str) -> str:
         return f"in {name}[{', '.join(ranks[i] for i in index.split(', '))}]: {dtype}\n" if index else ""
 
-    code = "K[j, b, t, e]"
+    code = "(K[j, b, t, e] & 15)"
     decoded = {"zero": f"({code} - Z[{zero}]) * C[{scale}]", "least": f"{code} * C[{scale}] + Z[{zero}]"}[form] \
         if zero else f"{code} * C[{scale}]"
     text = HEAD + declared("C", scale, "f16") + declared("Z", zero, "u8" if form == "zero" else "f16")
@@ -113,7 +115,7 @@ def test_a_scale_of_channels_meets_the_query_once_for_a_group_of_tokens() -> Non
 def test_codes_are_summed_from_the_middle_of_their_range() -> None:
     new = fold(rows()["keys, a channel, zero points"][0])
     (inside,) = (e for e in new.cascade.einsums if "K" in e.reads())
-    assert any(isinstance(n, Call) and n.op == "sub" and n.args[1] == Const(128) for n in walk(inside.body))
+    assert any(isinstance(n, Call) and n.op == "sub" and n.args[1] == Const(8) for n in walk(inside.body))
 
 
 @pytest.mark.parametrize("text", [
@@ -126,6 +128,9 @@ def test_codes_are_summed_from_the_middle_of_their_range() -> None:
     # integers are exact as they are
     "in Q[H, E]: i8\nin K[M, E]: u8\nin Z[M]: u8\nout S[H, M]: i64\nD[m, e] = K[m, e] - Z[m]\n"
     "S[h, m] = sum{e} Q[h, e] * D[m, e]\nrank H = 4",
+    # of a byte nobody knows how much of it is in use
+    "in Q[H, E]: f32\nin K[M, E]: u8\nin Z[M]: u8\nout S[H, M]: f32\nD[m, e] = K[m, e] - Z[m]\n"
+    "S[h, m] = sum{e} Q[h, e] * D[m, e]\nrank H = 4",
     # words of 32 bits may cancel too
     "in Q[H, E]: f32\nin K[M, E]: i32\nin Z[M]: i32\nout S[H, M]: f32\nD[m, e] = K[m, e] - Z[m]\n"
     "S[h, m] = sum{e} Q[h, e] * D[m, e]\nrank H = 4",
@@ -136,6 +141,35 @@ def test_what_stays(text: str) -> None:
     p = parse("\n".join(["program p", "rank M = 8", "rank E = 16", *ranks, *rest]))
     new = fold(p)
     assert all(len([e for e in x.cascade.einsums if e.reduce]) == 1 for x in (p, new))
+
+
+def test_a_sum_that_waits_for_a_reduced_value_of_its_ranks_stays_in_its_pass() -> None:
+    p = parse("""program p
+rank M
+rank H = 32
+rank E = 16
+in Q[E]: f32
+in K[M, H, E]: u8
+in C[M, E]: f32
+in Z[M, E]: f32
+out O[E]: f32
+S[m, h] = sum{e} Q[e] * ((K[m, h, e] & 15) * C[m, e] + Z[m, e])
+G[] = max{m, h} S[m, h]
+N[m, h] = exp(S[m, h] - G[])
+D[] = sum{m, h} N[m, h]
+A[m, h] = N[m, h] / D[]
+O[e] = sum{m, h} A[m, h] * ((K[m, h, e] & 15) * C[m, e] + Z[m, e])
+""")
+    new = fold(p)
+    assert new is not p
+    assert all("M: 3 -> 1 passes" in reduce_passes(x).proofs for x in (p, new))
+
+
+@pytest.mark.parametrize("shift", range(8))
+@pytest.mark.parametrize("mask", (255, 60, 15))
+def test_the_span_of_a_shifted_code_is_what_it_can_be(mask: int, shift: int) -> None:
+    code = call("shr", call("bitand", Access("K", (Var("m"),)), mask), shift)
+    assert span(code, lambda _: "u8") == (0, max((x & mask) >> shift for x in range(256)))
 
 
 def test_on_a_gpu_the_writer_does_it() -> None:

@@ -95,6 +95,17 @@ def test_parts_of_every_case(name: str) -> None:
         np.testing.assert_allclose(got[out], want[out], rtol=1e-12, atol=1e-12)
 
 
+def test_what_a_step_makes_says_nothing_of_other_steps() -> None:
+    """A bound of the keys of a tile is known in its step alone."""
+    p = parse("program p\nrank P\nrank M\nin X[P, M]: f32\nin L[P]: i64\nin I[M]: i64\nout A[P]: f32\n"
+              "A[p] = sum{m} X[p, m] where m < L[p] + I[m]\n")
+    tp, rng = lower(mapped(p, 1)), np.random.default_rng(2)
+    assert any(isinstance(s, When) for k in tp.kernels for s in statements(k.body))
+    made = {"X": rng.normal(size=(3, 900)), "L": np.array([-5, 0, 7]), "I": rng.integers(-500, 1300, 900)}
+    want, got = interpret_tile(tp, made), interpret_tile(replace(tp, kernels=tuple(map(spelled, tp.kernels))), made)
+    np.testing.assert_allclose(got["A"], want["A"])
+
+
 def test_whole_steps_are_left_out_by_the_ends_of_loops() -> None:
     def loops(k: TileKernel) -> list[Loop]:
         return [s for s in straight(k).body if isinstance(s, Loop)]

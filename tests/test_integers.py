@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 
 from memcomp.backends import build, emit
+from memcomp.codegen.lower import lower
 from memcomp.config import Config
 from memcomp.ir.errors import VerifyError
 from memcomp.ir.interpret import interpret
 from memcomp.ir.program import Program
 from memcomp.ir.text import parse, show
+from memcomp.ir.tile_interpret import interpret_tile
 from memcomp.ir.verify import verify
 from memcomp.passes.reduce_passes import reduce_passes
 from memcomp.pipeline import map_program
 from memcomp.stations import observers
-from tests.mapped import arguments
+from tests.mapped import arguments, mapped
 
 DTYPES = {"i8": np.int8, "u8": np.uint8, "i16": np.int16, "i32": np.int32, "i64": np.int64}
 TEXT = """program p
@@ -132,6 +134,15 @@ def test_the_least_integer_of_all_has_a_place(backend: str) -> None:
     np.testing.assert_array_equal(got["V"], np.take_along_axis(x, order, 1))
     for name, wanted in (("G", x.max(1)), ("B", x.max(1)), ("A", x.argmax(1))):
         np.testing.assert_array_equal(got[name], wanted, name)
+
+
+def test_what_runs_from_tile_to_tile_is_an_integer() -> None:
+    """Also where it starts from an infinity: f32 has 24 bits."""
+    p = parse("program p\nrank P\nrank M\nin X[P, M]: i64\nout A[P]: i64\nout B[P]: i64\n"
+              "A[p] = max{m} X[p, m]\nB[p] = min{m} X[p, m] where m >= 1\n")
+    x = np.random.default_rng(0).integers(-2**60, 2**60, (3, 1300))
+    got = interpret_tile(lower(mapped(p)), {"X": x}, dtype=np.float32)
+    same(got, {"A": x.max(1), "B": x[:, 1:].min(1)})
 
 
 @pytest.mark.parametrize("backend", ["cuda", pytest.param("triton", marks=pytest.mark.slow)])

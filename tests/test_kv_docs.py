@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -33,6 +34,8 @@ def test_programs_print_what_is_shown() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
     assert len(blocks) == TEXT.count("```python\n")
     for code, said in blocks:
+        if "transformers" in code and importlib.util.find_spec("transformers") is None:
+            continue
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             exec(code, {})

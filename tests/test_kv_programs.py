@@ -82,3 +82,12 @@ def test_named_systems_are_read_as_they_mean(text: str) -> None:
 def test_several_newest_tokens_ask_at_once(text: str, queries: int) -> None:
     got, want = compared(parse(text), Shape(layers=2, batch=2, heads=2, tokens=70, head=32), queries=queries)
     np.testing.assert_allclose(got, want, 1e-4, 1e-5)
+
+
+def test_queries_that_are_older_than_what_another_region_holds_are_refused() -> None:
+    text = "kv a\nregion first: first 3\n  k, v: f32\nregion new: last 2\n  k, v: f32\nregion all: rest\n  k, v: f32"
+    shape = Shape(layers=1, batch=1, heads=2, tokens=11, head=8)
+    got, want = compared(parse(text), shape, queries=3)  # the first of them sees all but two
+    np.testing.assert_allclose(got, want, 1e-4, 1e-5)
+    with pytest.raises(Refusal, match="4 queries, and the newest region does not hold all tokens from theirs on"):
+        compared(parse(text), shape, queries=4)

@@ -255,6 +255,13 @@ def test_wrong_inputs_are_named() -> None:
         cache.attend(np.zeros((1, 1, 1, 16)))
     with pytest.raises(Refusal, match="5 tokens cannot be taken back of 0"):
         cache.rollback(5)
+    for k, v in (((1, 2, 3, 16), (1, 1, 3, 16)), ((1, 1, 3, 16), (1, 1, 2, 16)), ((1, 1, 3, 8), (1, 1, 3, 8))):
+        with pytest.raises(InputError, match=r"[kv] has shape .*\nhint: this cache takes \(1, 1, 3, 16\)"):
+            cache.append({"k": np.zeros(k), "v": np.zeros(v)})
+    cache.append({"k": np.zeros((1, 1, 1, 16)), "v": np.zeros((1, 1, 1, 16))})
+    for m, words in ((2, "2 queries of 1 tokens"), (0, "queries of shape")):
+        with pytest.raises(InputError, match=words):
+            cache.attend(np.zeros((1, 1, m, 16)))
     flat = Cache(parse("kv a\nregion all: rest\n  k, v: offline{rank=2} | f16"), cache.shape, 0,
                  {"k.project": np.ones((16, 2)), "v.project": np.eye(16)})
     flat.append({"k": np.zeros((1, 1, 1, 16)), "v": np.zeros((1, 1, 1, 16))})

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ pytest.importorskip("tvm")
 
 from memcomp.__main__ import main
 from memcomp.artifact import compile as artifact
+from memcomp.artifact.execute import Model
 from memcomp.artifact.loading import Artifact, load
+from memcomp.artifact.plan import Step, check
 from memcomp.config import config
 from memcomp.inputs import Function
 from memcomp.ir.errors import InputError
@@ -180,6 +183,51 @@ def test_old_values_are_read_before_they_go(tmp_path: Path) -> None:
     assert np.array_equal(run._model.state["ring"].data, kept)  # type: ignore[union-attr]
 
 
+class Shares(torch.nn.Module):
+    """A buffer that is part of another tensor, which is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("a", torch.arange(12.0).reshape(4, 3))
+        self.b = self.get_buffer("a")[1:3]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.get_buffer("a")[1] = x
+        return self.b * 2
+
+
+class Rebinds(torch.nn.Module):
+    """Numbers of another dtype and shape that are written over all of a buffer; and a zero's sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, kind in (("short", torch.float16), ("whole", torch.int8)):
+            self.register_buffer(name, torch.zeros(2, 3, dtype=kind))
+        self.register_buffer("zero", torch.tensor([-0.0]))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        short, whole, zero = map(self.get_buffer, ("short", "whole", "zero"))
+        old = short.clone(), whole.clone(), zero.clone()
+        short.copy_(x)
+        whole.copy_(x * 2)
+        zero.add_(x[:1])
+        return old
+
+
+def test_what_is_written_over_another_dtype_is_converted(tmp_path: Path) -> None:
+    model, x = Rebinds(), torch.tensor([3.7, -2.2, 1e-3])
+    artifact.write(artifact.whole(Function(copy.deepcopy(model), (x,)), [config({"tune": "off"})]), tmp_path / "out")
+    run = load(tmp_path / "out")
+    for scale in (1, 5):
+        for got, y in zip(run(x * scale), model(x * scale), strict=True):
+            assert torch.equal(got, y) and torch.equal(got.signbit(), y.signbit())
+
+
+def test_buffers_that_share_memory_are_refused() -> None:
+    with pytest.raises(InputError, match="cannot tell what it writes into"):
+        artifact.whole(Function(Shares(), (torch.ones(3),)), [config({"tune": "off"})])
+
+
 def _into(x: torch.Tensor, i: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
     cache[:, i] = x
     return cache.clone()
@@ -199,6 +247,32 @@ def test_what_is_written_into_is_the_callers(tmp_path: Path) -> None:
     for bad in (torch.zeros(9, 5).T, array, torch._neg_view(torch.zeros(5, 9))):
         with pytest.raises(InputError, match="the model writes into cache"):
             run(x, i, bad)
+
+
+def test_a_step_that_reaches_out_is_refused(tmp_path: Path) -> None:
+    """Machine code asks nothing: what would reach out of a tensor is refused before it runs."""
+    x, i, mine = torch.randn(5, 2), torch.tensor([3, 0]), torch.zeros(5, 9)
+    made = written(_into, (x, i, mine), tmp_path / "out")
+    run, plan = load(tmp_path / "out"), made.plan
+    assert plan is not None
+    numbers: dict[str, dict[str, str]] = {"copy": {}, "put": {"dim": "1"}, "check": {"size": "9"}}
+    names = [k.name for k in made.kernels]
+    for kind, reads, writes, sizes in (
+            ("copy", ("x",), ("cache",), None), ("copy", ("i",), ("x",), None), ("copy", ("x",), (), None),
+            ("put", ("x", "i"), ("x",), {"dim": "7"}), ("put", ("x", "i"), ("cache",), {"dim": "0"}),
+            ("put", ("x", "i"), ("cache",), {}), ("put", ("x", "x"), ("cache",), None),
+            ("put", ("x",), ("cache",), None), ("put", ("cache", "i"), ("x",), None),
+            ("check", (), (), None), ("check", ("i",), (), {}), ("check", ("x",), (), None)):
+        step = Step(kind, "", reads, writes, numbers[kind] if sizes is None else sizes)
+        bad = replace(plan, steps=(*plan.steps, step))
+        with pytest.raises(InputError, match=f"the plan cannot be run: step {len(plan.steps)}"):
+            check(bad, names)
+            Model(bad, run.kernels, {}, run._model._walker)(x, i, mine)  # type: ignore[union-attr]
+    for wrong in ({"dtype": "f99"}, {"kind": "alias", "of": "i", "strides": ("1", "1")},
+                  {"kind": "alias", "of": "cache", "strides": ()}):
+        bad = replace(plan, tensors=(*plan.tensors, replace(plan.tensor("x"), name="more", **wrong)))
+        with pytest.raises(InputError, match="the plan cannot be run: more "):
+            check(bad, names)
 
 
 def test_the_command_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

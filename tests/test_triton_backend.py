@@ -84,6 +84,11 @@ out E[N]: f32
 out L[N]: f32
 out R[N]: f32
 out G[N]: f32
+in I[N]: i64
+out S[N]: f32
+out Q[N]: f32
+S[n] = sin(I[n])
+Q[n] = exp2(-abs(I[n])) + log(abs(I[n]) + 1)
 T[n] = tanh(X[n])
 E[n] = expm1(X[n])
 L[n] = log1p(abs(X[n]))
@@ -92,8 +97,8 @@ G[n] = xlogx(abs(X[n]))
 """
     small = np.ldexp(1.0, -np.arange(30)) * np.array([[1.0], [-1.0], [1.37]])
     x = np.concatenate([np.linspace(-20, 20, 201), small.ravel(), np.arange(-6, 6) + 0.5]).astype(np.float32)
-    closed = mapped(parse(text))
-    got, want = run(lower(closed), {"X": x}, {}), interpret(closed, {"X": x.astype(np.float64)})
+    closed, i = mapped(parse(text)), np.arange(len(x)) - 100
+    got, want = run(lower(closed), {"X": x, "I": i}, {}), interpret(closed, {"X": x.astype(np.float64), "I": i})
     for name in want:
         unit = np.spacing(np.abs(want[name]).astype(np.float32))
         assert np.all(np.abs(got[name] - want[name]) <= 8 * unit), name

@@ -224,7 +224,8 @@ class Scope:
         return text if wide == kind else f"({CTYPES[kind]})({text})"
 
     def _real(self, e: Call, kind: str, at: Point) -> str:
-        if e.op == "as_f32" and isinstance(x := e.args[0], Call) and x.op in ("add", "sub", "mul", "div"):
+        if e.op == "as_f32" and isinstance(x := e.args[0], Call) and x.op in ("add", "sub", "mul", "div") \
+                and self.joined(x.args) in ("f32", ""):
             return f"{x.op}_f32({', '.join(self.cast(a, kind, at) for a in x.args)})"
         args = [self.cast(a, kind, at) for a in e.args]
         if e.op == "pow" and isinstance(e.args[1], Const) and e.args[1].value in (1, 2, 3, 4):

@@ -131,9 +131,11 @@ class Scope:
 
     def call(self, e: Call, axes: tuple[Axis, ...]) -> str:
         e = self.parted(self.sided(e))
+        if len(e.args) == 1 and e.op != "real" and OPS[e.op].result == "real" and self.kind(e.args[0]) != "real":
+            e = Call(e.op, (Call("real", e.args),))
         args = [self.text(a, axes) for a in e.args]
         if e.op == "as_f32" and isinstance(x := e.args[0], Call) and x.op in ("add", "sub", "mul", "div") \
-                and not self.double(x):
+                and self.kind(x) == "real" and not self.double(x):
             return f"{self.word(f'{x.op}_f32')}({', '.join(self.text(a, axes) for a in x.args)})"
         if e.op in _COMPARED and isinstance(e.args[0], Var) and e.args[0].name in self.dims:
             args[1] = self.against(e.args[0].name, e.args[1], axes)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from memcomp.codegen.bounds import first_step, half, last_step
 from memcomp.ir.expr import Call, Const, Expr, call, variables
 from memcomp.ir.simplify import proves
-from memcomp.ir.tile import Dot, Loop, Statement, TileKernel, When, statements
+from memcomp.ir.tile import Dot, Loop, Statement, TileKernel, When, made, statements
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,7 @@ def parts(k: TileKernel, s: Loop) -> list[Part]:
 
     A loop with products has no branches that only spare masks: Triton would fetch nothing ahead.
     """
-    integers = {t.name for t in k.tiles if t.dtype == "i64"}
-    dims = {d.name for d in k.dims}
+    integers, dims = fixed(k, s), {d.name for d in k.dims}
     held: set[Expr] = set()
     full: set[str] = set()
     starts: list[Expr] = []
@@ -67,6 +66,11 @@ def parts(k: TileKernel, s: Loop) -> list[Part]:
     if not last:
         out.append(Part(None, general, edge=True))
     return out
+
+
+def fixed(k: TileKernel, s: Loop) -> set[str]:
+    """Tiles of integers that are the same in all steps of a loop."""
+    return {t.name for t in k.tiles if t.dtype == "i64"} - {t for x in statements(s.body) for t in made(x)}
 
 
 def product(s: Loop) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from memcomp.codegen.triton.parts import edge, product
+from memcomp.codegen.triton.parts import edge, fixed, product
 from memcomp.ir.expr import Access, Call, Expr, Var, call
 from memcomp.ir.tile import Loop, Map, Statement, Tile, TileKernel, When, statements
 
@@ -58,7 +58,7 @@ def _gap(k: TileKernel, s: Loop, cond: Expr) -> tuple[Expr, Expr] | None:
     """(b, a): the condition holds before step b and from step a on; None where it is not of this kind."""
     if not isinstance(cond, Call) or cond.op != "or" or len(cond.args) != 2:
         return None
-    integers, dims = {t.name for t in k.tiles if t.dtype == "i64"}, {d.name for d in k.dims}
+    integers, dims = fixed(k, s), {d.name for d in k.dims}
     edges = dict(e for a in cond.args if (e := edge(a, s.var, integers, dims)) is not None)
     return (edges[True], edges[False]) if len(edges) == 2 else None
 

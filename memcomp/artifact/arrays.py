@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -96,7 +95,7 @@ def strided(x: Any, shape: tuple[int, ...], strides: tuple[int, ...], offset: in
 def inside(count: int, name: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> None:
     """Refusal where a view of `count` elements would reach out of them."""
     reach = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if prod(shape) and (reach >= count or offset < 0 or any(s < 0 for s in strides)):
+    if any(n < 0 for n in shape) or 0 not in shape and (reach >= count or offset < 0 or any(s < 0 for s in strides)):
         raise Refusal(f"a view of {name} reaches element {reach}")
 
 

@@ -13,6 +13,7 @@ from memcomp.artifact.foreign import by_torch
 from memcomp.artifact.kernel import empty_strided
 from memcomp.artifact.memory import Array, DLTensor, fresh, tensor, within
 from memcomp.artifact.plan import Step
+from memcomp.ir.errors import InputError
 
 Act: TypeAlias = Callable[[list[Any]], None]  # on a call's tensors, by position
 Walk: TypeAlias = Callable[..., "int | None"]
@@ -91,7 +92,8 @@ class Binding:
         native, found = _Native(self), list["Act | tuple[int, int]"]()
         says: dict[int, Act] = {}
         for k, step in enumerate(steps):
-            if step.writes and all(0 in self.shapes[n][1] for n in step.writes):
+            self._fits(k, step)
+            if step.kind != "put" and step.writes and all(0 in self.shapes[n][1] for n in step.writes):
                 continue
             if self.walker is None or step.kind == "torch":
                 found.append(self._act(k, step))
@@ -107,6 +109,17 @@ class Binding:
         place = native.program.ready()
         return [Walked(native.program, self.walker, place, *x, self.outer, says) if isinstance(x, tuple) else x
                 for x in found]
+
+    def _fits(self, k: int, step: Step) -> None:
+        """InputError where the library's own step would reach out of its tensors, which machine code does not ask."""
+        shapes = [self.shapes[n][1] for n in (*step.reads, *step.writes)]
+        fits = step.kind != "copy" or shapes[0] == shapes[1]
+        if step.kind == "put":
+            (source, places, to), dim = shapes, self.at(step.sizes["dim"])
+            fits = 0 <= dim < len(to) and len(places) < 2 and source == (*to[:dim], *(places or (1,)), *to[dim + 1:])
+        if not fits:
+            raise InputError(f"the plan cannot be run: step {k}, a {step.kind}, has tensors of shapes that do not fit",
+                             ", ".join(map(str, shapes)), "compile the model again")
 
     def own(self, step: Step) -> dict[str, int]:
         """The sizes that a step's kernel takes."""

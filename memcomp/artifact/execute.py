@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -75,9 +76,10 @@ class Model:
 
     def reset(self) -> None:
         """The state as it was when the model was compiled."""
-        for name, array in self.state.items():
-            start = self.of[name].of
-            array.data[...] = self._stored[start].data if start else 0
+        with self._turn or nullcontext():
+            for name, array in self.state.items():
+                start = self.of[name].of
+                array.data[...] = self._stored[start].data if start else 0
 
     @property
     def extents(self) -> Collection[Expr]:
@@ -100,6 +102,7 @@ class Model:
             return run(given, torch)
         with self._turn:
             return run(given, torch)
+
     def bytes(self, **sizes: int) -> int:
         """Bytes of the arena, scratch included, at these sizes."""
         return self._places(sizes)[1]

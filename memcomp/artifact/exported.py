@@ -20,6 +20,7 @@ from memcomp.artifact.plan import Size as Shown
 from memcomp.capture import read_exported, table
 from memcomp.capture.candidates import OWN_FRAME, source
 from memcomp.capture.extent import expression, extent, size_name
+from memcomp.capture.puts import written_over
 from memcomp.capture.reader import DTYPE, meta
 from memcomp.capture.rest import tidy
 from memcomp.capture.writes import mutates
@@ -89,9 +90,15 @@ def export(given: Function) -> Exported:
         ep = _exported(module, tuple(given.inputs[i] for i in at), dims)
         if any(map(mutates, ep.graph.nodes)):  # the same operators, and what they wrote in place as values
             try:
-                ep = ep.run_decompositions({})
-            except AssertionError:  # torch's, for a tensor that is a buffer and something else's attribute, too
-                ep = _exported(module, tuple(given.inputs[i] for i in at), dims, strict=True).run_decompositions({})
+                try:
+                    ep = ep.run_decompositions({})
+                except AssertionError:  # torch's, for a tensor that is a buffer and something else's attribute, too
+                    ep = _exported(module, tuple(given.inputs[i] for i in at), dims, strict=True).run_decompositions({})
+            except (MemoryError, RecursionError, InputError):
+                raise
+            except Exception as error:  # torch's own have no base
+                raise InputError("torch.export cannot tell what it writes into", _why(error),
+                                 "write into buffers (register_buffer) that share no memory") from error
     gm = read_exported(ep)
     if wrong := next((n for n in gm.graph.nodes if mutates(n) and not _keeps(n)), None):
         raise Refusal(f"{wrong.target} writes into a tensor", source(wrong), "compute a new one instead")
@@ -109,7 +116,8 @@ def _kept(gm: fx.GraphModule) -> tuple[Kept, ...]:
     """Take these out of a graph; a buffer becomes a placeholder, since its value is not a constant."""
     found: list[tuple[fx.Node, fx.Node]] = []
     for n in filter(_keeps, list(gm.graph.nodes)):
-        to, after = n.all_input_nodes[0], n.all_input_nodes[-1]
+        to = n.all_input_nodes[0]
+        after = written_over(gm, n, n.all_input_nodes[-1], meta(to))
         n.replace_all_uses_with(after)
         gm.graph.erase_node(n)
         found.append((to, after))

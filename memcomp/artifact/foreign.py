@@ -30,7 +30,19 @@ def _operator(what: str) -> Any:
     found = getattr(packet, overload, None)
     if not isinstance(found, torch._ops.OpOverload):
         raise Refusal(f"torch {torch.__version__} has no operator {what}")
+    if why := unfit(found):
+        raise Refusal(f"{what} can be run by no artifact: {why}")
     return found
+
+
+def unfit(op: Any) -> str:
+    """Why no artifact may run an operator of torch's own, "" where it may."""
+    names = {a.name for a in op._schema.arguments}
+    if op._schema.is_mutable:
+        return "it writes into a tensor"
+    if "storage_offset" in names:
+        return "it names places in memory, and what it reads may lie elsewhere; index or slice instead"
+    return "it opens a file" if "filename" in names else ""
 
 
 def by_torch(step: Step, at: Callable[[str], int], reads: Sequence[Callable[[list[Any]], Any]],

@@ -9,9 +9,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from memcomp.ir.errors import InputError
+from memcomp.ir.target import BYTES
 
 KINDS = ("input", "weight", "state", "buffer", "output", "alias")
 STEPS = ("kernel", "check", "copy", "put", "torch")
+PLACES = ("i64", "i32", "i16", "i8", "u8")  # what names elements
+_OWN = {"check": (1, 0, "size"), "copy": (1, 1, ""), "put": (2, 1, "dim")}  # how many it reads and writes, its size
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,18 @@ class Plan:
         return next(t for t in self.tensors if t.name == name)
 
 
+def _takes(step: Step, of: Mapping[str, Tensor]) -> bool:
+    """Has a step of the library's own as many tensors as it needs, of the right dtypes, and its numbers?"""
+    if step.kind not in _OWN:
+        return True
+    reads, writes, size = _OWN[step.kind]
+    if (len(step.reads), len(step.writes)) != (reads, writes) or size and size not in step.sizes:
+        return False
+    dtypes = [of[n].dtype for n in (*step.reads, *step.writes)]
+    places = () if step.kind == "copy" else dtypes[reads - 1:reads]
+    return all(x in PLACES for x in places) and (not writes or dtypes[0] == dtypes[-1])
+
+
 def lives(tensors: Collection[Tensor], steps: Collection[Step]) -> dict[str, tuple[int, int]]:
     """First and last step of every buffer, through all its aliases."""
     of = {t.name: t for t in tensors}
@@ -139,11 +154,17 @@ def _faults(plan: Plan, kernels: Collection[str]) -> Iterator[str]:
     for t in plan.tensors:
         if t.kind not in KINDS:
             yield f"{t.name} is a {t.kind!r}"
+        if t.dtype not in BYTES:
+            yield f"{t.name} has the unknown dtype {t.dtype!r}"
+        if t.kind == "alias" and len(t.strides) != len(t.shape):
+            yield f"{t.name} has {len(t.shape)} dims and {len(t.strides)} strides"
         seen = {t.name}
         while t.kind == "alias":
             if t.of not in of or t.of in seen:
                 yield f"{t.name} is an alias of {t.of!r}"
                 return
+            if of[t.of].dtype != t.dtype:
+                yield f"{t.name} is {t.dtype} and an alias of {t.of!r}, which is not"
             seen.add(t.of)
             t = of[t.of]
     for name in (*plan.inputs, *plan.outputs, *(s.of for s in plan.sizes)):
@@ -153,6 +174,10 @@ def _faults(plan: Plan, kernels: Collection[str]) -> Iterator[str]:
         for name in names:
             if of[name].kind != kind:
                 yield f"{name} is no {kind}"
+        if lost := {t.name for t in plan.tensors if t.kind == kind} - set(names):
+            yield f"{min(lost)} is an {kind} that nobody gives or takes"
+    if len(set(plan.inputs)) < len(plan.inputs):
+        yield "two inputs are one"
     for s in plan.sizes:
         if s.of not in plan.inputs or not 0 <= s.dim < len(of[s.of].shape) or s.divisor < 1:
             yield f"the size {s.name} is no extent of an input"
@@ -172,6 +197,8 @@ def _faults(plan: Plan, kernels: Collection[str]) -> Iterator[str]:
             if name not in of:
                 yield f"step {k} names {name!r}, and there is no such tensor"
                 return
+        if not _takes(step, of):
+            yield f"step {k} is a {step.kind} of other tensors or numbers than one has"
         for name in step.reads:
             if root(of, name).name not in made:
                 yield f"step {k} reads {name} before it is made"

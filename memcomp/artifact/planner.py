@@ -12,6 +12,7 @@ from torch import fx
 
 from memcomp.artifact.arena import placed
 from memcomp.artifact.exported import Exported, Kept
+from memcomp.artifact.foreign import unfit
 from memcomp.artifact.plan import Life, Plan, Step, Tensor, lives, root
 from memcomp.capture import table
 from memcomp.capture.candidates import source
@@ -42,7 +43,7 @@ class Planner:
             self.names[n] = self._new(label, "input", DTYPE[meta(n).dtype], exported.shape(n))
         for k in exported.kept:
             if k.start is not None:
-                start = self._stored(f"{k.name}.start", k.start) if k.start.any() else ""
+                start = self._stored(f"{k.name}.start", k.start) if _bits(k.start).any() else ""
                 self.names[k.before] = self._new(k.name, "state", DTYPE[k.start.dtype], exported.shape(k.before),
                                                  of=start)
         self._over = {n for k in exported.kept for n in _in_place(k)}
@@ -115,7 +116,7 @@ class Planner:
         value = value.detach().contiguous()
         if value.dtype not in DTYPE:
             raise Refusal(f"the weight {wanted} is {value.dtype}", hint=f"known: {', '.join(DTYPE.values())}")
-        content = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        content = hashlib.sha256(_bits(value).numpy().tobytes())
         key = (value.dtype, tuple(value.shape), content.digest())
         if key not in self._same:
             name = self._new(wanted, "weight", DTYPE[value.dtype], tuple(map(str, value.shape)))
@@ -174,11 +175,9 @@ class Planner:
 
     def _foreign(self, part: Foreign) -> None:
         target = part.node.target
-        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or target._schema.is_mutable:
-            raise Refusal(f"{target} can be run by no artifact: {part.why}", source(part.node))
-        if any(a.name == "storage_offset" for a in target._schema.arguments):
-            raise Refusal(f"{target} can be run by no artifact: it names places in memory, and what it reads may lie "
-                          "elsewhere", source(part.node), "index or slice instead")
+        own = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+        if why := unfit(target) if own else part.why:
+            raise Refusal(f"{target} can be run by no artifact: {why}", source(part.node))
         reads: list[str] = []
         args = json.dumps([[self._argument(a, reads) for a in part.node.args],
                            {k: self._argument(a, reads) for k, a in part.node.kwargs.items()}])
@@ -206,6 +205,11 @@ class Planner:
         if a is None or isinstance(a, (bool, int, float, str)):
             return a
         raise Refusal(f"an argument {a!r} of an operator of torch cannot be kept")
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of its numbers."""
+    return x.detach().contiguous().reshape(-1).view(torch.uint8) if x.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def _in_place(k: Kept) -> list[fx.Node]:

@@ -64,17 +64,22 @@ def spelled(gm: fx.GraphModule) -> None:
 
 
 def _copied(gm: fx.GraphModule, n: fx.Node) -> None:
-    value, now = meta(n), n.all_input_nodes[-1]
-    with gm.graph.inserting_before(n):
+    n.replace_all_uses_with(written_over(gm, n, n.all_input_nodes[-1], meta(n)))
+    gm.graph.erase_node(n)
+
+
+def written_over(gm: fx.GraphModule, at: fx.Node, now: fx.Node, value: torch.Tensor) -> fx.Node:
+    """What a tensor like `value` holds once `at` has written `now` over all of it: of its own shape and dtype."""
+    with gm.graph.inserting_before(at):
         if not _alike(meta(now).shape, value.shape):
             wide = gm.graph.call_function(torch.ops.aten.expand.default, (now, list(value.shape)))
-            wide.meta = {**n.meta, "val": meta(now).expand(value.shape)}
+            wide.meta = {**at.meta, "val": meta(now).expand(value.shape)}
             now = wide
         if meta(now).dtype != value.dtype:
-            now = gm.graph.call_function(torch.ops.aten._to_copy.default, (now,), {"dtype": value.dtype})
-            now.meta = dict(n.meta)
-    n.replace_all_uses_with(now)
-    gm.graph.erase_node(n)
+            made = gm.graph.call_function(torch.ops.aten._to_copy.default, (now,), {"dtype": value.dtype})
+            made.meta = {**at.meta, "val": meta(now).to(value.dtype)}
+            now = made
+    return now
 
 
 def _alike(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:

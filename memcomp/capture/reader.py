@@ -34,6 +34,7 @@ CHEAP = frozenset((
     "add", "sub", "mul", "div", "neg", "max", "min", "where", "real", "int", "abs", "square", "relu", "floor",
     "floordiv", "mod", "ceildiv", "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "bitand", "bitor", "shr"))
 """What may be computed again at every point rather than stored once."""
+FEW = 8  # times the largest result: what many rows read is stored, or each tile of rows would compute it again
 SMALL = 64  # a map joins the region where the region's largest tensor is so many times larger
 
 
@@ -138,10 +139,15 @@ class Reader(Reading):
             if all(_clean(i) or self.sliced and linear(i) is not None for i in real[0].index):
                 return not costly
             return elements(self.leaf_of[real[0].tensor]) < elements(node)  # rows of a table smaller than they are
-        if real and not costly:  # numbers made of fewer bytes than they take: codes and scales, rows and columns
+        if real and not costly and elements(node) >= FEW * self._results():
+            # numbers made of fewer bytes than they take (codes and scales, rows and columns), for few results each
             leaves = {self.leaf_of[a.tensor] for a in accesses if a.tensor in self.leaf_of}
             return sum(map(stored, leaves)) < stored(node)
         return not real and len(accesses) <= 6 and not (costly and (accesses or out.is_real and not self.whole))
+
+    def _results(self) -> int:
+        """Elements of the largest result: what is much larger is read by few of them."""
+        return max((elements(n) for n in self.core if any(u not in self.core for u in n.users)), default=0)
 
     def _joins(self, node: fx.Node, out: Value) -> bool:
         """Is it a costly map of small tensors that only the core reads: worth a statement, and no kernel of its own?"""

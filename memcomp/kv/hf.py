@@ -9,14 +9,15 @@ kernels read codes.  Shapes are fixed, so `torch.compile(model, fullgraph=True)`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memcomp.ir.errors import InputError
-from memcomp.kv.storage import Storage
-from memcomp.passes.kv.account import owner
+from memcomp.kv.storage import Storage, regions_of
+from memcomp.passes.kv.account import Shape, owner
 from memcomp.passes.kv.slots import KVSpec
 from memcomp.passes.kv.text import parse
 
@@ -32,10 +33,11 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_compileable = True
 
-    def __init__(self, spec: KVSpec, tokens: int, layer: int, layers: int, reads: KVLayer | None = None) -> None:
+    def __init__(self, spec: KVSpec, tokens: int, layer: int, layers: int, reads: KVLayer | None = None,
+                 tables: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.spec, self.max_cache_len, self.layer, self.layers = spec, tokens, layer, layers
-        self.reads = reads
+        self.reads, self.tables = reads, tables
         self.storage: Storage | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -46,7 +48,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
                                  hint="a KVCache stores keys and values of one width")
             self.storage = Storage(self.spec, batch=batch, heads=heads, width=width, tokens=self.max_cache_len,
                                    layer=self.layer, layers=self.layers, dtype=key_states.dtype,
-                                   device=key_states.device)
+                                   device=key_states.device, tables=self.tables)
             if not torch.compiler.is_compiling():
                 for b in self.storage.buffers():
                     torch._dynamo.mark_static_address(b)
@@ -81,6 +83,9 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 
     prefetch = offload
 
+    def crop(self, max_length: int) -> None:
+        raise InputError("a KVCache does not take tokens back")
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch in a new order, for beam search."""
         if self.storage is not None and self.reads is None:
@@ -92,17 +97,24 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
 class KVCache(Cache):  # type: ignore[misc]
     """spec: a specification, its text, or a system with parameters; config: the model's; tokens: room for so many.
 
-    Raises ParseError, and Refusal where the specification is illegal for this model or has no form as torch buffers.
+    tables: what a codec must be given, for all layers: "k.T".  One batch size a cache; `reset` forgets all tokens.
+    Raises ParseError, and Refusal where the specification is illegal for this model or has no form as torch buffers;
+    InputError for more tokens than there is room for.
     """
 
-    def __init__(self, spec: KVSpec | str, config: Any, tokens: int) -> None:
+    def __init__(self, spec: KVSpec | str, config: Any, tokens: int, tables: Mapping[str, Tensor] | None = None
+                 ) -> None:
         self.spec = parse(spec) if isinstance(spec, str) else spec
         own = config.get_text_config(decoder=True)
-        count = own.num_hidden_layers
+        count, asking = own.num_hidden_layers, own.num_attention_heads
+        shape = Shape(layers=count, heads=getattr(own, "num_key_value_heads", None) or asking, tokens=tokens,
+                      head=getattr(own, "head_dim", None) or own.hidden_size // asking)
+        owners = [owner(self.spec.shares, "layers", n) for n in range(count)]
+        for n in dict.fromkeys(owners):
+            regions_of(self.spec, shape, n)
         layers: list[KVLayer] = []
-        for n in range(count):
-            of = owner(self.spec.shares, "layers", n)
-            layers.append(KVLayer(self.spec, tokens, n, count, layers[of] if of != n else None))
+        for n, of in enumerate(owners):
+            layers.append(KVLayer(self.spec, tokens, n, count, layers[of] if of != n else None, tables))
         super().__init__(layers=layers)
 
     @property

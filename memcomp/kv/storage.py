@@ -20,10 +20,11 @@ from memcomp.dtypes import DTYPES
 from memcomp.ir.errors import InputError, Refusal
 from memcomp.ir.expr import Call, Const, Expr, Var
 from memcomp.kv.spell import Speller, run
-from memcomp.passes.kv.account import Shape, codec_of
+from memcomp.passes.kv.account import Shape, codec_of, owner
 from memcomp.passes.kv.reader import Stored
 from memcomp.passes.kv.rules import verify
 from memcomp.passes.kv.slots import Cut, KVSpec, Map, Region
+from memcomp.passes.kv.status import lacks
 
 STREAMS = ("k", "v")
 
@@ -40,11 +41,11 @@ class Storage(nn.Module):
                  layers: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                  tables: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        verify(spec, Shape(layers=layers, batch=batch, heads=heads, tokens=tokens, head=width))
+        shape = Shape(layers=layers, batch=batch, heads=heads, tokens=tokens, head=width)
+        regions = regions_of(spec, shape, layer)
         self.spec, self.tokens, self.dtype = spec, tokens, dtype
         self.shape = (batch, heads, width)
-        regions = _regions(spec, layer, layers, heads)
-        self.first = next((r.tokens.count for r in regions if r.tokens.word == "first"), 0)
+        self.first = min(tokens, next((r.tokens.count for r in regions if r.tokens.word == "first"), 0))
         newest = next((r for r in regions if r.tokens.word == "last"), None)
         self.every = spec.update.every if newest is not None else 1
         self.newest = newest.tokens.count if newest is not None else 0
@@ -85,6 +86,8 @@ class Storage(nn.Module):
             if t.values is None and f"{stream}.{t.name}" not in tables:
                 raise InputError(f"the table {f'{stream}.{t.name}'!r} must be given", f"shape {t.shape}, {t.dtype}")
             value = tables[f"{stream}.{t.name}"] if t.values is None else torch.from_numpy(t.array())
+            if tuple(value.shape) != t.shape:
+                raise InputError(f"the table {f'{stream}.{t.name}'!r} has shape {tuple(value.shape)}, not {t.shape}")
             self.register_buffer(name, value.to(device=device, dtype=DTYPES[t.dtype]))
 
     @property
@@ -183,7 +186,7 @@ class Storage(nn.Module):
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """All keys and values, [batch, heads, tokens, width], each at its position."""
+        """All keys and values, [batch, heads, tokens, width], each at its position; decoded in f32, as kernels do."""
         token: Expr = Var("m")
         at = torch.arange(self.tokens, device=self.length.device)[:, None]
         out = []
@@ -221,17 +224,27 @@ def _name(region: str, stream: str, plane: str) -> str:
     return f"{region}_{stream}_{plane}"
 
 
-def _regions(spec: KVSpec, layer: int, layers: int, heads: int) -> tuple[Region, ...]:
-    """The regions of all heads of a layer.  Refusal where a slot says what has no form here."""
+def regions_of(spec: KVSpec, shape: Shape, layer: int) -> tuple[Region, ...]:
+    """The regions of all heads of a layer.  Refusal where the specification is illegal, or has no form here."""
     def refuse(what: str) -> Refusal:
         return Refusal(f"kv {spec.name} has no form as torch buffers: {what}",
                        hint="memcomp kv show says what it is of")
 
+    for name in ("batch", "heads", "tokens", "head"):
+        if type(n := getattr(shape, name)) is not int or n < 1:
+            raise InputError(f"a storage of {name}={n!r}", hint="a whole number, at least 1")
+    verify(spec, shape)
+    if any(s.word != "layers" for s in spec.shares):
+        raise refuse("heads or sequences share storage")
+    if missing := lacks(spec, shape):
+        raise refuse(missing[0])
+    if (of := owner(spec.shares, "layers", layer)) != layer:
+        raise refuse(f"layer {layer} reads the storage of layer {of}")
     if spec.cuts != (Cut("k"), Cut("v")):
         raise refuse("it keeps other streams than rotated keys and values")
     if spec.map != Map() or spec.places:
         raise refuse("its map or its places")
-    found = {spec.at(layer, head, layers, heads) for head in range(heads)}
+    found = {spec.at(layer, head, shape.layers, shape.heads) for head in range(shape.heads)}
     if len(found) > 1:
         raise refuse("heads of one layer have regions of their own")
     (regions,) = found

@@ -33,6 +33,7 @@ class Read:
     """
 
     program: Program
+    cache: Cache
     part: Part
     queries: tuple[tuple[int, ...], ...]
     tables: Mapping[str, Array]
@@ -40,7 +41,18 @@ class Read:
     regions: tuple[Held, ...]
 
     def inputs(self, q: Array) -> dict[str, Array]:
-        """What the program is given, for queries q[b, query heads, m, e] over what the cache holds now."""
+        """What the program is given, for queries q[b, query heads, m, e] over what the cache holds now.
+
+        Raises Refusal where queries are older than tokens that their region does not hide from them.
+        """
+        first = self.cache.tokens - q.shape[2]
+        for piece, held in zip(self.pieces, self.regions, strict=True):
+            n = len(held)
+            fits = (held.positions == np.arange(self.cache.tokens - n, self.cache.tokens)) if piece.causal else (
+                held.positions <= first)
+            if not fits.all():
+                raise Refusal(f"{q.shape[2]} queries, and the newest region does not hold all tokens from theirs on",
+                              f"region {held.region.name}", "fewer queries, or a region of more of the newest tokens")
         rows = np.stack([q[:, list(heads)] for heads in self.queries], 1)
         found: dict[str, Array] = {**self.tables, "Q": rows if "P" in _ranks(self.program) else rows[..., 0, :]}
         for piece, held in zip(self.pieces, self.regions, strict=True):
@@ -124,7 +136,7 @@ def _read(cache: Cache, part: Part, regions: list[Held], group: int, queries: in
             for t in side.cells.made.codec.tables:
                 tables[f"{piece.name}{_stem(name, r)}{t.name}"] = side.cells.tables[t.name] \
                     if t.name in side.cells.tables else t.array()
-    return Read(made, part, asking, tables, pieces, tuple(regions))
+    return Read(made, cache, part, asking, tables, pieces, tuple(regions))
 
 
 def _possible(cache: Cache, r: Held) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from memcomp.ir.errors import MemcompError, Refusal
 from memcomp.passes.kv.account import Shape, channels, codec_of, headed, layout, owner, padded, stored
-from memcomp.passes.kv.slots import KVSpec, Region, Select, Share, Side
+from memcomp.passes.kv.slots import KVSpec, Map, Region, Select, Share, Side, Span
 from memcomp.passes.kv.text import show_side, show_tokens, show_word
 from memcomp.passes.kv.words import FLOATS, WORDS
 
@@ -68,6 +68,8 @@ def _streams(s: KVSpec, shape: Shape) -> Iterator[Fault]:
     for p in s.places:
         if p.stream not in s.streams:
             yield f"place {p.stream} {p.word}", f"no stream {p.stream!r} is kept"
+    if len({p.stream for p in s.places}) < len(s.places):
+        yield "place " + ", ".join(p.stream for p in s.places), "a stream is in two places"
 
 
 def _fields(s: KVSpec, shape: Shape) -> Iterator[Fault]:
@@ -84,12 +86,17 @@ def _fields(s: KVSpec, shape: Shape) -> Iterator[Fault]:
             v = getattr(x, f.name)
             if f.name not in ("word", "stream", *row.takes) and v != f.default:
                 yield show_word(x), f"{x.word} takes no {f.name}"
-            least = 1 if f.name in _SIZES or f.name == "group" and isinstance(x, Share) else 0
+            least = 1 if f.name in _SIZES or (f.name, type(x)) in (("group", Share), ("size", Map)) else 0
             if isinstance(v, int) and v < least:
                 yield show_word(x), f"{f.name} is at least {least}"
     for r in s.regions:
+        if any(isinstance(p, Span) and p.step == 0 for p in (*(r.layers or ()), *(r.heads or ()))):
+            yield _head(r), "a step of 0 goes nowhere"
         if r.tokens.word in ("first", "blocks") and r.tokens.count < 1 or r.tokens.count < 0 or r.tokens.stride < 1:
             yield _head(r), "a count of tokens is positive"
+    for share in s.shares:
+        if share.map and share.group > 1:
+            yield f"share {show_word(share)}", "it says a group and a map"
     if len({r.name for r in s.regions}) < len(s.regions):
         yield "regions " + ", ".join(r.name for r in s.regions), "two regions have one name"
 
@@ -341,6 +348,8 @@ def _residue(s: KVSpec, shape: Shape) -> Iterator[Fault]:
             continue
         if side.encode.word in FLOATS:
             yield place, "a codec without error leaves nothing to add"
+        if len({x.word for x in side.residue}) < len(side.residue):
+            yield place, "a residue is said twice"
         if not _whole(s, shape, r) or r.select is not None or r.merge is not None:
             yield place, "what is added belongs to whole groups of tokens, in a region that takes all the rest"
         for x in side.residue:

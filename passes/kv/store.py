@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memcomp.ir.errors import InputError, Refusal
-from memcomp.passes.kv.account import Part, Shape, headed, layout, owner, parts
+from memcomp.passes.kv.account import Part, Shape, channels, headed, layout, owner, parts
 from memcomp.passes.kv.cells import Cells
 from memcomp.passes.kv.choose import chosen, score
 from memcomp.passes.kv.rules import verify
@@ -161,6 +161,11 @@ class Cache:
             raise InputError(f"given are the streams {', '.join(sorted(x))}",
                              hint=f"the specification keeps {', '.join(self.spec.streams)}")
         n = next(iter(x.values())).shape[2]
+        for name, a in x.items():
+            s = self.shape
+            wanted = (s.batch, s.heads if headed(name) else 1, n, channels(self.spec, name, s))
+            if a.shape != wanted:
+                raise InputError(f"{name} has shape {a.shape}", hint=f"this cache takes {wanted}")
         at = np.arange(self.tokens, self.tokens + n)
         for part, regions in self.held:
             mine = {name: np.asarray(a, float)[:, list(part.heads)] if headed(name) else np.asarray(a, float)
@@ -265,6 +270,11 @@ class Cache:
 
     def attend(self, q: Array, scale: float | None = None) -> Array:
         """Attention of the newest m queries q[b, query heads, m, e] over all tokens, causal: [b, query heads, m, f]."""
+        if q.ndim != 4 or q.shape[0] != self.shape.batch or q.shape[1] % self.shape.heads or not q.shape[2]:
+            raise InputError(f"queries of shape {q.shape}", hint=f"batch {self.shape.batch}, a multiple of "
+                             f"{self.shape.heads} heads, queries, channels")
+        if q.shape[2] > self.tokens > 0:
+            raise InputError(f"{q.shape[2]} queries of {self.tokens} tokens")
         groups = self._by_head(np.asarray(q, float))
         m = groups.shape[3]
         asked = np.arange(self.tokens - m, self.tokens)

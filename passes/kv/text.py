@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from memcomp.ir.errors import ParseError, nearest
@@ -304,11 +304,12 @@ class _Reader:
     map: Map | None = None
     places: tuple[Place, ...] = ()
     update: Update | None = None
+    inside: set[str] = field(default_factory=set)  # what the last region has said
 
     def take(self, line: Line) -> None:
         t = line.next
         if t.kind == "name" and line.peek().text in (":", ",") and t.text in WORDS[Cut]:
-            self._inside(line, t, lambda r: replace(r, sides=r.sides + _side(line, self.env)))
+            self._inside(line, t, lambda r: replace(r, sides=r.sides + _side(line, self.env)), "drop")
             return
         line.at += 1
         if t.text == "cut":
@@ -316,13 +317,14 @@ class _Reader:
         elif t.text == "share":
             self.shares += (_word(line, (Share,), "rank", self.env),)
         elif t.text == "region":
+            self._close()
             self.regions += (self._region(line),)
         elif t.text == "select":
-            self._inside(line, t, lambda r: replace(r, select=_word(line, (Select,), "score", self.env)))
+            self._inside(line, t, lambda r: replace(r, select=_word(line, (Select,), "score", self.env)), "select")
         elif t.text == "merge":
-            self._inside(line, t, lambda r: replace(r, merge=_word(line, (Merge,), "group", self.env)))
+            self._inside(line, t, lambda r: replace(r, merge=_word(line, (Merge,), "group", self.env)), "merge")
         elif t.text == "drop":
-            self._inside(line, t, lambda r: r)
+            self._inside(line, t, lambda r: r, "drop", "streams")
         elif t.text == "place":
             stream = line.one_of("stream", WORDS[Cut]).text
             self.places += (_word(line, (Place,), "place", self.env, stream=stream),)
@@ -339,18 +341,32 @@ class _Reader:
         name = line.name("a name", "write region body: rest").text
         points: dict[str, Points] = {}
         while line.next.text in ("layers", "heads"):
-            rank = line.name("", "").text
-            points[rank] = _points(line, self.env)
+            t = line.name("", "")
+            if t.text in points:
+                line.fail(f"{t.text!r} is said twice", "write them in one list: [0, -1]", t)
+            points[t.text] = _points(line, self.env)
         line.expect(":", "write region body: rest, or region edge layers [0, -1]: rest")
         return Region(name, _tokens(line, self.env), (), points.get("layers"), points.get("heads"))
 
-    def _inside(self, line: Line, t: Token, change: Callable[[Region], Region]) -> None:
+    def _inside(self, line: Line, t: Token, change: Callable[[Region], Region], *without: str) -> None:
+        """A line of the last region; without: what the region cannot have said before."""
         if not self.regions:
             line.fail(f"{spelled(t)} belongs to a region", "write region body: rest first", t)
+        for word in without:
+            if word in self.inside:
+                line.fail(f"{spelled(t)} behind {word}", "a region says each thing once, and streams or drop", t)
+        self.inside.add(t.text if t.text in ("select", "merge", "drop") else "streams")
         self.regions = (*self.regions[:-1], change(self.regions[-1]))
         line.end(_SIDE)
 
+    def _close(self) -> None:
+        """The last region is said."""
+        if self.regions and not self.inside & {"streams", "drop"}:
+            raise ParseError(f"region {self.regions[-1].name} says nothing of its streams", hint=f"{_SIDE}, or drop")
+        self.inside = set()
+
     def made(self) -> KVSpec:
+        self._close()
         return KVSpec(self.name, self.cuts or (Cut("k"), Cut("v")), self.regions, self.shares, self.map or Map(),
                       self.places, self.update or Update())
 
