@@ -82,7 +82,7 @@ class Stage:
     def whole(self, s: Einsum, body: Expr, guard: tuple[Expr, ...]) -> tuple[Expr, Lifted]:
         """Accept a reduction of integers to an integer as it stands: the laws are those of reals, and round."""
         assert s.reduce is not None
-        if self.sides(s.reduce.over)(body) != "carried":
+        if reads(body) and self.sides(s.reduce.over)(body) != "carried":  # a count is of points, not of data
             raise NoLaw(s.reduce.monoid, body, "the result is an integer, and the laws are those of reals")
         end = self.final(self._order(s, s.reduce.monoid, body, guard, s.reduce.over, True))
         return end, Lifted(body, lambda x: x, laws=("integers as they are",))
