@@ -54,7 +54,6 @@ class Storage(nn.Module):
         self.ring = sizes["last"]
         self.held: dict[tuple[str, str], Stored] = {}
         self.sizes: dict[str, int] = {}
-        self.constants: dict[str, str] = {}
         for r in regions:
             for side in r.sides:
                 stored = Stored(codec_of(side.encode, width), width, side.encode.along)
