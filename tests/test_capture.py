@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
+import memcomp
 from memcomp.capture import Refused, Region, capture, find_regions, read_exported
 from memcomp.ir.errors import InputError
 from memcomp.ir.interpret import interpret
@@ -663,3 +664,25 @@ def test_transformers_export(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(regions) == 2 and not refused
     assert all("where m <= p" in str(r.program) and "rank M = P" in str(r.program) for r in regions)
     assert [r.source.split()[0] for r in regions] == [f"model.layers.{k}.self_attn" for k in (0, 1)]
+
+
+def test_numbers_made_of_fewer_bytes_are_made_where_they_are_read() -> None:
+    """Codes, in any arithmetic over places that proves its shifts; for many rows they are numbers in memory instead."""
+    def attention(q: Any, k: Any, v: Any, s: Any) -> Any:
+        e = torch.arange(32)
+
+        def numbers(codes: Any) -> Any:
+            return ((codes[..., e // 2] >> (e % 2 * 4)) & 15) * s[..., e // 16] - s[..., e // 16]
+
+        return F.scaled_dot_product_attention(q, numbers(k), numbers(v))
+
+    def stored(rows: int) -> set[str]:
+        codes = torch.randint(0, 256, (2, 1, 64, 16), dtype=torch.uint8)
+        given = (torch.randn(1, 1, rows, 32).expand(2, 1, rows, 32), codes, codes.flip(2), torch.rand(2, 1, 64, 2))
+        torch._dynamo.reset()
+        assert rows > 1 or memcomp.check(attention, *given).ok
+        torch._dynamo.reset()
+        (region,) = memcomp.explain(attention, *given).regions
+        return {t.dtype for t in region.program.cascade.inputs()}
+
+    assert "u8" in stored(1) and stored(64) == {"f32"}
