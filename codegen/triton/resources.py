@@ -43,7 +43,7 @@ ALONE = 2.5        # registers of an element that is fetched alone: where it lie
 # registers of a point, besides its value, while a long word makes it
 LONG, MEANWHILE = ("sin", "cos"), {"mma": 2.5, "wgmma": 3.0, "tcgen05": 5.5}
 RANKED = 1.0       # registers of a point that is ranked
-SPILLED = {"mma": 248.6, "wgmma": 250.0, "tcgen05": 252.0}
+SPILLED = {"mma": 242.0, "wgmma": 250.0, "tcgen05": 252.0}
 
 
 @dataclass(frozen=True, slots=True)
