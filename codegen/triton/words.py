@@ -182,39 +182,17 @@ def sine(x, turn: tl.constexpr):
 def xlogx(x):
     return tl.where(x == 0.0, 0.0, x * tl.log(x))
 ''', ()),
-    "add_f32": ('''\
+    **{f"{word}_f32": (f'''\
 @triton.jit
-def add_f32(a, b):
+def {word}_f32(a, b):
     """Nothing is fused with it."""
     one = tl.full((), 1.0, tl.float32)
     if INTERPRET:
-        return a * one + b * one
+        return a * one {sign} b * one
     else:
-        return tl.inline_asm_elementwise("add.rn.f32 $0, $1, $2;", "=f,f,f", [a * one, b * one], dtype=tl.float32,
+        return tl.inline_asm_elementwise("{word}.rn.f32 $0, $1, $2;", "=f,f,f", [a * one, b * one], dtype=tl.float32,
                                          is_pure=True, pack=1)
-''', ()),
-    "sub_f32": ('''\
-@triton.jit
-def sub_f32(a, b):
-    """Nothing is fused with it."""
-    one = tl.full((), 1.0, tl.float32)
-    if INTERPRET:
-        return a * one - b * one
-    else:
-        return tl.inline_asm_elementwise("sub.rn.f32 $0, $1, $2;", "=f,f,f", [a * one, b * one], dtype=tl.float32,
-                                         is_pure=True, pack=1)
-''', ()),
-    "mul_f32": ('''\
-@triton.jit
-def mul_f32(a, b):
-    """Nothing is fused with it."""
-    one = tl.full((), 1.0, tl.float32)
-    if INTERPRET:
-        return a * one * b * one
-    else:
-        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a * one, b * one], dtype=tl.float32,
-                                         is_pure=True, pack=1)
-''', ()),
+''', ()) for word, sign in (("add", "+"), ("sub", "-"), ("mul", "*"))},
     "as_bf16": ('''\
 @triton.jit
 def as_bf16(x):

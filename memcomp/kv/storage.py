@@ -138,9 +138,9 @@ class Storage(nn.Module):
         if not groups:
             return
         tokens = groups * self.every
-        start = self._flushed(before).clamp(max=size - tokens)
-        token = start + torch.arange(tokens, device=x.device)
-        mine = (token >= self._flushed(before)) & (token < self._flushed(after))
+        gone = self._flushed(before)
+        token = gone.clamp(max=size - tokens) + torch.arange(tokens, device=x.device)
+        mine = (token >= gone) & (token < self._flushed(after))
         at = token + self.first
         if planes:  # what leaves the newest region is what it held
             rows = torch.where(at >= before, at - before + self.ring, at % max(self.ring, 1))

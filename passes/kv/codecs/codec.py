@@ -79,10 +79,6 @@ class Codec:
     drafts: tuple[Cascade, ...] = ()
 
     @property
-    def name(self) -> str:
-        return self.family
-
-    @property
     def text(self) -> str:
         return self.family + ("{" + ", ".join(f"{k}={v}" for k, v in self.params) + "}" if self.params else "")
 
